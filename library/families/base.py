@@ -1,0 +1,93 @@
+"""What the training loop and the generator ask of a model family (SD 1.x / 2.x, SDXL).
+
+Shape letters: B samples, C channels, H W latent pixels, N windows of text tokens, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from library.families.options import ModelOptions, TextOptions
+from library.models.options import AttentionOptions
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the U-Net is told about the picture: text states and, for SDXL, the pooled text and size vector."""
+
+    context_BTD: torch.Tensor
+    vector_BD: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from, as far as saving and metadata need it."""
+
+    path: str  # as the user gave it
+    kind: str  # "sd1" | "sd2" | "sdxl"
+    is_single_file: bool
+    v_prediction: bool
+
+
+@dataclass
+class ModelBundle:
+    """The parts of one model. `text_encoders` and `tokenizers` have one entry for SD 1.x / 2.x and two for SDXL."""
+
+    unet: torch.nn.Module
+    text_encoders: tuple[torch.nn.Module, ...]
+    vae: torch.nn.Module
+    tokenizers: tuple[Any, ...]  # library.text.tokens.ClipTokenizer
+    source: ModelSource
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """dtype and device for each part, decided by train/placement.py or the generator; weights go there in one copy."""
+
+    unet: torch.dtype
+    text_encoders: torch.dtype
+    vae: torch.dtype
+    device: torch.device
+
+
+class ModelFamily(Protocol):
+    """One family of models; instances hold no state of a run."""
+
+    name: str  # "sd" | "sdxl"
+    latent_scale: float  # latents the U-Net sees = VAE latents * latent_scale
+    bucket_step: int  # bucket sizes must be multiples of this many pixels
+
+    def load(self, options: ModelOptions, attention: AttentionOptions, plan: LoadPlan) -> ModelBundle:
+        """The model on its device, frozen (requires_grad False) and in eval mode; raises OptionError on a wrong file."""
+        ...
+
+    def tokenize(self, tokenizers: Sequence[Any], captions: Sequence[str], windows: int) -> tuple[torch.Tensor, ...]:
+        """(B, N, 77) int64 token ids per tokenizer, `windows` = N windows of 75 content tokens (spec: begin, end, pad)."""
+        ...
+
+    def encode_text(
+        self, text_encoders: Sequence[torch.nn.Module], token_ids: Sequence[torch.Tensor], text: TextOptions
+    ) -> Conditioning:
+        """Conditioning of (B, N, 77) ids per encoder; context_BTD has T = 75 N + 2 states. Differentiable."""
+        ...
+
+    def predict(
+        self, unet: torch.nn.Module, noised_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """The U-Net's output, shaped like `noised_BCHW`."""
+        ...
+
+    def save(
+        self, bundle: ModelBundle, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], as_diffusers: bool
+    ) -> None:
+        """Write a single file (.safetensors or .ckpt by extension) or a Diffusers folder, atomically."""
+        ...
+
+    def describe(self, bundle: ModelBundle) -> dict[str, Any]:
+        """Metadata of the model: ss_v2, ss_base_model_version and what modelspec needs."""
+        ...

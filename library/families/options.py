@@ -1,0 +1,45 @@
+"""Options of the models: which files, which kind, how text is encoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from library.options import opt, require
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The base model."""
+
+    pretrained_model_name_or_path: str | None = opt(
+        help="base model: a .safetensors or .ckpt file, a Diffusers folder, or a hub id (the only case that uses the network)"
+    )
+    v2: bool = opt(False, help="assert that the model is Stable Diffusion 2.x (found from the file in any case)")
+    v_parameterization: bool = opt(False, help="the model predicts velocity (SD 2.x 768-v); found from the file where it says so")
+    vae: str | None = opt(help="replace the VAE: a VAE file, a full checkpoint, a Diffusers folder or a hub id")
+    tokenizer_cache_dir: str | None = opt(help="no effect: the CLIP vocabulary is part of this project")
+    no_half_vae: bool = opt(False, help="run the VAE in float32 whatever --mixed_precision says")
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.pretrained_model_name_or_path),
+            "--pretrained_model_name_or_path",
+            "no base model given",
+            "name a .safetensors or .ckpt file, a Diffusers folder or a hub id",
+        )
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How captions become conditioning."""
+
+    clip_skip: int | None = opt(help="take the text encoder's n-th layer from the end (1 = the last)")
+    max_token_length: int | None = opt(choices=[None, 150, 225], help="longest caption in tokens; 75 without this option")
+
+    def __post_init__(self) -> None:
+        require(self.clip_skip is None or 1 <= self.clip_skip <= 12, "--clip_skip", f"{self.clip_skip} is out of range", "use 1 to 12")
+
+    @property
+    def token_windows(self) -> int:
+        """Windows of 75 content tokens per caption."""
+        return (self.max_token_length or 75) // 75

@@ -1,0 +1,211 @@
+"""Options: one declaration per option, from which argparse flags, TOML keys, checks and documentation follow.
+
+A frozen dataclass is an option group and each of its fields, declared with :func:`opt`, is one option:
+the field name is the flag, the TOML key and the attribute. Nothing here imports torch, so ``--help`` and every
+configuration error answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+Group = TypeVar("Group")
+
+WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
+
+
+class OptionError(ValueError):
+    """A user's mistake: which option, what was wrong with its value, and the way out, in one sentence."""
+
+    def __init__(self, where: str, problem: str, way_out: str = "") -> None:
+        self.where = where
+        sentence = f"{where}: {problem}" if where else problem
+        super().__init__(f"{sentence}; {way_out}" if way_out else sentence)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One resolved option of a group."""
+
+    name: str
+    kind: type  # bool, int, float, str or Path: the type of one value on the command line
+    many: bool  # takes a list of values (argparse nargs="*")
+    optional: bool  # None is a legal value
+    default: Any
+    choices: tuple[Any, ...] | None
+    help: str
+    parse: Callable[[Any], Any] | None  # raw value (command line text or TOML value) -> field value
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}"
+
+
+def opt(
+    default: Any = None,
+    *,
+    help: str,
+    choices: Sequence[Any] | None = None,
+    cli: type | None = None,
+    parse: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Declare an option.
+
+    `cli` names the type on the command line where it differs from the annotation; `parse` turns that text, or the
+    TOML value, into the field's value and raises ValueError with the reason when it can't.
+    """
+    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None, "cli": cli, "parse": parse}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@functools.cache
+def options_of(group: type) -> tuple[Option, ...]:
+    """The options a group declares, in the order of declaration."""
+    hints = typing.get_type_hints(group)
+    return tuple(_resolve(field, hints[field.name]) for field in dataclasses.fields(group) if "help" in field.metadata)
+
+
+def _resolve(field: dataclasses.Field, hint: Any) -> Option:
+    alternatives = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    inner = [alternative for alternative in alternatives if alternative is not type(None)]
+    many = typing.get_origin(inner[0]) is tuple and field.metadata["cli"] is None
+    kind = field.metadata["cli"] or (typing.get_args(inner[0])[0] if many else inner[0])
+    return Option(
+        name=field.name,
+        kind=kind,
+        many=many,
+        optional=type(None) in alternatives,
+        default=field.default,
+        choices=field.metadata["choices"],
+        help=field.metadata["help"],
+        parse=field.metadata["parse"],
+    )
+
+
+# ---------------------------------------------------------------------------------------------- values
+
+
+def convert(option: Option, value: Any, where: str) -> Any:
+    """A TOML or command-line value as the field's value; raises OptionError naming `where`.
+
+    Integers stand for switches (0, 1) and for numbers, as GUIs write them; nothing else is guessed.
+    """
+    if value is None:
+        return option.default
+    if option.parse is not None:
+        try:
+            return option.parse(value)
+        except ValueError as error:
+            raise OptionError(where, f"{value!r} {error}") from None
+    if option.many:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_scalar(option, item, where) for item in values)
+    value = _scalar(option, value, where)
+    if option.choices is not None and value not in option.choices:
+        allowed = ", ".join(str(choice) for choice in option.choices if choice is not None)
+        raise OptionError(where, f"{value!r} is not one of {allowed}", did_you_mean(str(value), map(str, option.choices)))
+    return value
+
+
+def _scalar(option: Option, value: Any, where: str) -> Any:
+    kind = option.kind
+    if kind is bool and value in (0, 1, True, False):
+        return bool(value)
+    if kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+        return value
+    raise OptionError(where, f"{value!r} is not {WORDS.get(kind, kind.__name__)}")
+
+
+def build(group: type[Group], values: Mapping[str, Any], where: Callable[[str], str] = "--{}".format) -> Group:
+    """An instance of `group` from raw values by option name; missing names take their defaults."""
+    known = {
+        option.name: convert(option, values[option.name], where(option.name))
+        for option in options_of(group)
+        if option.name in values
+    }
+    return group(**known)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """"did you mean X?" for the nearest known name, or an empty text."""
+    near = difflib.get_close_matches(word, [name for name in known if name], n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def require(condition: bool, where: str, problem: str, way_out: str = "") -> None:
+    """Raise OptionError unless `condition` holds: one line per rule in the checks of groups."""
+    if not condition:
+        raise OptionError(where, problem, way_out)
+
+
+# ---------------------------------------------------------------------------------------------- argparse
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An argparse parser over option groups whose errors are one sentence with the way out (exit code 2)."""
+
+    def error(self, message: str) -> NoReturn:
+        for prefix in ("argument ", "unrecognized arguments: "):
+            message = message.removeprefix(prefix)
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse; an unknown flag is an error that names the nearest known one."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+            hint = did_you_mean(flag.split("=")[0], self._option_string_actions)
+            self.error(f"{flag}: unknown flag" + (f"; {hint}" if hint else "") if flag.startswith("-")
+                       else f"{flag!r} stands alone: it belongs to no flag; quote values that contain blanks")
+        return namespace
+
+
+def add_arguments(parser: argparse.ArgumentParser, group: type, defaults: Mapping[str, Any] | None = None) -> None:
+    """Add one flag per option of `group` under its docstring's first line; `defaults` overrides per script."""
+    section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
+    for option in options_of(group):
+        default = (defaults or {}).get(option.name, option.default)
+        if option.kind is bool:
+            section.add_argument(option.flag, action="store_true", default=default, help=_escaped(option.help))
+            continue
+        section.add_argument(
+            option.flag,
+            type=_command_line_type(option.kind),
+            default=default,
+            choices=option.choices,
+            nargs="*" if option.many else None,
+            metavar=None if option.choices else option.kind.__name__.upper(),
+            help=_escaped(option.help),
+        )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def _command_line_type(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {WORDS.get(kind, kind.__name__)}") from None
+
+    parse.__name__ = kind.__name__
+    return parse

@@ -1,0 +1,74 @@
+"""What the training loop asks of a training target: what is trained, and which file it becomes.
+
+A target is told about the run once, in `setup`, and from then on only answers. The defaults do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.data.batch import Batch
+from library.families.base import Conditioning, ModelBundle, ModelFamily
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share a learning rate; `name` is what tables and logs call them."""
+
+    name: str
+    parameters: tuple[torch.nn.Parameter, ...]
+    lr: float | None  # None: the optimizer's default
+
+
+class TrainTarget:
+    """One kind of training. Subclasses override what they need."""
+
+    options: Any  # the target's own option group
+
+    def setup(self, family: ModelFamily, bundle: ModelBundle, *, gradient_checkpointing: bool) -> None:
+        """Attach to the loaded model: create parameters, choose what is trained. Called once."""
+        raise NotImplementedError
+
+    def trained_module(self) -> torch.nn.Module:
+        """The module whose parameters are trained: float32 masters; what resume stores."""
+        raise NotImplementedError
+
+    def param_groups(self, default_lr: float) -> list[ParamGroup]:
+        raise NotImplementedError
+
+    def trains_text(self, step: int) -> bool:
+        """Whether text is encoded with gradients at the optimizer update after `step` updates."""
+        return False
+
+    def predict(
+        self,
+        family: ModelFamily,
+        bundle: ModelBundle,
+        noised_BCHW: torch.Tensor,
+        conditioning: Conditioning,
+        batch: Batch,
+    ) -> torch.Tensor:
+        return family.predict(bundle.unet, noised_BCHW, batch.timesteps_B, conditioning)
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """Called before the first batch of each epoch (1-based)."""
+
+    def on_step_start(self, step: int) -> None:
+        """Called before each optimizer update's first batch."""
+
+    def after_optimizer_step(self) -> Mapping[str, float | torch.Tensor]:
+        """Called after each optimizer update; returns values to log."""
+        return {}
+
+    def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """Write the file users take away, atomically; the extension decides the format."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Metadata (ss_*) of this target."""
+        return {}
