@@ -113,7 +113,9 @@ def convert(option: Option, value: Any, where: str) -> Any:
     value = _scalar(option, value, where)
     if option.choices is not None and value not in option.choices:
         allowed = ", ".join(str(choice) for choice in option.choices if choice is not None)
-        raise OptionError(where, f"{value!r} is not one of {allowed}", did_you_mean(str(value), map(str, option.choices)))
+        raise OptionError(
+            where, f"{value!r} is not one of {allowed}", did_you_mean(str(value), map(str, option.choices))
+        )
     return value
 
 
@@ -143,7 +145,7 @@ def build(group: type[Group], values: Mapping[str, Any], where: Callable[[str], 
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """"did you mean X?" for the nearest known name, or an empty text."""
+    """ "did you mean X?" for the nearest known name, or an empty text."""
     near = difflib.get_close_matches(word, [name for name in known if name], n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else ""
 
@@ -172,8 +174,11 @@ class OptionParser(argparse.ArgumentParser):
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), unknown[0])
             hint = did_you_mean(flag.split("=")[0], self._option_string_actions)
-            self.error(f"{flag}: unknown flag" + (f"; {hint}" if hint else "") if flag.startswith("-")
-                       else f"{flag!r} stands alone: it belongs to no flag; quote values that contain blanks")
+            self.error(
+                f"{flag}: unknown flag" + (f"; {hint}" if hint else "")
+                if flag.startswith("-")
+                else f"{flag!r} stands alone: it belongs to no flag; quote values that contain blanks"
+            )
         return namespace
 
 

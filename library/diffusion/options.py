@@ -12,7 +12,9 @@ class NoiseOptions:
     """How noise and timesteps are drawn."""
 
     noise_offset: float | None = opt(help="shift of the noise mean per image and channel; 0.05-0.1 is usual")
-    zero_terminal_snr: bool = opt(False, help="rescale betas so that the last timestep is pure noise (for v-prediction)")
+    zero_terminal_snr: bool = opt(
+        False, help="rescale betas so that the last timestep is pure noise (for v-prediction)"
+    )
     min_timestep: int | None = opt(help="lowest timestep drawn (0-999)")
     max_timestep: int | None = opt(help="timesteps are drawn below this one (1-1000)")
 
@@ -37,11 +39,17 @@ class LossOptions:
 
     prior_loss_weight: float = opt(1.0, help="loss weight of regularisation images")
     min_snr_gamma: float | None = opt(help="weight timesteps by min(SNR, gamma) / SNR; 5 is usual (Hang et al. 2023)")
-    scale_v_pred_loss_like_noise_pred: bool = opt(False, help="v-prediction: weight timesteps as noise prediction would")
-    v_pred_like_loss: float | None = opt(help="noise prediction: add this share of the loss weighted as v-prediction would")
+    scale_v_pred_loss_like_noise_pred: bool = opt(
+        False, help="v-prediction: weight timesteps as noise prediction would"
+    )
+    v_pred_like_loss: float | None = opt(
+        help="noise prediction: add this share of the loss weighted as v-prediction would"
+    )
 
     def __post_init__(self) -> None:
         require(
             self.min_snr_gamma is None or self.min_snr_gamma > 0,
-            "--min_snr_gamma", f"{self.min_snr_gamma} must be above 0", "leave the option out to switch it off",
+            "--min_snr_gamma",
+            f"{self.min_snr_gamma} must be above 0",
+            "leave the option out to switch it off",
         )

@@ -83,7 +83,13 @@ class ModelFamily(Protocol):
         ...
 
     def save(
-        self, bundle: ModelBundle, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], as_diffusers: bool
+        self,
+        bundle: ModelBundle,
+        path: Path,
+        *,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        as_diffusers: bool,
     ) -> None:
         """Write a single file (.safetensors or .ckpt by extension) or a Diffusers folder, atomically."""
         ...

@@ -15,9 +15,10 @@ class ModelOptions:
         help="base model: a .safetensors or .ckpt file, a Diffusers folder, or a hub id (the only case that uses the network)"
     )
     v2: bool = opt(False, help="assert that the model is Stable Diffusion 2.x (found from the file in any case)")
-    v_parameterization: bool = opt(False, help="the model predicts velocity (SD 2.x 768-v); found from the file where it says so")
+    v_parameterization: bool = opt(
+        False, help="the model predicts velocity (SD 2.x 768-v); found from the file where it says so"
+    )
     vae: str | None = opt(help="replace the VAE: a VAE file, a full checkpoint, a Diffusers folder or a hub id")
-    tokenizer_cache_dir: str | None = opt(help="no effect: the CLIP vocabulary is part of this project")
     no_half_vae: bool = opt(False, help="run the VAE in float32 whatever --mixed_precision says")
 
     def __post_init__(self) -> None:
@@ -34,10 +35,17 @@ class TextOptions:
     """How captions become conditioning."""
 
     clip_skip: int | None = opt(help="take the text encoder's n-th layer from the end (1 = the last)")
-    max_token_length: int | None = opt(choices=[None, 150, 225], help="longest caption in tokens; 75 without this option")
+    max_token_length: int | None = opt(
+        choices=[None, 150, 225], help="longest caption in tokens; 75 without this option"
+    )
 
     def __post_init__(self) -> None:
-        require(self.clip_skip is None or 1 <= self.clip_skip <= 12, "--clip_skip", f"{self.clip_skip} is out of range", "use 1 to 12")
+        require(
+            self.clip_skip is None or 1 <= self.clip_skip <= 12,
+            "--clip_skip",
+            f"{self.clip_skip} is out of range",
+            "use 1 to 12",
+        )
 
     @property
     def token_windows(self) -> int:

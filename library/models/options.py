@@ -17,10 +17,12 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         if sum((self.mem_eff_attn, self.xformers, self.sdpa)) > 1:
-            chosen = " and ".join(name for name in ("--mem_eff_attn", "--xformers", "--sdpa") if getattr(self, name[2:]))
+            chosen = " and ".join(
+                name for name in ("--mem_eff_attn", "--xformers", "--sdpa") if getattr(self, name[2:])
+            )
             raise OptionError(chosen, "choose one kind of attention")
 
     @property
     def kind(self) -> str:
-        """"sdpa", "xformers" or "sliced"."""
+        """ "sdpa", "xformers" or "sliced"."""
         return "sliced" if self.mem_eff_attn else "xformers" if self.xformers else "sdpa"

@@ -29,6 +29,7 @@ class TrainTarget:
     """One kind of training. Subclasses override what they need."""
 
     options: Any  # the target's own option group
+    needs_autocast: bool = True  # False: what is trained casts by itself, which is cheaper than autocast
 
     def setup(self, family: ModelFamily, bundle: ModelBundle, *, gradient_checkpointing: bool) -> None:
         """Attach to the loaded model: create parameters, choose what is trained. Called once."""

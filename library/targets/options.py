@@ -21,28 +21,43 @@ class NetworkOptions:
     network_train_unet_only: bool = opt(False, help="train only the U-Net's part")
     network_train_text_encoder_only: bool = opt(False, help="train only the text encoder's part")
     unet_lr: float | None = opt(help="learning rate of the U-Net's part; --learning_rate without this option")
-    text_encoder_lr: float | None = opt(help="learning rate of the text encoder's part; --learning_rate without this option")
+    text_encoder_lr: float | None = opt(
+        help="learning rate of the text encoder's part; --learning_rate without this option"
+    )
     base_weights: tuple[str, ...] | None = opt(help="network files merged into the base model before training")
-    base_weights_multiplier: tuple[float, ...] | None = opt(help="a multiplier per file of --base_weights; 1.0 where missing")
-    scale_weight_norms: float | None = opt(help="limit of the Frobenius norm of each module's weight change (1 is a start)")
+    base_weights_multiplier: tuple[float, ...] | None = opt(
+        help="a multiplier per file of --base_weights; 1.0 where missing"
+    )
+    scale_weight_norms: float | None = opt(
+        help="limit of the Frobenius norm of each module's weight change (1 is a start)"
+    )
     training_comment: str | None = opt(help="text written into the file's metadata")
 
     def __post_init__(self) -> None:
-        require(bool(self.network_module), "--network_module", "no network module given", "use networks.lora for a LoRA")
+        require(
+            bool(self.network_module), "--network_module", "no network module given", "use networks.lora for a LoRA"
+        )
         require(
             self.network_dim is None or self.network_dim >= 1,
-            "--network_dim", f"{self.network_dim} is no rank", "use 1 or more (4 to 128 is usual)",
+            "--network_dim",
+            f"{self.network_dim} is no rank",
+            "use 1 or more (4 to 128 is usual)",
         )
         require(
             not (self.network_train_unet_only and self.network_train_text_encoder_only),
-            "--network_train_unet_only", "contradicts --network_train_text_encoder_only", "give one of them, or neither to train both",
+            "--network_train_unet_only",
+            "contradicts --network_train_text_encoder_only",
+            "give one of them, or neither to train both",
         )
         require(
             not self.dim_from_weights or bool(self.network_weights),
-            "--dim_from_weights", "needs --network_weights to take the ranks from",
+            "--dim_from_weights",
+            "needs --network_weights to take the ranks from",
         )
         dropout = self.network_dropout
-        require(dropout is None or 0 <= dropout < 1, "--network_dropout", f"{dropout} is out of range", "use 0 to below 1")
+        require(
+            dropout is None or 0 <= dropout < 1, "--network_dropout", f"{dropout} is out of range", "use 0 to below 1"
+        )
         limit = self.scale_weight_norms
         require(limit is None or limit > 0, "--scale_weight_norms", f"{limit} must be above 0")
         spare = len(self.base_weights_multiplier or ()) - len(self.base_weights or ())

@@ -1,0 +1,8 @@
+"""Generate pictures with Stable Diffusion 1.x and 2.x models, with or without networks such as LoRA."""
+
+from library.cli.generation import Script, main
+
+SCRIPT = Script(description=str(__doc__), family="library.families.sd:StableDiffusion")
+
+if __name__ == "__main__":
+    main(SCRIPT)

@@ -1,0 +1,177 @@
+"""The sizes of a model, read from the names and shapes of its tensors in the original (LDM) single-file layout.
+
+What tensors do not tell follows the rule of the family: 8 heads in the SD 1.x U-Net, heads of width 64 in the SD 2.x
+U-Net and in every text encoder; quick GELU in SD 1.x's text encoder and GELU in SD 2.x's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from library.checkpoints.keymaps import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, count_items
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+SD1_HEADS = 8
+HEAD_WIDTH = 64
+OPENCLIP_H_USED_LAYERS = 23  # SD 2.x conditions on the last layer but one of 24
+
+
+class ArchitectureError(ValueError):
+    """The tensors form no model of a known kind; the message says what is missing or odd."""
+
+
+@dataclass(frozen=True)
+class UNetArchitecture:
+    """A Stable Diffusion U-Net. Tuples have one item per resolution level, from the finest."""
+
+    in_channels: int
+    out_channels: int
+    channels: tuple[int, ...]
+    heads: tuple[int, ...]
+    transformer_depths: tuple[int, ...]  # 0: no attention on this level
+    resnets: int  # per level on the way down
+    context_width: int
+    linear_projection: bool  # proj_in and proj_out are Linear, not 1x1 convolutions
+    upcast_attention: bool = False
+
+
+@dataclass(frozen=True)
+class TextArchitecture:
+    """A CLIP text encoder."""
+
+    vocabulary: int
+    positions: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    activation: str  # "quick_gelu" | "gelu"
+
+
+@dataclass(frozen=True)
+class VaeArchitecture:
+    """An AutoencoderKL. `channels` has one item per resolution level, from the finest."""
+
+    image_channels: int
+    latent_channels: int
+    channels: tuple[int, ...]
+    resnets: int  # per encoder level
+
+
+def model_kind(shapes: Shapes) -> str:
+    """ "sd1", "sd2", "sdxl" or "" for tensors that are no whole model."""
+    if f"{UNET_PREFIX}label_emb.0.0.weight" in shapes or _any_starts(shapes, "conditioner.embedders."):
+        return "sdxl"
+    if f"{UNET_PREFIX}input_blocks.0.0.weight" not in shapes:
+        return ""
+    if _any_starts(shapes, OPENCLIP_PREFIX):
+        return "sd2"
+    if _any_starts(shapes, CLIP_PREFIX):
+        embedding = f"{CLIP_PREFIX}text_model.embeddings.token_embedding.weight"
+        return "sd2" if shapes.get(embedding, (0, 0))[1] == 1024 else "sd1"  # some tools rename SD 2.x's encoder
+    context = _context_width(_below(shapes, UNET_PREFIX))
+    return "sd2" if context == 1024 else "sd1"
+
+
+def unet_architecture(shapes: Shapes, kind: str, prefix: str = UNET_PREFIX) -> UNetArchitecture:
+    """The U-Net under `prefix`; raises ArchitectureError if its parts do not fit together."""
+    inner = _below(shapes, prefix)
+    stem = _shape(inner, "input_blocks.0.0.weight")
+    channels, depths, resnets = _walk_down(inner)
+    if kind == "sd1":
+        heads = tuple(SD1_HEADS for _ in channels)
+        odd = [width for width in channels if width % SD1_HEADS]
+    else:
+        heads = tuple(width // HEAD_WIDTH for width in channels)
+        odd = [width for width in channels if width % HEAD_WIDTH]
+    if odd:
+        raise ArchitectureError(f"U-Net channels {odd} don't divide into attention heads")
+    projections = [shape for key, shape in inner.items() if key.endswith(".proj_in.weight")]
+    return UNetArchitecture(
+        in_channels=stem[1],
+        out_channels=_shape(inner, "out.2.weight")[0],
+        channels=channels,
+        heads=heads,
+        transformer_depths=depths,
+        resnets=resnets,
+        context_width=_context_width(inner),
+        linear_projection=kind == "sd2" or any(len(shape) == 2 for shape in projections),
+        upcast_attention=kind == "sd2",  # SD 2.1-768 overflows half precision where scores are stored
+    )
+
+
+def _walk_down(inner: Shapes) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """(channels, transformer depths) per level and the number of resnets per level, along input_blocks."""
+    levels: list[list[tuple[int, int]]] = [[]]
+    blocks = count_items(inner, r"input_blocks\.(\d+)\.")
+    for i in range(1, blocks):
+        if f"input_blocks.{i}.0.op.weight" in inner:
+            levels.append([])
+        else:
+            width = _shape(inner, f"input_blocks.{i}.0.in_layers.2.weight")[0]
+            depth = count_items(inner, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.")
+            levels[-1].append((width, depth))
+    if any(not level or len(set(level)) != 1 or len(level) != len(levels[0]) for level in levels):
+        raise ArchitectureError("the levels of the U-Net differ in their number of blocks")
+    return tuple(level[0][0] for level in levels), tuple(level[0][1] for level in levels), len(levels[0])
+
+
+def _context_width(inner: Shapes) -> int:
+    return next((shape[1] for key, shape in inner.items() if key.endswith("attn2.to_k.weight")), 0)
+
+
+def text_architecture(shapes: Shapes, kind: str) -> TextArchitecture:
+    """SD's text encoder. SD 2.x files hold one layer more than is used, unless they were pruned to 23."""
+    if _any_starts(shapes, OPENCLIP_PREFIX):
+        inner = _below(shapes, OPENCLIP_PREFIX)
+        embedding = _shape(inner, "token_embedding.weight")
+        positions = _shape(inner, "positional_embedding")
+        mlp = _shape(inner, "transformer.resblocks.0.mlp.c_fc.weight")
+        layers = count_items(inner, r"transformer\.resblocks\.(\d+)\.")
+    else:
+        inner = {key.removeprefix("text_model."): shape for key, shape in _below(shapes, CLIP_PREFIX).items()}
+        embedding = _shape(inner, "embeddings.token_embedding.weight")
+        positions = _shape(inner, "embeddings.position_embedding.weight")
+        mlp = _shape(inner, "encoder.layers.0.mlp.fc1.weight")
+        layers = count_items(inner, r"encoder\.layers\.(\d+)\.")
+    if kind == "sd2" and layers != OPENCLIP_H_USED_LAYERS:
+        layers -= 1
+    if embedding[1] % HEAD_WIDTH or layers < 1:
+        raise ArchitectureError(f"a text encoder of width {embedding[1]} with {layers} layers fits no CLIP model")
+    return TextArchitecture(
+        vocabulary=embedding[0],
+        positions=positions[0],
+        width=embedding[1],
+        mlp_width=mlp[0],
+        layers=layers,
+        heads=embedding[1] // HEAD_WIDTH,
+        activation="gelu" if kind == "sd2" else "quick_gelu",
+    )
+
+
+def vae_architecture(shapes: Shapes, prefix: str = VAE_PREFIX) -> VaeArchitecture:
+    """The VAE under `prefix`."""
+    inner = _below(shapes, prefix)
+    levels = count_items(inner, r"encoder\.down\.(\d+)\.")
+    return VaeArchitecture(
+        image_channels=_shape(inner, "encoder.conv_in.weight")[1],
+        latent_channels=_shape(inner, "post_quant_conv.weight")[0],
+        channels=tuple(_shape(inner, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)),
+        resnets=count_items(inner, r"encoder\.down\.0\.block\.(\d+)\."),
+    )
+
+
+def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def _any_starts(keys: Iterable[str], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in keys)
+
+
+def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
+    if key not in shapes:
+        raise ArchitectureError(f"the tensor {key} is missing")
+    return shapes[key]

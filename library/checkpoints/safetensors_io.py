@@ -1,0 +1,347 @@
+"""Tensor files: header reading without torch, lazy tensors, atomic streaming writing.
+
+The writer lays tensors out exactly as the safetensors library does (data types in its order, then names), so files and
+hashes are byte-equal to the trade's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from library.options import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+# name in the header -> (bytes per element, name in torch); the order is the safetensors library's layout order
+DTYPES = {
+    "BOOL": (1, "bool"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (1, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (1, "float8_e5m2fnuz"),
+    "I16": (2, "int16"),
+    "U16": (2, "uint16"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "I32": (4, "int32"),
+    "U32": (4, "uint32"),
+    "F32": (4, "float32"),
+    "C64": (8, "complex64"),
+    "F64": (8, "float64"),
+    "I64": (8, "int64"),
+    "U64": (8, "uint64"),
+}
+LAYOUT_RANK = {name: rank for rank, name in enumerate(DTYPES)}
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+SPARE_DISK = 16 << 20  # bytes that stay free after a save
+CHUNK = 1 << 20
+
+
+class NonFiniteError(RuntimeError):
+    """A tensor to be saved holds NaN or infinity; nothing was written."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as the header describes it; `start` and `end` are byte offsets from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+    data_start: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: its description, and a function that produces it when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    produce: Callable[[], torch.Tensor]
+    is_trusted: bool = False  # copied from another file as it is, whatever it holds
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * DTYPES[self.dtype][0]
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_header(path: Path | str, where: str = "") -> Header:
+    """The header of a safetensors file, read without torch and without touching the tensors.
+
+    Raises OptionError, naming `where` (a flag) if given, for a missing, truncated or foreign file.
+    """
+    path = Path(path)
+    subject = f"{path}" if not where else f"{where}: {path}"
+    if not path.is_file():
+        raise OptionError("", f"{subject} is no file" if path.exists() else f"{subject} does not exist", "check the path")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= MAX_HEADER:
+            raise OptionError("", f"{subject} is no safetensors file")
+        if 8 + length > size:
+            brace = file.read(1) == b"{"
+            problem = "is truncated: it ends within its header" if brace else "is no safetensors file"
+            raise OptionError("", f"{subject} {problem}", "copy or download it again" if brace else "")
+        text = file.read(length)
+    try:
+        content = json.loads(text)
+        metadata = content.pop("__metadata__", None) or {}
+        data_start = 8 + length
+        tensors = {
+            name: TensorInfo(row["dtype"], tuple(row["shape"]), *(data_start + offset for offset in row["data_offsets"]))
+            for name, row in content.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise OptionError("", f"{subject} is no safetensors file: its header can't be read") from None
+    promised = max((info.end for info in tensors.values()), default=data_start)
+    if promised > size:
+        problem = f"{subject} is truncated: {promised:,} bytes promised, {size:,} there"
+        raise OptionError("", problem, "copy or download it again")
+    return Header(metadata, tensors, data_start)
+
+
+def load_tensors(path: Path | str, where: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a .safetensors file, or of a pickle (.pt, .ckpt, .bin) through torch's weights-only reader."""
+    from library.checkpoints.weights import open_weights
+
+    with open_weights(path, where) as weights:
+        return {name: weights.tensor(name).clone() for name in weights.shapes}
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a .safetensors file atomically: it appears under its name complete and verified, or not at all.
+
+    Raises OptionError when the folder can't be written or the disk is too full, NonFiniteError for NaN or infinity.
+    """
+    write_entries([entry_of(name, tensor) for name, tensor in tensors.items()], path, metadata)
+
+
+def entry_of(name: str, tensor: torch.Tensor) -> Entry:
+    """An entry for a tensor that is at hand."""
+    return Entry(name, header_dtype(tensor.dtype), tuple(tensor.shape), lambda: tensor)
+
+
+def header_dtype(dtype: torch.dtype) -> str:
+    """torch.float16 -> "F16"."""
+    name = str(dtype).removeprefix("torch.")
+    return next(key for key, (_, torch_name) in DTYPES.items() if torch_name == name)
+
+
+def write_entries(entries: Iterable[Entry], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
+    """save_file for tensors that are produced one by one while writing, so that no second copy of a model exists."""
+    entries = in_layout_order(entries)
+    head = encode_header(entries, metadata)
+    total = len(head) + sum(entry.nbytes for entry in entries)
+    with atomic_file(path, total) as file:
+        file.write(head)
+        for entry in entries:
+            file.write(_checked_bytes(entry))
+
+
+def in_layout_order(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries as the safetensors library lays them out: wide data types first, then by name."""
+    return sorted(entries, key=lambda entry: (-LAYOUT_RANK[entry.dtype], entry.name))
+
+
+def encode_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None) -> bytes:
+    """The length word and header of a file that holds `entries` in this order."""
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for entry in entries:
+        content[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _checked_bytes(entry: Entry) -> memoryview:
+    tensor = entry.produce()
+    require_finite(entry, tensor)
+    data = raw_bytes(tensor)
+    assert data.nbytes == entry.nbytes, f"{entry.name}: {data.nbytes} bytes produced, {entry.nbytes} announced"
+    return data
+
+
+def require_finite(entry: Entry, tensor: torch.Tensor) -> None:
+    """Raise NonFiniteError if `tensor`, the content of `entry`, holds NaN or infinity."""
+    if not entry.is_trusted and not is_finite(tensor):
+        raise NonFiniteError(f"{entry.name} holds NaN or infinity; the file was not written")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every element is a finite number; one reduction, for speed."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.element_size() == 1:  # float8 has no reductions
+        tensor = tensor.float()
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of a tensor in memory order, as the file holds them."""
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
+    """A file that appears under `path` when the block ends, flushed to disk, and leaves no trace when it fails.
+
+    `size` in bytes, if known, is checked against the free disk space first and against the file afterwards.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if size is not None:
+            require_disk_space(path.parent, size)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise OptionError("", f"{path} can't be written: {error.strerror}", "choose another output folder") from None
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        written = temporary.stat().st_size
+        if size is not None and written != size:
+            raise OSError(f"{path}: {written:,} bytes on the disk, {size:,} were written")
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def require_disk_space(folder: Path, size: int) -> None:
+    """Raise OptionError unless `size` bytes fit on the disk of `folder`, which exists."""
+    free = shutil.disk_usage(folder).free
+    if free < size + SPARE_DISK:
+        problem = f"the disk of {folder} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed"
+        raise OptionError("", problem, "free some space or choose another output folder")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can (not on Windows)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ----------------------------------------------------------------------------------------------- hashes
+
+
+def sshs_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """(sshs_model_hash, sshs_legacy_hash) of a network file with these tensors; only ss_* metadata count.
+
+    The first is the SHA-256 of all bytes after the header; the second the first 8 digits of the SHA-256 of the
+    bytes 0x100000 to 0x110000 of the whole file.
+    """
+    entries = in_layout_order(entry_of(name, tensor) for name, tensor in tensors.items())
+    head = encode_header(entries, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    model_hash, window = hashlib.sha256(), _Window(0x100000, 0x110000)
+    window.add(head)
+    for entry in entries:
+        data = raw_bytes(tensors[entry.name])
+        model_hash.update(data)
+        window.add(data)
+    return model_hash.hexdigest(), hashlib.sha256(window.content).hexdigest()[:8]
+
+
+class _Window:
+    """The bytes between two offsets of a stream."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end, self.offset, self.content = start, end, 0, b""
+
+    def add(self, data: bytes | memoryview) -> None:
+        low, high = max(self.start - self.offset, 0), min(self.end - self.offset, len(data))
+        if low < high:
+            self.content += bytes(data[low:high])
+        self.offset += len(data)
+
+
+def sshs_model_hash(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """The hash by which user interfaces recognise a network file."""
+    return sshs_hashes(tensors, metadata)[0]
+
+
+def sshs_legacy_hash(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """The older, short hash of a network file."""
+    return sshs_hashes(tensors, metadata)[1]
+
+
+def legacy_model_hash(path: Path | str) -> str:
+    """The short hash of a model file: 0x10000 bytes from 0x100000 on; "NOFILE" or "IsADirectory" where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0x100000)
+            return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+    except FileNotFoundError:
+        return "NOFILE"
+    except (IsADirectoryError, PermissionError):
+        return "IsADirectory"
+
+
+def file_sha256(path: Path | str) -> str:
+    """The SHA-256 of a whole file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()

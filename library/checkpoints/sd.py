@@ -1,0 +1,207 @@
+"""Stable Diffusion 1.x / 2.x as a single file, in the original (LDM) layout: where each tensor lies, reading, writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.keymaps import (
+    CLIP_PREFIX,
+    OPENCLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Slot,
+    clip_slots,
+    is_vae_attention_weight,
+    openclip_slots,
+    unet_slots,
+    vae_slots,
+)
+from library.checkpoints.safetensors_io import (
+    Entry,
+    atomic_file,
+    entry_of,
+    header_dtype,
+    require_finite,
+    write_entries,
+)
+from library.checkpoints.weights import Weights
+from library.options import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+State = Mapping[str, "torch.Tensor"]  # parameter name of our module -> tensor
+
+PART_NAMES = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """The tensors of a model by our parameter names."""
+
+    kind: str  # "sd1" | "sd2"
+    unet: State
+    text_encoder: State
+    vae: State
+
+
+def part_slots(part: str, keys: Iterable[str], *, kind: str, file_keys: Iterable[str] = ()) -> dict[str, Slot]:
+    """Parameter name -> place in a single file, for one part ("unet", "text_encoder", "vae") with parameters `keys`.
+
+    `file_keys` of an existing file decide between spellings; without a file they are the family's own.
+    """
+    file_keys = frozenset(file_keys)
+    if part == "unet":
+        return unet_slots(keys)
+    if part == "vae":
+        bare = "encoder.conv_in.weight" in file_keys and f"{VAE_PREFIX}encoder.conv_in.weight" not in file_keys
+        return vae_slots(keys, "" if bare else VAE_PREFIX)
+    if any(key.startswith(OPENCLIP_PREFIX) for key in file_keys) or (kind == "sd2" and not file_keys):
+        return openclip_slots(keys)
+    slots = clip_slots(keys)
+    if f"{CLIP_PREFIX}embeddings.token_embedding.weight" in file_keys:  # the text_model. level is left out
+        slots = {key: Slot(slot.key.replace("text_model.", "", 1)) for key, slot in slots.items()}
+    return slots
+
+
+def part_reader(
+    part: str, keys: Iterable[str], weights: Weights, *, kind: str, subject: str
+) -> Callable[[str], torch.Tensor]:
+    """A function from a parameter name to its tensor in `weights`; raises OptionError if any is missing."""
+    slots = part_slots(part, keys, kind=kind, file_keys=weights.shapes)
+    missing = sorted({slot.key for slot in slots.values()} - set(weights.shapes))
+    if missing:
+        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        way_out = "name one with --vae" if part == "vae" else "use a complete checkpoint"
+        raise OptionError("", f"{subject} lacks {len(missing)} tensors of the {PART_NAMES[part]} ({some})", way_out)
+
+    def read(name: str) -> torch.Tensor:
+        slot = slots[name]
+        tensor = weights.tensor(slot.key)
+        return tensor if slot.part is None else tensor.chunk(3)[slot.part]
+
+    return read
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def save_single_file(
+    model: ModelState,
+    path: Path,
+    *,
+    source: Weights | None,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    counters: tuple[int, int] = (0, 0),
+) -> None:
+    """Write a .safetensors file, or a .ckpt by that extension.
+
+    `source`, the single file the model came from, gives every other tensor unchanged, so nothing in it is lost. `dtype`
+    None keeps each tensor's own. `counters` (epoch, global step) are added to a .ckpt source's and kept in a .ckpt.
+    """
+    entries = [*_model_entries(model, dtype), *_source_entries(model, source, dtype)]
+    if path.suffix.lower() == ".safetensors":
+        write_entries(entries, path, metadata)
+        return
+    import torch
+
+    known = getattr(source, "extra", {})
+    content: dict[str, Any] = {"state_dict": {}}
+    for name, count in zip(("epoch", "global_step"), counters, strict=True):
+        before = known.get(name)
+        content[name] = count + (before if isinstance(before, int) else 0)
+    for entry in entries:
+        tensor = entry.produce()
+        require_finite(entry, tensor)
+        content["state_dict"][entry.name] = tensor
+    with atomic_file(path) as file:
+        torch.save(content, file)
+
+
+def _model_entries(model: ModelState, dtype: torch.dtype | None) -> list[Entry]:
+    entries: list[Entry] = []
+    for part in PART_NAMES:
+        state: State = getattr(model, part)
+        groups: dict[str, list[str]] = {}
+        for name, slot in part_slots(part, state, kind=model.kind).items():
+            groups.setdefault(slot.key, []).append(name)  # q, k, v come in this order
+        for key, names in groups.items():
+            entries.append(_entry(key, [state[name] for name in names], dtype))
+    return entries
+
+
+def _entry(key: str, tensors: list[torch.Tensor], dtype: torch.dtype | None) -> Entry:
+    dtype = dtype or tensors[0].dtype
+    shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+    if is_vae_attention_weight(key):
+        shape = (*shape[:2], 1, 1)
+
+    def produce() -> torch.Tensor:
+        import torch
+
+        joined = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+        return joined.detach().to(device="cpu", dtype=dtype).reshape(shape).contiguous()
+
+    return Entry(key, header_dtype(dtype), shape, produce)
+
+
+def _source_entries(model: ModelState, source: Weights | None, dtype: torch.dtype | None) -> list[Entry]:
+    """Entries for what the source file holds beside the model; what SD 2.x readers expect where there is no file."""
+    if source is None:
+        return _unused_openclip_entries(model, dtype) if model.kind == "sd2" else []
+    mine = set(owned_keys(model, source.shapes))
+    return [_copied(source, name) for name in source.shapes if name not in mine]
+
+
+def owned_keys(model: ModelState, file_keys: Iterable[str]) -> Iterable[str]:
+    """The keys of a file that hold this model's tensors, in the file's own spelling and in ours."""
+    file_keys = frozenset(file_keys)
+    for part in PART_NAMES:
+        for keys in (file_keys, ()):
+            for slot in part_slots(part, getattr(model, part), kind=model.kind, file_keys=keys).values():
+                yield slot.key
+
+
+def _copied(source: Weights, name: str) -> Entry:
+    """A tensor of the source, unchanged; position ids that some tool turned into floats become integers again."""
+
+    def produce() -> torch.Tensor:
+        tensor = source.tensor(name)
+        return tensor.long() if repairs else tensor
+
+    dtype = source.dtypes[name]
+    repairs = name.endswith(".position_ids") and dtype.startswith(("F", "BF"))
+    return Entry(name, "I64" if repairs else dtype, tuple(source.shapes[name]), produce, is_trusted=True)
+
+
+def _unused_openclip_entries(model: ModelState, dtype: torch.dtype | None) -> list[Entry]:
+    """What readers of SD 2.x files expect and no Diffusers folder keeps: the last layer, which is not used (a copy of
+    the one before), the projection and the logit scale. The projection is the identity, so that pooled text stays text.
+    """
+    import torch
+
+    last = max(int(key.split(".")[3]) for key in model.text_encoder if ".layers." in key)
+    block = {
+        key.replace(f".layers.{last}.", f".layers.{last + 1}."): tensor
+        for key, tensor in model.text_encoder.items()
+        if f".layers.{last}." in key
+    }
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, slot in openclip_slots(block).items():
+        groups.setdefault(slot.key, []).append(block[name])
+    width = len(model.text_encoder["text_model.final_layer_norm.weight"])
+    dtype = model.text_encoder["text_model.final_layer_norm.weight"].dtype if dtype is None else dtype
+    return [
+        *(_entry(key, tensors, dtype) for key, tensors in groups.items()),
+        entry_of(f"{OPENCLIP_PREFIX}text_projection", torch.eye(width, dtype=dtype)),
+        entry_of(f"{OPENCLIP_PREFIX}logit_scale", torch.ones((), dtype=dtype)),
+    ]
+
+
+def single_file_state(model: ModelState) -> dict[str, torch.Tensor]:
+    """The tensors of a single file for a model that comes from no file."""
+    return {entry.name: entry.produce() for entry in (*_model_entries(model, None), *_source_entries(model, None, None))}

@@ -1,0 +1,15 @@
+"""Where a model came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from, as far as saving and metadata need it."""
+
+    path: str  # as the user gave it
+    kind: str  # "sd1" | "sd2" | "sdxl"
+    is_single_file: bool
+    v_prediction: bool

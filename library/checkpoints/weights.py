@@ -1,0 +1,188 @@
+"""Files of weights, read lazily: names and shapes at once, each tensor when it is asked for.
+
+Tensors are memory-mapped views of the file: whoever keeps one copies it, once, to where it shall live.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from library.checkpoints.safetensors_io import Header, header_dtype, read_header
+from library.options import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Weights(Protocol):
+    """Named tensors of one or several files; a context manager that closes them."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]  # as a safetensors header names them: "F16", "F32", ...
+    metadata: Mapping[str, str]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A CPU tensor that may share memory with the file."""
+        ...
+
+    def __enter__(self) -> Weights: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def open_weights(path: Path | str, where: str = "") -> Weights:
+    """Open a .safetensors file or a pickle by content, not by name; raises OptionError for anything else."""
+    path = Path(path)
+    if is_safetensors(path):
+        return SafetensorsWeights(path, where)
+    return PickledWeights(path, where)
+
+
+def is_safetensors(path: Path) -> bool:
+    """By the extension, as the trade decides, or else by the first bytes."""
+    if path.suffix.lower() == ".safetensors" or not path.is_file():
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and not start.startswith(b"PK")
+
+
+class SafetensorsWeights:
+    """A .safetensors file. Only the header is read until a tensor is asked for."""
+
+    def __init__(self, path: Path, where: str = "") -> None:
+        self.path = path
+        self.header: Header = read_header(path, where)
+        self.shapes = {name: info.shape for name, info in self.header.tensors.items()}
+        self.dtypes = {name: info.dtype for name, info in self.header.tensors.items()}
+        self.metadata = self.header.metadata
+        self._handle: Any = None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if self._handle is None:
+            from safetensors import safe_open
+
+            self._handle = safe_open(self.path, framework="pt")
+        return self._handle.get_tensor(name)
+
+    def __enter__(self) -> SafetensorsWeights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle = None
+
+
+class PickledWeights:
+    """A .ckpt, .pt or .bin file: a dictionary of tensors, or one under "state_dict".
+
+    torch's weights-only reader runs no code of the file. Training programs leave foreign objects in such files (their
+    callbacks, numbers of numpy); these become inert placeholders.
+    """
+
+    def __init__(self, path: Path, where: str = "") -> None:
+        self.path = path
+        content = _unpickle(path, where)
+        state = content.get("state_dict", content)
+        self.extra = {key: content[key] for key in ("epoch", "global_step") if state is not content and key in content}
+        self._tensors = {name: value for name, value in state.items() if _is_tensor(value)}
+        self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
+        self.dtypes = {name: header_dtype(value.dtype) for name, value in self._tensors.items()}
+        self.metadata: dict[str, str] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __enter__(self) -> PickledWeights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tensors = {}
+
+
+class Inert:
+    """Stands for an object of a class that is not loaded."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _unpickle(path: Path, where: str) -> dict[str, Any]:
+    import torch
+
+    subject = f"{where}: {path}" if where else f"{path}"
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            if is_zip:
+                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+                stack.enter_context(torch.serialization.safe_globals([(Inert, name) for name in foreign]))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, KeyError, AttributeError, TypeError):
+        with path.open("rb") as file:
+            looks_torch = file.read(2) in (b"PK", b"\x80\x02")
+        problem = "is damaged or truncated" if looks_torch else "is no model file"
+        raise OptionError("", f"{subject} {problem}", "copy or download it again" if looks_torch else "") from None
+    if not isinstance(content, dict):
+        raise OptionError("", f"{subject} is no model file: it holds no dictionary of tensors")
+    return content
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+class MergedWeights:
+    """Several files as one: the shards of a large Diffusers component."""
+
+    def __init__(self, parts: list[Weights]) -> None:
+        self.parts = parts
+        self._home = {name: part for part in parts for name in part.shapes}
+        self.shapes = {name: part.shapes[name] for name, part in self._home.items()}
+        self.dtypes = {name: part.dtypes[name] for name, part in self._home.items()}
+        self.metadata: dict[str, str] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._home[name].tensor(name)
+
+    def __enter__(self) -> MergedWeights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for part in self.parts:
+            part.__exit__(*error)
+
+
+def open_component(folder: Path, stem: str, where: str = "") -> Weights:
+    """The weights of one component of a Diffusers folder: `stem`.safetensors, a sharded one, an fp16 variant, or .bin.
+
+    `stem` is "diffusion_pytorch_model" or "model"; the .bin of text encoders is called "pytorch_model".
+    """
+    old_stem = "pytorch_model" if stem == "model" else stem
+    names = [f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
+    names += [f"{old_stem}{variant}.bin" for variant in ("", ".fp16")]
+    for name in names:
+        if (folder / name).is_file():
+            return open_weights(folder / name, where)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return MergedWeights([open_weights(folder / shard, where) for shard in shards])
+    subject = f"{where}: {folder}" if where else f"{folder}"
+    raise OptionError("", f"{subject} holds no {stem}.safetensors", "check that the download is complete")

@@ -1,0 +1,126 @@
+"""The command line of the generators: flags -> configuration -> requests -> pictures, and what goes wrong on the way.
+
+Everything that can be told without a model is checked before torch is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.generate.options import CONFIG_GROUPS, GenerationConfig, PromptOptions, counted
+from library.generate.output import prepare_folder
+from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
+from library.generate.request import GenerationRequest, make_requests
+from library.options import OptionError, OptionParser, add_arguments, build, require
+
+logger = logging.getLogger(__name__)
+
+USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a generator's entry script is."""
+
+    description: str
+    family: str  # "module:Class"
+
+
+def main(script: Script, argv: Sequence[str] | None = None) -> None:
+    """Run a generator and end the program with its exit code."""
+    sys.exit(run(script, argv))
+
+
+def run(script: Script, argv: Sequence[str] | None = None) -> int:
+    """0 when done, 2 for a mistake of the user's, 130 when interrupted, 1 for anything else."""
+    parser = build_parser(script.description)
+    values = vars(parser.parse_strictly(argv))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    folder = None
+    try:
+        config = GenerationConfig(**{name: build(group, values) for name, group in CONFIG_GROUPS.items()})
+        requests = check(config)
+        folder = prepare_folder(config.output.outdir, max(3 * item.width * item.height for item in requests))
+        paths = generate(script.family, config, requests, folder)
+        logger.info("%s in %s", counted(len(paths), "picture"), folder)
+        return 0
+    except OptionError as error:
+        return _end(parser.prog, USER_MISTAKE, _in_words_of_generators(error))
+    except KeyboardInterrupt:
+        return _end(parser.prog, INTERRUPTED, f"stopped; finished pictures are in {folder}" if folder else "stopped")
+    except Exception as error:  # the last resort: one sentence on the screen, everything in the log
+        log = write_log(folder, argv)
+        return _end(parser.prog, FAILURE, f"{type(error).__name__}: {_first_line(error)}; the details are in {log}")
+
+
+def generate(
+    family_name: str, config: GenerationConfig, requests: Sequence[GenerationRequest], folder: Path
+) -> list[Path]:
+    """Load the model and its networks, and make the pictures. This is where torch is loaded."""
+    from library.generate import images
+
+    module, _, name = family_name.partition(":")
+    family = getattr(importlib.import_module(module), name)()
+    plan = images.load_plan(config.compute)
+    bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
+    return images.generate(config, requests, family, bundle, folder)
+
+
+def build_parser(description: str) -> OptionParser:
+    """A parser with one flag per option of generation."""
+    parser = OptionParser(description=description)
+    for group in CONFIG_GROUPS.values():
+        add_arguments(parser, group)
+    return parser
+
+
+def check(config: GenerationConfig) -> list[GenerationRequest]:
+    """The pictures asked for; raises OptionError for everything that is wrong without looking into a model."""
+    if config.checkpoint.tokenizer_cache_dir is not None:
+        logger.info("--tokenizer_cache_dir has no effect: the CLIP vocabulary is part of this project")
+    for file in config.networks.files:
+        require(Path(file.path).is_file(), "--network_weights", f"{file.path} is no file", "check the path")
+    return make_requests(read_lines(config.prompts), config.prompts, config.picture)
+
+
+def read_lines(prompts: PromptOptions) -> list[PromptLine]:
+    """The prompts of --from_file, or of --prompt."""
+    if prompts.from_file is None:
+        return [parse_prompt_line(prompts.prompt or "")]
+    if prompts.prompt is not None:
+        logger.warning("--prompt has no effect beside --from_file")
+    return read_prompt_file(prompts.from_file)
+
+
+def write_log(folder: Path | None, argv: Sequence[str] | None) -> Path:
+    """Write the current exception's traceback, with what was asked for, into a log file."""
+    import torch
+
+    path = (folder or Path(tempfile.gettempdir())) / f"error_{time.strftime('%Y%m%d%H%M%S')}.log"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
+    command = " ".join(sys.argv[1:] if argv is None else argv)
+    path.write_text(f"{command}\n{versions}\n\n{traceback.format_exc()}", encoding="utf-8")
+    return path
+
+
+def _in_words_of_generators(error: OptionError) -> str:
+    """Families speak of the option by which training names the model; here it is --ckpt."""
+    return str(error).replace("--pretrained_model_name_or_path", "--ckpt")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _end(program: str, code: int, sentence: str) -> int:
+    sys.stderr.write(f"{program}: {sentence}\n")
+    return code

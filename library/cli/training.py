@@ -1,0 +1,141 @@
+"""The command line of every training script: parse, check, and start the run.
+
+This is the only place that knows an argparse namespace. Whatever can be refused without torch is refused before it
+is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from library.cli import legacy
+from library.cli.config_file import config_path, read_config_file, write_config_file
+from library.options import Option, OptionError, OptionParser, add_arguments, build, opt, options_of
+from library.train.options import CONFIG_GROUPS, RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Options from a file."""
+
+    config_file: str | None = opt(help="TOML file with flags; the command line wins over it")
+    output_config: bool = opt(False, help="write the flags of this command line to --config_file and end")
+
+
+@dataclass(frozen=True)
+class Script:
+    """What an entry script is: a family, a target and the options its command line offers."""
+
+    description: str
+    family: str  # "module:Class"
+    target: str
+    target_options: type
+    tracker_name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def groups(self) -> tuple[type, ...]:
+        return (FileOptions, *CONFIG_GROUPS.values(), self.target_options, legacy.LegacyOptions)
+
+    def options(self) -> dict[str, Option]:
+        """Every option of the script by name, with this script's defaults."""
+        found = {option.name: option for group in self.groups() for option in options_of(group)}
+        return {name: replace(option, default=self.defaults.get(name, option.default)) for name, option in found.items()}
+
+
+def main(script: Script, argv: Sequence[str] | None = None) -> None:
+    """Run a training script and end the program with its exit code."""
+    sys.exit(run(script, argv))
+
+
+def run(script: Script, argv: Sequence[str] | None = None) -> int:
+    """0 when done, 2 for a mistake of the user's, 128 + n when stopped by signal n, 1 for anything else."""
+    log_file: Path | None = None
+    try:
+        config, notes = parse(script, argv)
+        if config is None:
+            return 0
+        from library.train.preflight import check_before_start  # after parsing: it reads files
+
+        checked = check_before_start(config, _module_and_name(script.family)[0])
+        log_file = checked.log_file
+        family, target = _load(script, checked.config)
+        from library.train.session import run_training
+
+        return run_training(checked, family, target, script.tracker_name, notes)
+    except OptionError as error:
+        return _refuse(str(error), log_file)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted before training began; nothing was lost\n")
+        return 130
+    except Exception as error:  # the last resort: one sentence on the screen, everything in the log
+        return _report(error, log_file or Path(f"{Path(sys.argv[0]).stem}-error.log"))
+
+
+def build_parser(script: Script) -> OptionParser:
+    parser = OptionParser(description=script.description)
+    for group in script.groups():
+        add_arguments(parser, group, script.defaults)
+    return parser
+
+
+def parse(script: Script, argv: Sequence[str] | None = None) -> tuple[RunConfig | None, list[str]]:
+    """(configuration, sentences to print); no configuration when --output_config was all that was asked for."""
+    parser = build_parser(script)
+    namespace = parser.parse_strictly(argv)
+    options = script.options()
+    if namespace.config_file and not namespace.output_config:
+        parser.set_defaults(**read_config_file(config_path(namespace.config_file), options))
+        namespace = parser.parse_strictly(argv)
+    if namespace.output_config:
+        _write_config(namespace, options)
+        return None, []
+    values = legacy.translate(vars(namespace))
+    groups = {name: build(group, values) for name, group in CONFIG_GROUPS.items()}
+    config = RunConfig(**groups, target=build(script.target_options, values))
+    return config, legacy.notes(values)
+
+
+def _write_config(namespace: Namespace, options: Mapping[str, Option]) -> None:
+    if not namespace.config_file:
+        raise OptionError("--output_config", "needs --config_file to name the file to write")
+    write_config_file(config_path(namespace.config_file), vars(namespace), options)
+
+
+def _load(script: Script, config: RunConfig) -> tuple[Any, Any]:
+    """The family and the target; this is where torch is loaded."""
+    family_module, family_name = _module_and_name(script.family)
+    target_module, target_name = _module_and_name(script.target)
+    family = getattr(importlib.import_module(family_module), family_name)()
+    target = getattr(importlib.import_module(target_module), target_name)(config.target, config.text)
+    return family, target
+
+
+def _module_and_name(path: str) -> tuple[str, str]:
+    module, _, name = path.partition(":")
+    return module, name
+
+
+def _refuse(sentence: str, log_file: Path | None) -> int:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {sentence}\n")
+    if log_file is not None and log_file.parent.is_dir():
+        with open(log_file, "a", encoding="utf-8") as file:
+            file.write(f"{sentence}\n")
+    return 2
+
+
+def _report(error: Exception, log_file: Path) -> int:
+    with open(log_file, "a", encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    first_line = (str(error).splitlines() or [""])[0]
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {first_line} (details in {log_file})\n")
+    return 1

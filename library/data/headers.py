@@ -1,0 +1,203 @@
+"""Size and orientation of image files from their headers, over one small read.
+
+Formats are told by their first bytes, not by the file's name. PNG, JPEG, WebP and BMP are read here (PNG: W3C PNG 3rd
+edition; JPEG: ITU-T T.81 with Exif 2.32; WebP: RFC 9649); everything else, and rare variants, by Pillow.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from typing import BinaryIO, NamedTuple
+
+HEAD_BYTES = 4096  # covers nearly every header, and a page of the disk is read in any case
+ORIENTATION_TAG = 0x0112
+XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:="|>)([1-8])""")
+JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+JPEG_BARE_MARKERS = frozenset((0x01, *range(0xD0, 0xD9)))
+
+
+class BadImage(ValueError):
+    """Why a file can't be used as an image."""
+
+
+class Header(NamedTuple):
+    """What is known of an image without decoding it."""
+
+    size_wh: tuple[int, int]  # upright: after the rotation that `orientation` asks for
+    orientation: int  # of Exif or XMP: 1 (upright) to 8
+    looks_whole: bool  # the format's end mark is where it belongs
+
+
+class _Unknown(Exception):
+    """Not one of the formats read here."""
+
+
+def read_header(path: str) -> Header:
+    """The header of an image file; raises BadImage with the reason."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            view = _View(file)
+            try:
+                size, orientation, whole = _reader(view)(view)
+            except _Unknown:
+                return _read_with_pillow(path)
+    except OSError as error:
+        raise BadImage(error.strerror or "can't be read") from None
+    except (struct.error, IndexError):
+        raise BadImage("cut off within its header") from None
+    if min(size) < 1:
+        raise BadImage("says that it has no pixels")
+    return Header(size[::-1] if orientation >= 5 else size, orientation, whole)
+
+
+class _View:
+    """Random access to a file whose beginning is at hand."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.head = file.read(HEAD_BYTES)
+        self.length = os.fstat(file.fileno()).st_size
+
+    def at(self, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset`, or fewer at the end of the file."""
+        if offset + count <= len(self.head):
+            return self.head[offset : offset + count]
+        self.file.seek(offset)
+        return self.file.read(count)
+
+
+def _reader(view: _View):
+    head = view.head
+    if not head:
+        raise BadImage("is empty")
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _png
+    if head.startswith(b"\xff\xd8"):
+        return _jpeg
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return _webp
+    if head.startswith(b"BM"):
+        return _bmp
+    raise _Unknown
+
+
+def _read_with_pillow(path: str) -> Header:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(ORIENTATION_TAG, 1)
+            size = image.size
+    except UnidentifiedImageError:
+        raise BadImage("is not an image, or of a kind that this Pillow can't read") from None
+    except Exception as error:  # plug-ins raise whatever they like on broken files
+        raise BadImage(f"can't be read ({error})") from None
+    orientation = orientation if orientation in range(1, 9) else 1
+    return Header(size[::-1] if orientation >= 5 else size, orientation, False)
+
+
+# ---------------------------------------------------------------------------------------------- formats
+# each reader returns ((width, height) as stored, orientation, whether the end mark is there)
+
+
+def _png(view: _View) -> tuple[tuple[int, int], int, bool]:
+    size = struct.unpack(">II", view.at(16, 8))
+    orientation, offset = 1, 33
+    while True:
+        length, kind = struct.unpack(">I4s", view.at(offset, 8))
+        if kind == b"eXIf":
+            orientation = _tiff_orientation(view.at(offset + 8, length))
+        elif kind in (b"tEXt", b"zTXt", b"iTXt") and orientation == 1:
+            text = view.at(offset + 8, min(length, 22))
+            if text.startswith((b"Raw profile type exif", b"XML:com.adobe.xmp")):
+                raise _Unknown  # Exif or XMP in text form, maybe compressed
+        elif kind in (b"IDAT", b"IEND"):
+            break
+        offset += 12 + length
+    return size, orientation, view.at(view.length - 8, 4) == b"IEND"
+
+
+def _jpeg(view: _View) -> tuple[tuple[int, int], int, bool]:
+    orientation = xmp_orientation = 1
+    offset = 2
+    while True:
+        fill, marker, length = struct.unpack(">BBH", view.at(offset, 4))
+        if fill != 0xFF:
+            raise BadImage("is a damaged JPEG: no marker where one belongs")
+        if marker == 0xFF or marker in JPEG_BARE_MARKERS:  # a fill byte, or a marker without content
+            offset += 1 if marker == 0xFF else 2
+            continue
+        if marker in (0xD9, 0xDA):
+            raise BadImage("is a damaged JPEG: its pixels begin before its size is told")
+        if marker == 0xE1:
+            start = view.at(offset + 4, 6)
+            if start == b"Exif\0\0":
+                orientation = _tiff_orientation(view.at(offset + 10, length - 8))
+            elif start == b"http:/":
+                found = XMP_ORIENTATION.search(view.at(offset + 4, length - 2))
+                xmp_orientation = int(found[1]) if found else xmp_orientation
+        elif marker in JPEG_SIZE_MARKERS:
+            height, width = struct.unpack(">HH", view.at(offset + 5, 4))
+            break
+        offset += 2 + length
+    if orientation == 1:
+        orientation = xmp_orientation
+    return (width, height), orientation, view.at(view.length - 2, 2) == b"\xff\xd9"
+
+
+def _webp(view: _View) -> tuple[tuple[int, int], int, bool]:
+    whole = struct.unpack("<I", view.at(4, 4))[0] + 8 <= view.length
+    kind = view.at(12, 4)
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", view.at(26, 4))
+        return (width & 0x3FFF, height & 0x3FFF), 1, whole
+    if kind == b"VP8L":
+        bits = struct.unpack("<I", view.at(21, 4))[0]
+        return ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1), 1, whole
+    if kind != b"VP8X":
+        raise _Unknown
+    flags, size = view.at(20, 1)[0], view.at(24, 6)
+    width, height = (int.from_bytes(part, "little") + 1 for part in (size[:3], size[3:]))
+    if len(size) < 6:
+        raise BadImage("cut off within its header")
+    return (width, height), _webp_orientation(view) if flags & 0x08 else 1, whole
+
+
+def _webp_orientation(view: _View) -> int:
+    offset = 12
+    while offset + 8 <= view.length:
+        kind, length = struct.unpack("<4sI", view.at(offset, 8))
+        if kind == b"EXIF":
+            return _tiff_orientation(view.at(offset + 8, length).removeprefix(b"Exif\0\0"))
+        offset += 8 + length + length % 2
+    return 1
+
+
+def _bmp(view: _View) -> tuple[tuple[int, int], int, bool]:
+    start, header_bytes = struct.unpack("<II", view.at(10, 8))
+    if header_bytes < 40:
+        raise _Unknown  # the OS/2 variant
+    width, height, _planes, depth, compression = struct.unpack("<iiHHI", view.at(18, 16))
+    row_bytes = (width * depth + 31) // 32 * 4
+    whole = compression in (0, 3) and start + row_bytes * abs(height) <= view.length
+    return (width, abs(height)), 1, whole
+
+
+def _tiff_orientation(block: bytes) -> int:
+    """The orientation in a TIFF block, as Exif holds it; 1 where it says nothing valid."""
+    order = {b"II": "<", b"MM": ">"}.get(block[:2])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(f"{order}I", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, directory)
+        for index in range(count):
+            tag, kind = struct.unpack_from(f"{order}HH", block, directory + 2 + 12 * index)
+            if tag == ORIENTATION_TAG:
+                (value,) = struct.unpack_from(f"{order}{'I' if kind == 4 else 'H'}", block, directory + 10 + 12 * index)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # a damaged block: the picture itself may be well
+    return 1

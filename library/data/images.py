@@ -1,0 +1,122 @@
+"""From image files to training pixels.
+
+Images are (H, W, 3) uint8 arrays in RGB order until `to_tensor`.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from os import cpu_count
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from library.data.buckets import Placement
+from library.data.headers import BadImage
+
+UPRIGHT = {  # Exif orientation -> how the stored picture becomes upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+COLOR_AUG_RATE = 0.33
+MAX_HUE_SHIFT = 8  # of OpenCV's 180 hue values
+GAMMA_RANGE = (0.95, 1.05)
+
+
+def load_image(source: str | bytes, orientation: int = 1) -> np.ndarray:
+    """The upright picture as RGB, transparent parts on white; `source` is a path or the file's bytes.
+
+    Raises BadImage with the reason.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            rgb = _to_rgb(image)
+            return np.asarray(rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb)
+    except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error ...
+        raise BadImage(str(error) or type(error).__name__) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def place(image: np.ndarray, placement: Placement, random_crop: random.Random | None = None) -> np.ndarray:
+    """Resized and cut to the bucket: in the centre, or where `random_crop` says."""
+    image = resize(image, placement.resized_wh)
+    (width, height), (bucket_w, bucket_h) = placement.resized_wh, placement.bucket_wh
+    spare_x, spare_y = width - bucket_w, height - bucket_h
+    x = random_crop.randint(0, spare_x) if random_crop else spare_x // 2
+    y = random_crop.randint(0, spare_y) if random_crop else spare_y // 2
+    return image[y : y + bucket_h, x : x + bucket_w]
+
+
+def resize(image: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
+    """By area when both sides shrink, else Lanczos: averaging makes blocks when it enlarges."""
+    height, width = image.shape[:2]
+    if (width, height) == size_wh:
+        return image
+    if size_wh[0] <= width and size_wh[1] <= height:
+        return cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA)
+    return np.asarray(Image.fromarray(image).resize(size_wh, Image.Resampling.LANCZOS))
+
+
+def augment_color(image: np.ndarray, draw: random.Random) -> np.ndarray:
+    """One time in three, a slight shift of hue or change of gamma."""
+    if draw.random() > COLOR_AUG_RATE:
+        return image
+    if draw.random() > 0.5:
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        shift = draw.uniform(-MAX_HUE_SHIFT, MAX_HUE_SHIFT)
+        hsv[..., 0] = np.mod(hsv[..., 0] + shift, 180).astype(np.uint8)
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    gamma = draw.uniform(*GAMMA_RANGE)
+    table = (np.arange(256, dtype=np.float64) ** gamma).clip(0, 255).astype(np.uint8)
+    return table[image]
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """(3, H, W) float32 in [-1, 1]."""
+    pixels_CHW = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return pixels_CHW.float().div_(255).sub_(0.5).div_(0.5).contiguous()
+
+
+def find_broken(paths: Iterable[str]) -> dict[str, str]:
+    """Paths of images that can't be decoded to the end, with the reason; on all cores."""
+    paths = list(paths)
+    broken = {}
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        results = pool.map(_why_broken, paths, chunksize=16)
+        for path, reason in tqdm(
+            zip(paths, results, strict=True), total=len(paths), desc="checking images", delay=2, unit="image"
+        ):
+            if reason:
+                broken[path] = reason
+    return broken
+
+
+def _why_broken(path: str) -> str | None:
+    try:
+        with Image.open(path) as image:
+            # a JPEG decoded at an eighth of its size is read to the end as well, at half the cost
+            image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
+            image.load()
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return None

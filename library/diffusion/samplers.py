@@ -1,0 +1,131 @@
+"""Samplers: the trade's names as a table over diffusers' schedulers, all with one set of settings.
+
+Importing this module imports neither torch nor diffusers, so command lines can offer the names at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from library.options import OptionError, require
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One row of the table: a scheduler class of diffusers and the settings it needs beyond the common ones."""
+
+    scheduler: str
+    label: str  # how web user interfaces call it
+    settings: Mapping[str, Any]
+    least_steps: int = 1
+    most_steps: int = 1000
+
+
+# Timesteps are spaced as by diffusers 0.21, with which the trade's pictures were made: "leading" (offset 1) for DDIM
+# and PNDM, "linspace" for the others. Later versions of diffusers changed some of these defaults, so all are given.
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
+LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 1}
+DPM = LINSPACE | {"final_sigmas_type": "sigma_min", "lower_order_final": True, "solver_order": 2}
+
+
+def _dpm(label: str, scheduler: str, algorithm: str) -> Sampler:
+    # more than 999 steps would visit a timestep twice and divide by zero
+    return Sampler(scheduler, label, DPM | {"algorithm_type": algorithm}, most_steps=999)
+
+
+LMS = Sampler("LMSDiscreteScheduler", "LMS", LINSPACE)
+EULER = Sampler("EulerDiscreteScheduler", "Euler", LINSPACE)
+EULER_A = Sampler("EulerAncestralDiscreteScheduler", "Euler a", LINSPACE)
+DPM_2 = Sampler("KDPM2DiscreteScheduler", "DPM2", LINSPACE)
+DPM_2_A = Sampler("KDPM2AncestralDiscreteScheduler", "DPM2 a", LINSPACE)
+DDIM = Sampler("DDIMScheduler", "DDIM", LEADING | {"clip_sample": False, "set_alpha_to_one": True}, most_steps=999)
+PNDM = Sampler("PNDMScheduler", "PNDM", LEADING | {"skip_prk_steps": False}, least_steps=4, most_steps=999)
+
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
+    {
+        "ddim": DDIM,
+        "pndm": PNDM,
+        "lms": LMS,
+        "euler": EULER,
+        "euler_a": EULER_A,
+        "heun": Sampler("HeunDiscreteScheduler", "Heun", LINSPACE | {"clip_sample": False}),
+        "dpm_2": DPM_2,
+        "dpm_2_a": DPM_2_A,
+        "dpmsolver": _dpm("DPM 2M", "DPMSolverMultistepScheduler", "dpmsolver"),
+        "dpmsolver++": _dpm("DPM++ 2M", "DPMSolverMultistepScheduler", "dpmsolver++"),
+        "dpmsingle": _dpm("DPM++ 2S", "DPMSolverSinglestepScheduler", "dpmsolver++"),
+        "k_lms": LMS,
+        "k_euler": EULER,
+        "k_euler_a": EULER_A,
+        "k_dpm_2": DPM_2,
+        "k_dpm_2_a": DPM_2_A,
+    }
+)
+
+
+def check_steps(where: str, sampler: str, steps: int) -> None:
+    """Raise OptionError unless `sampler` can take this many steps; `where` names the option."""
+    row = SAMPLERS[sampler]
+    problem = f"{steps} is out of range for the sampler {sampler}"
+    require(row.least_steps <= steps <= row.most_steps, where, problem, f"use {row.least_steps} to {row.most_steps}")
+
+
+def make_scheduler(sampler: str, *, v_prediction: bool) -> SchedulerMixin:
+    """A fresh diffusers scheduler for one batch; raises OptionError when a package it needs is missing.
+
+    `v_prediction`: the model predicts velocity (Salimans and Ho 2022) instead of noise.
+    """
+    import diffusers
+
+    from library.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
+
+    row = SAMPLERS[sampler]
+    if row is LMS:
+        _require_scipy(sampler)
+    scheduler_class = getattr(diffusers, row.scheduler)
+    known = inspect.signature(scheduler_class.__init__).parameters
+    with warnings.catch_warnings():  # "dpmsolver" is announced to go in diffusers 1.0; the name stays the trade's
+        warnings.simplefilter("ignore", FutureWarning)
+        return scheduler_class(
+            num_train_timesteps=NUM_TIMESTEPS,
+            beta_start=BETA_START,
+            beta_end=BETA_END,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction" if v_prediction else "epsilon",
+            **{name: value for name, value in row.settings.items() if name in known},
+        )
+
+
+def stepper(
+    scheduler: SchedulerMixin, generators: Sequence[torch.Generator]
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """step(prediction_BCHW, timestep, latents_BCHW) -> the next latents_BCHW.
+
+    A sampler that adds noise draws it for image i from `generators[i]`, so a picture does not depend on its batch.
+    """
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    arguments = {"generator": list(generators)} if draws else {}
+
+    def step(prediction_BCHW: torch.Tensor, timestep: torch.Tensor, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        return scheduler.step(prediction_BCHW, timestep, latents_BCHW, return_dict=False, **arguments)[0]
+
+    return step
+
+
+def _require_scipy(sampler: str) -> None:
+    """diffusers imports without scipy, but its LMS scheduler cannot take a step then."""
+    try:
+        import scipy.integrate  # noqa: F401
+    except ImportError:
+        raise OptionError(
+            "--sampler", f"{sampler!r} needs the package scipy", "run `pip install scipy`, or use --sampler euler"
+        ) from None

@@ -1,0 +1,81 @@
+"""From requests to files: batches, progress, decoding, and what to say when numbers or memory run out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from library.families.base import LoadPlan, ModelBundle, ModelFamily
+from library.generate.conditions import PromptEncoder
+from library.generate.denoise import decode, denoise
+from library.generate.options import ComputeOptions, GenerationConfig
+from library.generate.output import PictureWriter
+from library.generate.request import GenerationRequest, batches
+from library.options import OptionError
+
+logger = logging.getLogger(__name__)
+
+
+def load_plan(compute: ComputeOptions) -> LoadPlan:
+    """The whole model in one precision on the fastest device there is."""
+    dtype = torch.float16 if compute.fp16 else torch.bfloat16 if compute.bf16 else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cpu":
+        logger.info("no GPU found: pictures are computed on the CPU, which is slow for full-size models")
+    return LoadPlan(unet=dtype, text_encoders=dtype, vae=dtype, device=torch.device(device))
+
+
+def generate(
+    config: GenerationConfig,
+    requests: Sequence[GenerationRequest],
+    family: ModelFamily,
+    bundle: ModelBundle,
+    folder: Path,
+) -> list[Path]:
+    """Make the pictures and write them into `folder`; returns their paths in the order of the requests."""
+    encoder = PromptEncoder(family, bundle)
+    writer = PictureWriter(folder, config.output, model_name=Path(bundle.source.path).stem)
+    progress = tqdm(total=len(requests), unit="picture", desc="pictures")
+    with logging_redirect_tqdm(), writer, progress:
+        for batch in batches(requests, config.compute.batch_size, encoder.windows):
+            with memory_explained(config.compute):
+                pictures = make_pictures(family, bundle, batch, encoder)
+            for index, (request, picture) in enumerate(zip(batch, pictures, strict=True)):
+                writer.write(picture, request, index)
+            progress.update(len(batch))
+    return writer.paths
+
+
+def make_pictures(
+    family: ModelFamily, bundle: ModelBundle, batch: Sequence[GenerationRequest], encoder: PromptEncoder
+) -> list[Image.Image]:
+    """One batch, with a progress bar over its steps; raises OptionError for latents that are not numbers."""
+    with tqdm(unit="step", desc="steps", leave=False) as progress:
+
+        def show(_done: int, total: int) -> None:
+            progress.total = total
+            progress.update()
+
+        latents_BChw = denoise(family, bundle, batch, encoder=encoder, progress=show)
+    if not latents_BChw.isfinite().all():
+        way_out = "use --bf16, or neither of both" if next(bundle.unet.parameters()).dtype == torch.float16 else ""
+        raise OptionError("", "the model's output is not finite: the weights or their precision are at fault", way_out)
+    return [Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in decode(bundle, latents_BChw)]
+
+
+@contextmanager
+def memory_explained(compute: ComputeOptions) -> Iterator[None]:
+    """Turn running out of GPU memory into a sentence with the ways out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        smaller = "a smaller --batch_size, smaller pictures" if compute.batch_size > 1 else "smaller pictures"
+        way_out = f"use {smaller}" + ("" if compute.fp16 or compute.bf16 else ", --fp16 or --bf16")
+        raise OptionError("--batch_size", f"{compute.batch_size} does not fit into the GPU's memory", way_out) from None

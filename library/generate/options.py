@@ -1,0 +1,230 @@
+"""Options of generation: which model, which pictures, which networks, where they go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.diffusion.samplers import SAMPLERS, check_steps
+from library.families.options import ModelOptions
+from library.models.options import AttentionOptions
+from library.options import OptionError, opt, require
+
+SIZE_STEP = 8  # pixels of one latent pixel
+SEED_RANGE = range(-(2**63), 2**64)  # what torch's generators take
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """The model."""
+
+    ckpt: str | None = opt(
+        help="model: a .safetensors or .ckpt file, a Diffusers folder, or a hub id (only this uses the network)"
+    )
+    vae: str | None = opt(help="replace the VAE: a VAE file, a full checkpoint, a Diffusers folder or a hub id")
+    v2: bool = opt(False, help="assert that the model is Stable Diffusion 2.x (found from the file in any case)")
+    v_parameterization: bool = opt(
+        False, help="the model predicts velocity (SD 2.x 768-v); found from the file where it says so"
+    )
+    tokenizer_cache_dir: str | None = opt(help="no effect: the CLIP vocabulary is part of this project")
+
+    def __post_init__(self) -> None:
+        way_out = "name a .safetensors or .ckpt file, a Diffusers folder or a hub id"
+        require(bool(self.ckpt), "--ckpt", "no model given", way_out)
+
+    @property
+    def model(self) -> ModelOptions:
+        """The same in the words of the families."""
+        return ModelOptions(
+            pretrained_model_name_or_path=self.ckpt,
+            v2=self.v2,
+            v_parameterization=self.v_parameterization,
+            vae=self.vae,
+        )
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How pictures are computed."""
+
+    fp16: bool = opt(False, help="half precision; float32 without this option")
+    bf16: bool = opt(False, help="bfloat16 precision; --fp16 takes precedence")
+    xformers: bool = opt(False, help="xformers' memory-efficient attention (package xformers)")
+    sdpa: bool = opt(False, help="PyTorch's scaled dot-product attention; the default")
+    batch_size: int = opt(1, help="pictures computed at once; a picture does not depend on its batch")
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "--batch_size", f"{self.batch_size} is out of range", "use 1 or more")
+
+    @property
+    def attention(self) -> AttentionOptions:
+        return AttentionOptions(xformers=self.xformers, sdpa=self.sdpa)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What is asked for."""
+
+    prompt: str | None = opt(help="one prompt; its options (--n, --w ...) may follow inside the quotes")
+    from_file: str | None = opt(help="text file (UTF-8) with one prompt per line; takes precedence over --prompt")
+    images_per_prompt: int = opt(1, help="pictures per prompt")
+    n_iter: int = opt(1, help="times the whole list of prompts is repeated")
+    seed: int | None = opt(help="all seeds follow from it; one picture of one prompt has it as its own")
+
+    def __post_init__(self) -> None:
+        require(
+            self.prompt is not None or self.from_file is not None,
+            "--prompt",
+            "no prompt given",
+            'give --prompt "a photo of a cat", or a file of prompts with --from_file',
+        )
+        for name in ("images_per_prompt", "n_iter"):
+            require(getattr(self, name) >= 1, f"--{name}", f"{getattr(self, name)} is out of range", "use 1 or more")
+        check_seed("--seed", self.seed)
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """How a picture is made where its prompt line does not say otherwise."""
+
+    W: int | None = opt(help="width in pixels, a multiple of 8; 512 without this option")
+    H: int | None = opt(help="height in pixels, a multiple of 8; 512 without this option")
+    steps: int = opt(50, help="denoising steps")
+    scale: float = opt(7.5, help="classifier-free guidance; 1 or less switches it off")
+    sampler: str = opt("ddim", choices=list(SAMPLERS), help="sampling method")
+    clip_skip: int | None = opt(help="take the text encoder's n-th layer from the end (1 = the last)")
+    max_embeddings_multiples: int | None = opt(help="longest prompt in windows of 75 tokens; 1 without this option")
+
+    def __post_init__(self) -> None:
+        check_size("--W", self.width)
+        check_size("--H", self.height)
+        require(math.isfinite(self.scale), "--scale", f"{self.scale} is no scale", "use 7.5 or so")
+        check_steps("--steps", self.sampler, self.steps)
+        skip, windows = self.clip_skip, self.windows
+        require(skip is None or 1 <= skip <= 12, "--clip_skip", f"{skip} is out of range", "use 1 to 12")
+        require(windows >= 1, "--max_embeddings_multiples", f"{windows} is out of range", "use 1 or more")
+
+    @property
+    def width(self) -> int:
+        return 512 if self.W is None else self.W
+
+    @property
+    def height(self) -> int:
+        return 512 if self.H is None else self.H
+
+    @property
+    def windows(self) -> int:
+        """Most windows of 75 content tokens per prompt."""
+        return 1 if self.max_embeddings_multiples is None else self.max_embeddings_multiples
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """One network to generate with."""
+
+    module: str
+    path: str
+    multiplier: float
+    arguments: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Networks (LoRA and its relatives): lists of equal length."""
+
+    network_module: tuple[str, ...] | None = opt(help="Python module per network, for example networks.lora")
+    network_weights: tuple[str, ...] | None = opt(help="file per network")
+    network_mul: tuple[float, ...] | None = opt(help="multiplier per network; 1.0 where missing")
+    network_args: tuple[str, ...] | None = opt(help='arguments per network, each as "name=value;name=value"')
+    network_merge: bool = opt(False, help="merge the networks into the model before generating: faster")
+
+    def __post_init__(self) -> None:
+        modules, weights = len(self.network_module or ()), len(self.network_weights or ())
+        require(
+            weights == 0 or modules > 0,
+            "--network_weights",
+            "no --network_module says what kind of network this is",
+            f"add --network_module {' '.join(['networks.lora'] * weights)} for a LoRA",
+        )
+        require(
+            modules == weights,
+            "--network_weights" if weights > modules else "--network_module",
+            f"{counted(modules, 'module')} but {counted(weights, 'file')}",
+            "give one module per file, in the same order",
+        )
+        for name in ("network_mul", "network_args"):
+            given = len(getattr(self, name) or ())
+            require(
+                given <= modules,
+                f"--{name}",
+                f"{counted(given, 'value')} for {counted(modules, 'network')}",
+                "give at most one per network, in the same order",
+            )
+        self.files  # noqa: B018  checks the form of --network_args
+        require(bool(modules) or not self.network_merge, "--network_merge", "there is no network to merge")
+
+    @property
+    def files(self) -> tuple[NetworkFile, ...]:
+        """The lists read side by side; missing multipliers are 1.0."""
+        modules, weights = self.network_module or (), self.network_weights or ()
+        multipliers = (self.network_mul or ()) + (1.0,) * len(modules)
+        arguments = (self.network_args or ()) + ("",) * len(modules)
+        return tuple(
+            NetworkFile(module, path, multiplier, named_values(text))
+            for module, path, multiplier, text in zip(modules, weights, multipliers, arguments, strict=False)
+        )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where pictures go."""
+
+    outdir: str = opt("outputs", help="folder for the pictures; made where it is missing")
+    sequential_file_name: bool = opt(False, help="name files im_000001.png and on, instead of by time and seed")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Everything a generation run was asked to do: one field per option group."""
+
+    checkpoint: CheckpointOptions
+    compute: ComputeOptions
+    prompts: PromptOptions
+    picture: PictureOptions
+    networks: NetworkOptions
+    output: OutputOptions
+
+
+CONFIG_GROUPS: dict[str, Any] = {
+    "checkpoint": CheckpointOptions,
+    "prompts": PromptOptions,
+    "picture": PictureOptions,
+    "networks": NetworkOptions,
+    "compute": ComputeOptions,
+    "output": OutputOptions,
+}
+
+
+def check_size(where: str, pixels: int) -> None:
+    """Raise OptionError unless a picture can be this wide or high."""
+    below = max(pixels // SIZE_STEP, 1) * SIZE_STEP
+    fits = pixels >= SIZE_STEP and pixels % SIZE_STEP == 0
+    require(fits, where, f"{pixels} is not a multiple of {SIZE_STEP}", f"use {below} or {below + SIZE_STEP}")
+
+
+def check_seed(where: str, seed: int | None) -> None:
+    require(seed is None or seed in SEED_RANGE, where, f"{seed} is out of range", "use 0 to 2^64 - 1")
+
+
+def named_values(text: str) -> dict[str, str]:
+    """ "name=value;name=value" as a dict; a value may contain "="."""
+    pairs = [item.strip().partition("=") for item in text.split(";") if item.strip()]
+    for name, equals, _ in pairs:
+        if not equals or not name:
+            raise OptionError("--network_args", f"{name!r} is not of the form name=value", 'join several by ";"')
+    return {name: value for name, _, value in pairs}
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

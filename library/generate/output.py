@@ -1,0 +1,185 @@
+"""Pictures as files: names, PNG metadata, writing in the background without ever losing or replacing a file."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from library.diffusion.samplers import SAMPLERS
+from library.generate.options import OutputOptions
+from library.generate.request import GenerationRequest
+from library.options import OptionError, require
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FLAG = "--outdir"
+SEQUENTIAL_NAME = re.compile(r"im_(\d{6,})\.png")
+MOST_WAITING = 16  # pictures that may wait for the disk before generation waits, too
+
+
+def prepare_folder(path: str | Path, largest_bytes: int) -> Path:
+    """Make the folder and try it; raises OptionError where it can't hold a picture of `largest_bytes`."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        way_out = "name a folder you may write to"
+        raise OptionError(FLAG, f"can't write to {folder} ({error.strerror})", way_out) from None
+    free = shutil.disk_usage(folder).free
+    require(free > largest_bytes, FLAG, f"{folder} has {free >> 20} MiB left on its disk", "free some space")
+    return folder
+
+
+def time_names(request: GenerationRequest, index: int, moment: time.struct_time) -> Iterator[str]:
+    """im_{local time}_{index in the batch}_{seed}.png, and the same with _2, _3 ... behind it."""
+    stem = f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{index:03d}_{request.seed}"
+    yield f"{stem}.png"
+    number = 2
+    while True:
+        yield f"{stem}_{number}.png"
+        number += 1
+
+
+def sequential_names(folder: Path) -> Iterator[str]:
+    """im_000001.png and on, behind the highest number that the folder holds."""
+    taken = [int(match[1]) for entry in os.scandir(folder) if (match := SEQUENTIAL_NAME.fullmatch(entry.name))]
+    number = max(taken, default=0)
+    while True:
+        number += 1
+        yield f"im_{number:06d}.png"
+
+
+def metadata(request: GenerationRequest, model_name: str) -> dict[str, str]:
+    """PNG text chunks in the trade's order; `parameters` is what web user interfaces read."""
+    return {
+        "prompt": request.prompt,
+        "seed": str(request.seed),
+        "sampler": request.sampler,
+        "steps": str(request.steps),
+        "scale": str(request.scale),
+        "negative-prompt": request.negative_prompt,
+        "parameters": infotext(request, model_name),
+    }
+
+
+def infotext(request: GenerationRequest, model_name: str) -> str:
+    """The specification as web user interfaces write and read it."""
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    values = {
+        "Steps": request.steps,
+        "Sampler": SAMPLERS[request.sampler].label,
+        "CFG scale": f"{request.scale:g}",
+        "Seed": request.seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model": _quoted(model_name),
+    }
+    if request.clip_skip is not None:
+        values["Clip skip"] = request.clip_skip
+    lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
+    return "\n".join(lines)
+
+
+def encode_png(image: Image.Image, texts: dict[str, str]) -> bytes:
+    """The picture as a PNG file with text chunks, in this order."""
+    from PIL import PngImagePlugin  # here, because command lines import this file to check the folder
+
+    info = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def write_new(folder: Path, names: Iterator[str], data: bytes) -> Path:
+    """Write `data` under the first free name, whole or not at all; raises OptionError when the disk won't take it.
+
+    The name is taken by creating an empty file under it, which fails where another program was first.
+    """
+    path = None
+    temporary = None
+    try:
+        path = _take_name(folder, names)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(path.stat().st_mode)  # temporary files are private, pictures are not
+        temporary.replace(path)
+    except BaseException as error:
+        for leftover in (temporary, path):
+            if leftover is not None:
+                leftover.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            way_out = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise OptionError(FLAG, f"can't write to {folder} ({error.strerror})", way_out) from error
+        raise
+    return path
+
+
+class PictureWriter:
+    """Encodes and writes pictures in a background thread, in order; leaving the context waits for the last one.
+
+    An error of the disk is raised by the next `write`, or on leaving.
+    """
+
+    def __init__(self, folder: Path, options: OutputOptions, model_name: str) -> None:
+        self.folder = folder
+        self.model_name = model_name
+        self.paths: list[Path] = []
+        self._running = sequential_names(folder) if options.sequential_file_name else None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
+        self._waiting: deque[Future[Path]] = deque()
+
+    def write(self, image: Image.Image, request: GenerationRequest, index: int) -> None:
+        """Hand over one picture; `index` is its place in the batch."""
+        self._collect(MOST_WAITING)
+        names = self._running or time_names(request, index, time.localtime())
+        texts = metadata(request, self.model_name)
+        self._waiting.append(self._pool.submit(lambda: write_new(self.folder, names, encode_png(image, texts))))
+
+    def _collect(self, most: int) -> None:
+        while self._waiting and (len(self._waiting) > most or self._waiting[0].done()):
+            self.paths.append(self._waiting.popleft().result())
+
+    def __enter__(self) -> PictureWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self._collect(0)
+
+
+def _take_name(folder: Path, names: Iterator[str]) -> Path:
+    while True:
+        path = folder / next(names)
+        try:
+            path.open("xb").close()
+        except FileExistsError:
+            continue
+        return path
+
+
+def _quoted(text: str) -> str:
+    """As the infotext format asks for texts that hold its separators."""
+    return f'"{text}"' if re.search(r'[,:"\n]', text) else text

@@ -1,0 +1,79 @@
+"""Modules from sizes, without weights: built on the meta device, then filled with each tensor copied once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from library.checkpoints.architecture import TextArchitecture, UNetArchitecture, VaeArchitecture
+from library.models.text_encoder import TextEncoder
+
+VAE_SCALE = 0.18215
+
+
+def build_unet(architecture: UNetArchitecture, *, sample_size: int = 64) -> UNet2DConditionModel:
+    """diffusers' U-Net of these sizes; `sample_size` in latent pixels is only recorded."""
+    has_attention = [depth > 0 for depth in architecture.transformer_depths]
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=architecture.in_channels,
+        out_channels=architecture.out_channels,
+        down_block_types=tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in has_attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(has_attention)),
+        block_out_channels=architecture.channels,
+        layers_per_block=architecture.resnets,
+        cross_attention_dim=architecture.context_width,
+        transformer_layers_per_block=tuple(max(depth, 1) for depth in architecture.transformer_depths),
+        attention_head_dim=architecture.heads,  # diffusers' name for the number of heads
+        use_linear_projection=architecture.linear_projection,
+        upcast_attention=architecture.upcast_attention,
+    )
+
+
+def build_vae(architecture: VaeArchitecture, *, sample_size: int = 512) -> AutoencoderKL:
+    """diffusers' VAE of these sizes."""
+    levels = len(architecture.channels)
+    return AutoencoderKL(
+        in_channels=architecture.image_channels,
+        out_channels=architecture.image_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=architecture.channels,
+        layers_per_block=architecture.resnets,
+        latent_channels=architecture.latent_channels,
+        sample_size=sample_size,
+        scaling_factor=VAE_SCALE,
+    )
+
+
+def build_text_encoder(architecture: TextArchitecture) -> TextEncoder:
+    """A CLIP text encoder of these sizes."""
+    return TextEncoder(architecture)
+
+
+def fill(
+    module: torch.nn.Module,
+    tensor: Callable[[str], torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.nn.Module:
+    """Give a module on `meta` its weights, frozen and in eval mode.
+
+    `tensor` names a parameter and gets a CPU tensor of as many elements, often a view of a mapped file; it is copied
+    once, in the file's precision to the device and only there to `dtype`.
+    """
+    state = {}
+    for name, parameter in module.state_dict().items():
+        source = tensor(name).reshape(parameter.shape)
+        moved = source.to(device).to(dtype)
+        state[name] = moved.clone() if moved.data_ptr() == source.data_ptr() else moved
+    module.load_state_dict(state, strict=True, assign=True)
+    for part in module.modules():  # what no file holds: the position numbers of a text encoder
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                assert name == "position_ids", f"{name} has no value"
+                setattr(part, name, torch.arange(buffer.shape[-1], device=device).expand(1, -1))
+    return module.requires_grad_(False).eval()

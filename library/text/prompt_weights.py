@@ -1,0 +1,82 @@
+"""Emphasis in prompts: "(word:1.2)", "(word)", "[word]" and BREAK, as the web user interfaces of the trade read them."""
+
+from __future__ import annotations
+
+import re
+
+ROUND = 1.1  # factor of (text)
+SQUARE = 1 / 1.1  # factor of [text]
+BREAK = ("BREAK", -1.0)  # the segment that stands for the word BREAK: what follows starts a new window of tokens
+
+TOKEN = re.compile(
+    r"\\(?P<escaped>[()\[\]\\])"
+    r"|(?P<weight>:[+-]?[\d.]+\))"
+    r"|(?P<bracket>[()\[\]])"
+    r"|(?P<text>\\|:|[^\\()\[\]:]+)"
+)
+
+
+def parse_prompt_weights(text: str) -> list[tuple[str, float]]:
+    """Segments of `text` with their weights; neighbours of equal weight are one segment.
+
+    (x) multiplies by 1.1, [x] divides by 1.1, (x:w) multiplies by w; brackets nest, and unclosed ones act until the
+    end. A backslash before a bracket or a backslash makes it text; a closing bracket without an opening one is text.
+    The word BREAK, anywhere, becomes the segment ("BREAK", -1.0). Empty text gives [("", 1.0)].
+    """
+    segments: list[list] = []  # [text, weight]
+    open_round: list[int] = []  # index of the first segment inside each open bracket
+    open_square: list[int] = []
+
+    def close(opened: list[int], factor: float) -> None:
+        for segment in segments[opened.pop() :]:
+            if tuple(segment) != BREAK:
+                segment[1] *= factor
+
+    for match in TOKEN.finditer(text):
+        kind, token = match.lastgroup, match.group()
+        weight = _number(token) if kind == "weight" else None
+        if kind == "bracket" and token in "([":
+            (open_round if token == "(" else open_square).append(len(segments))
+        elif weight is not None and open_round:
+            close(open_round, weight)
+        elif kind == "bracket" and token == ")" and open_round:
+            close(open_round, ROUND)
+        elif kind == "bracket" and token == "]" and open_square:
+            close(open_square, SQUARE)
+        elif kind == "weight" and open_round:  # "(x:1.2.3)": no number, so text, and the bracket closes as usual
+            segments.append([token[:-1], 1.0])
+            close(open_round, ROUND)
+        elif kind == "escaped":
+            segments.append([match["escaped"], 1.0])
+        else:
+            _append_text(segments, token)
+    while open_round:
+        close(open_round, ROUND)
+    while open_square:
+        close(open_square, SQUARE)
+    return _merged(segments)
+
+
+def _number(token: str) -> float | None:
+    """The weight of ":1.2)"."""
+    try:
+        return float(token[1:-1])
+    except ValueError:
+        return None
+
+
+def _append_text(segments: list[list], text: str) -> None:
+    for index, part in enumerate(text.split(BREAK[0])):
+        if index:
+            segments.append(list(BREAK))
+        segments.append([part, 1.0])
+
+
+def _merged(segments: list[list]) -> list[tuple[str, float]]:
+    merged: list[tuple[str, float]] = []
+    for text, weight in segments or [["", 1.0]]:
+        if merged and merged[-1][1] == weight and (text, weight) != BREAK:
+            merged[-1] = (merged[-1][0] + text, weight)
+        else:
+            merged.append((text, weight))
+    return merged

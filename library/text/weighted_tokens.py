@@ -1,0 +1,100 @@
+"""Prompts with emphasis as windows of tokens with weights, and the weighting of their text states.
+
+Shape letters: B prompts, N windows, 77 = begin + 75 content tokens + end, T = 77 N tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from library.text.prompt_weights import BREAK, parse_prompt_weights
+
+CONTENT = 75  # tokens of a window beside its begin and end
+
+
+class Tokenizer(Protocol):
+    """What is needed of library.text.tokens.ClipTokenizer."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class WeightedTokens:
+    """A prompt as windows of content tokens, each token with its weight."""
+
+    windows: tuple[tuple[tuple[int, float], ...], ...]  # (token id, weight); at least one window, each up to 75 long
+    num_cut: int = 0  # tokens that did not fit
+
+    @property
+    def is_weighted(self) -> bool:
+        return any(weight != 1.0 for window in self.windows for _, weight in window)
+
+
+def weighted_tokens(tokenizer: Tokenizer, prompt: str, max_windows: int) -> WeightedTokens:
+    """Tokenize the segments of a prompt one by one and lay them into at most `max_windows` windows of 75.
+
+    BREAK ends the window: what follows it starts a new one, unless the window at hand is still empty.
+    """
+    windows: list[list[tuple[int, float]]] = [[]]
+    for segment, weight in parse_prompt_weights(prompt):
+        if (segment, weight) == BREAK:
+            if windows[-1]:
+                windows.append([])
+            continue
+        for token in tokenizer.encode(segment):
+            if len(windows[-1]) == CONTENT:
+                windows.append([])
+            windows[-1].append((token, weight))
+    if len(windows) > 1 and not windows[-1]:
+        windows.pop()
+    num_cut = sum(map(len, windows[max_windows:]))
+    return WeightedTokens(tuple(map(tuple, windows[:max_windows])), num_cut)
+
+
+def token_ids(tokenizer: Tokenizer, prompts: Sequence[WeightedTokens], num_windows: int) -> torch.Tensor:
+    """(B, N, 77) int64: each window as begin, its tokens, end, padding, as if it were a prompt of its own."""
+    rows = [[_ids(tokenizer, window) for window in _padded(prompt, num_windows)] for prompt in prompts]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def token_weights(prompts: Sequence[WeightedTokens], num_windows: int) -> torch.Tensor:
+    """(B, 77 N) float32 weights of the ids of :func:`token_ids`; begin, end and padding weigh 1."""
+    weights = torch.ones(len(prompts), num_windows, CONTENT + 2)
+    for row, prompt in zip(weights, prompts, strict=True):
+        for window_weights, window in zip(row, prompt.windows, strict=False):
+            window_weights[1 : len(window) + 1] = torch.tensor([weight for _, weight in window])
+    return weights.flatten(1)
+
+
+def apply_weights(context_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+    """Each token's state times its weight, then each sample scaled so that its mean is what it was before.
+
+    The mean runs over tokens and features in float32. States of both signs can nearly cancel, and the quotient of two
+    such means is noise; where it is more than twice or less than half the quotient of the mean absolute values (which
+    cancels nothing), that one is taken.
+    """
+    before_BTD = context_BTD.float()
+    after_BTD = before_BTD * weights_BT.to(before_BTD).unsqueeze(-1)
+    by_absolute = before_BTD.abs().mean((1, 2)) / after_BTD.abs().mean((1, 2))
+    by_mean = before_BTD.mean((1, 2)) / after_BTD.mean((1, 2))
+    is_sound = (by_mean / by_absolute - 1.25).abs() <= 0.75  # between half and twice; false for nan
+    scale_B = torch.where(is_sound, by_mean, by_absolute)
+    return (after_BTD * scale_B.view(-1, 1, 1)).to(context_BTD.dtype)
+
+
+def _padded(prompt: WeightedTokens, num_windows: int) -> Sequence[tuple[tuple[int, float], ...]]:
+    assert len(prompt.windows) <= num_windows
+    return prompt.windows + ((),) * (num_windows - len(prompt.windows))
+
+
+def _ids(tokenizer: Tokenizer, window: Sequence[tuple[int, float]]) -> list[int]:
+    padding = [tokenizer.pad_id] * (CONTENT - len(window))
+    return [tokenizer.bos_id, *(token for token, _ in window), tokenizer.eos_id, *padding]

@@ -1,0 +1,147 @@
+"""What a run leaves on disk: names and rotation of model files, and states from which it goes on exactly.
+
+A state is a folder that appears only when it is complete. It holds what is trained (float32 masters), the optimizer,
+the schedule, the gradient scaler and the place in the run; the frozen model is not in it, nor is any random state,
+for there is none (library/randomness.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from library.checkpoints.safetensors_io import save_file
+from library.options import OptionError
+from library.train.options import SavingOptions
+from library.train.plan import TrainPlan
+from library.train.resume import STATE_FILE, STATE_FORMAT, FileNames, RunState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Checkpointer:
+    """Writes model files and states when the plan says so, and removes old ones."""
+
+    saving: SavingOptions
+    plan: TrainPlan
+    names: FileNames
+    write_model: Callable[[Path, int, int], None]  # (path, step, epoch)
+    write_state: Callable[[Path, int], None]  # (folder, step)
+
+    def after_step(self, step: int) -> None:
+        if self.plan.saves_at(step):
+            self._write(self.names.step_file(step), step, self.saving.save_state)
+            every = self.plan.save_every_n_steps or 1
+            for age, is_state in ((self.saving.save_last_n_steps, False), (self._state_age("steps"), True)):
+                old = (step - age - 1) // every * every if age else 0
+                self._remove(self.names.step_file(old), is_state, old > 0)
+
+    def after_epoch(self, epoch: int, step: int) -> None:
+        if self.plan.saves_after_epoch(epoch):
+            self._write(self.names.epoch_file(epoch), step, self.saving.save_state)
+            every = self.plan.save_every_n_epochs or 1
+            for age, is_state in ((self.saving.save_last_n_epochs, False), (self._state_age("epochs"), True)):
+                old = epoch - every * age if age else 0
+                self._remove(self.names.epoch_file(old), is_state, old > 0)
+
+    def at_end(self, step: int) -> Path:
+        self._write(self.names.final_file(), step, self.saving.save_state)
+        return self.names.final_file()
+
+    def interrupted(self, step: int) -> Path:
+        """Model and state in mid-run, whatever the options say; returns the state folder."""
+        file = self.names.step_file(step)
+        self._write(file, step, with_state=True)
+        return self.names.state_of(file)
+
+    def _write(self, file: Path, step: int, with_state: bool) -> None:
+        logger.info("saving %s", file)
+        self.write_model(file, step, self.plan.epoch_of(max(step, 1)))
+        if with_state:
+            folder = self.names.state_of(file)
+            logger.info("saving state %s", folder)
+            self.write_state(folder, step)
+
+    def _state_age(self, unit: str) -> int | None:
+        return getattr(self.saving, f"save_last_n_{unit}_state") or getattr(self.saving, f"save_last_n_{unit}")
+
+    def _remove(self, file: Path, is_state: bool, is_due: bool) -> None:
+        old = self.names.state_of(file) if is_state else file
+        if is_due and old.exists():
+            logger.info("removing %s", old)
+            shutil.rmtree(old) if is_state else old.unlink()
+
+
+# ---------------------------------------------------------------------------------------------- states
+
+
+def save_state(
+    folder: Path,
+    state: RunState,
+    *,
+    trained: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extras: Mapping[str, Any],
+) -> None:
+    """Write a state folder; it appears under its name only when everything in it is on the disk.
+
+    `extras` are further objects with a state_dict (schedule, gradient scaler) by name.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in trained.state_dict().items()}
+        save_file(tensors, partial / "trained.safetensors", {"format": "pt"})
+        states = {"optimizer": optimizer.state_dict()} | {name: item.state_dict() for name, item in extras.items()}
+        with open(partial / "optimizer.pt", "wb") as file:
+            torch.save(states, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with open(partial / STATE_FILE, "w", encoding="utf-8") as file:
+            json.dump({"format": STATE_FORMAT, **vars(state)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _replace_folder(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OptionError(
+            "--save_state",
+            f"can't write {folder} ({error.strerror or error})",
+            "free some space or choose another --output_dir",
+        ) from None
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; an older folder of that name is moved away first and then removed."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(
+    folder: Path, *, trained: torch.nn.Module, optimizer: torch.optim.Optimizer, extras: Mapping[str, Any]
+) -> None:
+    """Put a state's weights, optimizer and extras in place."""
+    try:
+        tensors = load_file(folder / "trained.safetensors")
+        states = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        trained.load_state_dict(tensors)
+        optimizer.load_state_dict(states["optimizer"])
+        for name, item in extras.items():
+            item.load_state_dict(states[name])
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise OptionError("--resume", f"{folder} can't be loaded ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,144 @@
+"""What a run says while it trains: console and log file, progress bar, trackers.
+
+Numbers of a step are read back one step late, when the device has long finished it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import toml
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from library.options import OptionError
+from library.train.guard import NonFiniteGuard
+from library.train.options import LoggingOptions
+from library.train.placement import trackers
+
+LONGEST_AVERAGE = 10_000  # steps; keeps the moving average of huge data sets within reason
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One update's numbers, still on the device."""
+
+    step: int
+    epoch: int
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    is_finite: torch.Tensor
+    learning_rates: Mapping[str, float]
+    image_names: tuple[str, ...]
+    extra: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
+
+
+class TrainLog:
+    """Writes each update's numbers once the next one is under way."""
+
+    def __init__(self, accelerator: Accelerator, guard: NonFiniteGuard, *, steps: int, start: int, window: int) -> None:
+        self.accelerator, self.guard = accelerator, guard
+        self.recent: deque[float] = deque(maxlen=min(max(window, 1), LONGEST_AVERAGE))
+        self.pending: StepRecord | None = None
+        self.bar = tqdm(
+            total=steps, initial=start, desc="steps", smoothing=0.05, disable=not accelerator.is_local_main_process
+        )
+
+    def push(self, record: StepRecord) -> None:
+        """Hand over an update's numbers; those of the update before are written now."""
+        self.settle()
+        self.pending = record
+        self.bar.update()
+
+    def settle(self) -> None:
+        """Write the numbers that are still pending."""
+        record, self.pending = self.pending, None
+        if record is None:
+            return
+        is_finite = bool(record.is_finite)
+        self.guard.note(record.step, is_finite, record.image_names)
+        loss = float(record.loss)
+        if math.isfinite(loss):
+            self.recent.append(loss)
+        self.bar.set_postfix(loss=f"{self.average:.4f}", refresh=False)
+        values = {"loss/current": loss, "loss/average": self.average, "grad_norm": float(record.grad_norm)}
+        values |= dict(record.learning_rates) | {name: float(value) for name, value in record.extra.items()}
+        self.accelerator.log(values, step=record.step)
+
+    @property
+    def average(self) -> float:
+        """Mean of the last epoch's losses."""
+        return sum(self.recent) / len(self.recent) if self.recent else math.nan
+
+    def end_epoch(self, epoch: int, step: int) -> None:
+        self.settle()
+        self.accelerator.log({"loss/epoch": self.average, "epoch": epoch}, step=step)
+
+    def close(self) -> None:
+        self.settle()
+        self.bar.close()
+
+
+def start_trackers(accelerator: Accelerator, options: LoggingOptions, default_name: str) -> None:
+    """Open TensorBoard or Weights & Biases under <logging_dir>/<log_prefix><time>."""
+    if trackers(options) is None:
+        return
+    if trackers(options) in ("wandb", "all"):
+        try:
+            import wandb
+        except ImportError:
+            raise OptionError(
+                "--log_with", "wandb is not installed", "pip install wandb, or use --log_with tensorboard"
+            ) from None
+        if options.wandb_api_key:
+            wandb.login(key=options.wandb_api_key)
+    arguments = {}
+    if options.log_tracker_config:
+        try:
+            arguments = toml.load(options.log_tracker_config)
+        except (OSError, toml.TomlDecodeError) as error:
+            raise OptionError("--log_tracker_config", f"can't be read ({error})") from None
+    accelerator.init_trackers(options.log_tracker_name or default_name, init_kwargs=arguments)
+
+
+def logging_folder(options: LoggingOptions) -> str | None:
+    """The run's own folder below --logging_dir."""
+    if not options.logging_dir:
+        return None
+    return str(Path(options.logging_dir) / f"{options.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}")
+
+
+class _BarFriendlyHandler(logging.StreamHandler):
+    """Writes lines above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start_console(is_main_process: bool) -> None:
+    """Messages of the main process on the screen; other processes report only warnings."""
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    console = _BarFriendlyHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setLevel(logging.INFO if is_main_process else logging.WARNING)
+    root.addHandler(console)
+    for chatty in ("accelerate", "diffusers", "transformers", "torch", "PIL", "urllib3", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def start_log_file(path: Path) -> None:
+    """The same messages, with times, at the end of `path`."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)

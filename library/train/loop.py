@@ -1,0 +1,92 @@
+"""The training loop: one for every family and every target.
+
+Shape letters: B samples, C channels, H W latent pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from library.data.batch import Batch
+from library.diffusion.loss import diffusion_loss, training_target
+from library.models import vae
+from library.randomness import seed_global_generators
+from library.train.guard import TrainingDiverged, apply_if_finite
+from library.train.logs import StepRecord
+from library.train.placement import to_device
+from library.train.run import Run
+
+
+def train(run: Run) -> int:
+    """Train from the run's start step to its end; returns the exit code (0, or 128 + signal when asked to stop)."""
+    batches = run.batches()
+    step = run.start_step
+    with run.stop.listening():
+        while step < run.plan.steps and not run.stop_requested():
+            epoch = run.plan.epoch_of(step + 1)
+            if run.plan.position_after(step).batch_index == 0 or step == run.start_step:
+                run.target.on_epoch_start(epoch)
+            record = update(run, batches, step)
+            step += 1
+            run.log.push(replace(record, step=step, epoch=epoch))
+            if run.guard.gives_up:
+                raise TrainingDiverged(run.guard.in_a_row, f"last good state: {run.checkpoints.interrupted(step)}")
+            run.checkpoints.after_step(step)
+            if run.plan.ends_epoch(step):
+                run.log.end_epoch(epoch, step)
+                run.checkpoints.after_epoch(epoch, step)
+    return run.finish(step)
+
+
+def update(run: Run, batches: Iterator[Batch], step: int) -> StepRecord:
+    """One optimizer update: the gradients' mean over the update's batches, clipped, applied if finite."""
+    run.target.on_step_start(step)
+    num_batches = run.plan.batches_of(step + 1)
+    losses, names = [], []
+    for index in range(num_batches):
+        batch = to_device(next(batches), run.device)
+        seed_global_generators(run.seed, "step", step, index, run.accelerator.process_index)
+        is_last = index == num_batches - 1
+        with contextlib.nullcontext() if is_last else run.accelerator.no_sync(run.model):
+            loss = batch_loss(run, batch, step)
+            run.accelerator.backward(loss / num_batches)
+        losses.append(loss.detach())
+        names.extend(batch.image_names)
+    loss = run.accelerator.reduce(torch.stack(losses).mean(), "mean")
+    grad_norm = clip_gradients(run)
+    is_finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | run.has_gradient_scaler)
+    apply_if_finite(run.optimizer, is_finite)
+    learning_rates = run.learning_rates()
+    if run.lr_scheduler is not None and not run.accelerator.optimizer_step_was_skipped:
+        run.lr_scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    extra = run.target.after_optimizer_step()
+    return StepRecord(step, 0, loss, grad_norm, is_finite, learning_rates, tuple(names), extra)
+
+
+def batch_loss(run: Run, batch: Batch, step: int) -> torch.Tensor:
+    """The loss of one batch on this process, a float32 scalar with gradients."""
+    latents_BCHW = latents_of(run, batch)
+    noised_BCHW = run.schedule.add_noise(latents_BCHW, batch.noise_BCHW, batch.timesteps_B)
+    prediction_BCHW = run.model(noised_BCHW.to(run.unet_dtype), batch, run.target.trains_text(step))
+    target_BCHW = training_target(latents_BCHW, batch, run.schedule, v_prediction=run.v_prediction)
+    return diffusion_loss(prediction_BCHW, target_BCHW, batch, run.schedule, run.weightings)
+
+
+@torch.no_grad()
+def latents_of(run: Run, batch: Batch) -> torch.Tensor:
+    """Scaled latents (B, C, H, W) in float32: from the cache, or sampled from the VAE."""
+    latents_BCHW = batch.latents_BCHW
+    if latents_BCHW is None:
+        latents_BCHW = vae.encode(run.bundle.vae, batch.images_BCHW, batch.posterior_noise_BCHW)
+    return latents_BCHW.float() * run.family.latent_scale
+
+
+def clip_gradients(run: Run) -> torch.Tensor:
+    """The global gradient norm, a scalar tensor; gradients are scaled down to --max_grad_norm unless that is 0."""
+    limit = run.config.optimizer.max_grad_norm or float("inf")
+    return run.accelerator.clip_grad_norm_(run.parameters, limit)

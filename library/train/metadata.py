@@ -1,0 +1,128 @@
+"""The metadata of a trained file: ss_* keys as the trade's tools read them, and modelspec.*.
+
+Values are texts made by str(), as the format asks: None is "None", booleans are "True" and "False".
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.checkpoints.model_spec import ModelSpec, model_spec_metadata
+from library.checkpoints.safetensors_io import file_sha256, legacy_model_hash
+from library.train.options import RunConfig
+from library.train.plan import TrainPlan
+
+# what --no_metadata keeps: without these a file can't be loaded rightly
+MINIMUM = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+# ss_<name> keys that hold the option of that name as it was given
+PLAIN = (
+    "gradient_checkpointing", "gradient_accumulation_steps", "lr_warmup_steps", "mixed_precision", "clip_skip",
+    "max_token_length", "cache_latents", "noise_offset", "zero_terminal_snr", "training_comment", "max_grad_norm",
+    "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "prior_loss_weight",
+    "min_snr_gamma", "scale_weight_norms", "learning_rate", "text_encoder_lr", "unet_lr", "output_name",
+)  # fmt: skip
+"""Not yet options of this program, and so at the trade's defaults."""
+DEFAULTS = {
+    "full_fp16": False, "lowram": False, "multires_noise_iterations": None, "multires_noise_discount": 0.3,
+    "adaptive_noise_scale": None, "ip_noise_gamma": None, "face_crop_aug_range": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What metadata needs to know of a run beside its options."""
+
+    config: RunConfig
+    plan: TrainPlan
+    seed: int
+    session_id: int
+    started_at: float  # unix time
+    optimizer: str
+    lr_scheduler: str
+    family: Mapping[str, Any]  # family.describe()
+    target: Mapping[str, Any]  # target.describe()
+    data: Mapping[str, Any]  # TrainingData.metadata()
+    version: str
+
+
+def constant_metadata(facts: RunFacts) -> dict[str, str]:
+    """The ss_* keys that stay the same for every file of the run."""
+    options = facts.config.values()
+    values: dict[str, Any] = {
+        "ss_session_id": facts.session_id,
+        "ss_training_started_at": facts.started_at,
+        "ss_num_batches_per_epoch": facts.plan.batches_per_epoch,
+        "ss_num_epochs": facts.plan.epochs,
+        "ss_max_train_steps": facts.plan.steps,
+        "ss_seed": facts.seed,
+        "ss_optimizer": facts.optimizer,
+        "ss_lr_scheduler": facts.lr_scheduler,
+        "ss_sd_scripts_commit_hash": facts.version,
+        **{f"ss_{name}": value for name, value in DEFAULTS.items()},
+        **{f"ss_{name}": options[name] for name in PLAIN if name in options},
+        **{name: value for name, value in facts.family.items() if name.startswith("ss_")},
+        **facts.target,
+        **facts.data,
+        **_file_keys(
+            options["pretrained_model_name_or_path"], "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash"
+        ),
+    }
+    if options["vae"]:
+        values |= _file_keys(options["vae"], "ss_vae_name", "ss_vae_hash", "ss_new_vae_hash")
+    return {name: _text(value) for name, value in values.items()}
+
+
+def file_metadata(facts: RunFacts, constant: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
+    """All metadata of one file, saved after `step` updates in or after `epoch` (from 1)."""
+    metadata = dict(constant)
+    metadata |= {"ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
+    if facts.config.saving.no_metadata:
+        metadata = {name: metadata[name] for name in MINIMUM if name in metadata}
+    return metadata | model_spec_metadata(_model_spec(facts))
+
+
+def _model_spec(facts: RunFacts) -> ModelSpec:
+    options = facts.config.values()
+    low, high = options["min_timestep"], options["max_timestep"]
+    given = low is not None or high is not None
+    return ModelSpec(
+        kind=facts.family["kind"],
+        v_prediction=facts.family["v_prediction"],
+        adapter="lora",
+        title=options["metadata_title"] or options["output_name"],
+        resolution=options["resolution"],
+        author=options["metadata_author"],
+        description=options["metadata_description"],
+        license=options["metadata_license"],
+        tags=options["metadata_tags"],
+        timestep_range=facts.config.noise.timestep_range if given else None,
+        clip_skip=options["clip_skip"],
+    )
+
+
+def _file_keys(path_text: str, name_key: str, legacy_key: str, sha_key: str) -> dict[str, str]:
+    """Name and hashes of a model file; only the name for folders and hub ids. Never a path."""
+    path = Path(path_text)
+    if not path.exists():
+        return {name_key: path_text}
+    keys = {name_key: path.name}
+    if path.is_file():
+        keys |= {legacy_key: legacy_model_hash(path), sha_key: file_sha256(path)}
+    return keys
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)

@@ -1,0 +1,78 @@
+"""Where everything lives: dtypes, device, the one module that the loop calls, the move of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
+
+from library.data.batch import Batch
+from library.families.base import LoadPlan, ModelBundle, ModelFamily
+from library.families.options import TextOptions
+from library.options import OptionError
+from library.targets.base import TrainTarget
+from library.train.options import LoggingOptions, RunConfig
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_accelerator(config: RunConfig, *, autocast: bool) -> Accelerator:
+    """The accelerator of this process. Accumulation is the loop's own, so that an epoch's last update is a true mean."""
+    precision = config.training.mixed_precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise OptionError("--mixed_precision", "fp16 needs a GPU", "use bf16 or no on the CPU")
+    if (
+        precision == "bf16"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise OptionError("--mixed_precision", "this GPU has no bf16", "use fp16")
+    return Accelerator(
+        mixed_precision=precision,
+        log_with=trackers(config.logging),
+        project_dir=config.logging.logging_dir,
+        kwargs_handlers=[AutocastKwargs(enabled=autocast), DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def trackers(logging: LoggingOptions) -> str | None:
+    """What accelerate should log with: tensorboard by default once there is a folder."""
+    return logging.log_with or ("tensorboard" if logging.logging_dir else None)
+
+
+def load_plan(config: RunConfig, device: torch.device) -> LoadPlan:
+    """The frozen model in the precision of activations."""
+    weight_dtype = WEIGHT_DTYPES[config.training.mixed_precision]
+    vae_dtype = torch.float32 if config.model.no_half_vae else weight_dtype
+    return LoadPlan(unet=weight_dtype, text_encoders=weight_dtype, vae=vae_dtype, device=device)
+
+
+class StepModule(torch.nn.Module):
+    """Text encoding and prediction as one forward, so that data parallelism sees every trained parameter in it."""
+
+    def __init__(self, family: ModelFamily, bundle: ModelBundle, target: TrainTarget, text: TextOptions) -> None:
+        super().__init__()
+        self.family, self.bundle, self.target, self.text = family, bundle, target, text
+        self.trained = target.trained_module()
+        self.unet = bundle.unet
+        self.text_encoders = torch.nn.ModuleList(bundle.text_encoders)
+
+    def forward(self, noised_BCHW: torch.Tensor, batch: Batch, trains_text: bool) -> torch.Tensor:
+        with torch.set_grad_enabled(trains_text):
+            conditioning = self.family.encode_text(self.text_encoders, batch.token_ids, self.text)
+        return self.target.predict(self.family, self.bundle, noised_BCHW, conditioning, batch)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; copies from pinned memory don't make the host wait."""
+    moved = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):
+            moved[field.name] = tuple(item.to(device, non_blocking=True) for item in value)
+    return replace(batch, **moved)

@@ -1,0 +1,132 @@
+"""The place in a run: names of its files, finding a state, and whether it belongs to the same run.
+
+Nothing here imports torch, so a state that does not fit is refused before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.options import OptionError
+from library.train.options import SavingOptions
+
+STATE_FORMAT = 1
+STATE_FILE = "train_state.json"
+
+# options that may differ between a run and its continuation: they don't change what a step computes
+FREE_ON_RESUME = frozenset(
+    {
+        "max_train_steps", "max_train_epochs", "output_dir", "output_name", "save_precision", "save_model_as",
+        "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs",
+        "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state", "save_state", "resume",
+        "no_metadata", "logging_dir", "log_with", "log_prefix", "log_tracker_name", "log_tracker_config",
+        "wandb_api_key", "metadata_title", "metadata_author", "metadata_description", "metadata_license",
+        "metadata_tags", "max_data_loader_n_workers", "training_comment", "max_nonfinite_steps", "vae_batch_size",
+        "cache_latents", "cache_latents_to_disk", "on_bad_image", "network_weights",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """The trade's names of a run's files."""
+
+    folder: Path
+    name: str | None
+    extension: str  # with dot
+
+    @classmethod
+    def of(cls, saving: SavingOptions) -> FileNames:
+        assert saving.output_dir is not None
+        return cls(saving.output_dir, saving.output_name, f".{saving.save_model_as or 'safetensors'}")
+
+    def epoch_file(self, epoch: int) -> Path:
+        return self.folder / f"{self.name or 'epoch'}-{epoch:06d}{self.extension}"
+
+    def step_file(self, step: int) -> Path:
+        return self.folder / f"{self.name or 'at'}-step{step:08d}{self.extension}"
+
+    def final_file(self) -> Path:
+        return self.folder / f"{self.name or 'last'}{self.extension}"
+
+    def state_of(self, file: Path) -> Path:
+        """The state folder that belongs to a model file."""
+        return self.folder / f"{file.name.removesuffix(self.extension)}-state"
+
+    def log_file(self) -> Path:
+        return self.folder / f"{self.name or 'last'}.log"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The place in a run, and what must be equal for it to go on there."""
+
+    step: int
+    epoch: int
+    settings: Mapping[str, Any]  # options that shape a step, as JSON
+    data: Mapping[str, Any]  # a digest of the images and captions
+    recent_losses: list[float]
+    skipped_steps: int
+
+
+def settings_that_matter(values: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Resolved options as JSON values, without those that may differ on resume."""
+    settings = {name: value for name, value in values.items() if name not in FREE_ON_RESUME}
+    return json.loads(json.dumps(settings | {"seed": seed}, default=str))
+
+
+def find_state(resume: str, names: FileNames) -> Path | None:
+    """The folder that --resume names; for "latest" the newest complete state of this output name, or None."""
+    if resume != "latest":
+        folder = Path(resume)
+        if not (folder / STATE_FILE).is_file():
+            raise OptionError(
+                "--resume", f"{resume} is no state folder", 'name a folder ending in "-state", or use "latest"'
+            )
+        return folder
+    found = [
+        folder for folder in names.folder.glob("*-state") if (folder / STATE_FILE).is_file() and _is_ours(folder, names)
+    ]
+    return max(found, key=lambda folder: (read_state(folder).step, folder.stat().st_mtime), default=None)
+
+
+def _is_ours(folder: Path, names: FileNames) -> bool:
+    stems = "|".join([re.escape(names.name)] if names.name else ["epoch", "at", "last"])
+    return re.fullmatch(rf"(?:{stems})(?:-\d{{6}}|-step\d{{8}})?-state", folder.name) is not None
+
+
+def read_state(folder: Path) -> RunState:
+    """The place that a state folder holds; raises OptionError where it can't be read."""
+    try:
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if content.pop("format") != STATE_FORMAT:
+            raise OptionError(
+                "--resume", f"{folder} was written by another version", "finish that run with the version that began it"
+            )
+        return RunState(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError("--resume", f"{folder / STATE_FILE} can't be read ({error})") from None
+
+
+def check_same_run(folder: Path, state: RunState, settings: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raise OptionError naming every setting in which the state and this run differ."""
+    differing = [
+        f"--{name} was {state.settings.get(name)!r} and is {settings.get(name)!r}"
+        for name in sorted(set(state.settings) | set(settings))
+        if state.settings.get(name) != settings.get(name)
+    ]
+    if state.data != dict(data):
+        differing.append("the training images or captions have changed")
+    if differing:
+        raise OptionError(
+            "--resume",
+            f"{folder} belongs to a run with other settings: {'; '.join(differing)}",
+            "give the same settings, or start a new run from its model with --network_weights",
+        )

@@ -1,0 +1,185 @@
+"""A run that is ready to start: what the loop works with, and how its parts answer together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from library.data.batch import Batch
+from library.data.dataset import TrainingData
+from library.diffusion.loss import Weighting
+from library.diffusion.noise import NoiseSource
+from library.diffusion.schedule import NoiseSchedule
+from library.families.base import ModelBundle, ModelFamily
+from library.targets.base import ParamGroup, TrainTarget
+from library.train import checkpoints, metadata
+from library.train.guard import NonFiniteGuard, StopRequest
+from library.train.logs import TrainLog
+from library.train.optimizers import BuiltOptimizer
+from library.train.options import RunConfig
+from library.train.placement import SAVE_DTYPES
+from library.train.plan import TrainPlan
+
+logger = logging.getLogger(__name__)
+
+STOP_CHECK_EVERY = 8  # steps between agreements of several processes on whether to stop
+LOG_NAMES = {"text encoder": "lr/textencoder", "unet": "lr/unet"}
+
+
+@dataclass
+class Run:
+    """Everything a training run consists of."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    family: ModelFamily
+    bundle: ModelBundle
+    target: TrainTarget
+    model: torch.nn.Module  # the prepared StepModule
+    groups: list[ParamGroup]
+    optimizer: Any  # accelerate's wrapper
+    built: BuiltOptimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    schedule: NoiseSchedule
+    weightings: tuple[Weighting, ...]
+    data: TrainingData
+    plan: TrainPlan
+    seed: int
+    start_step: int
+    settings: Mapping[str, Any]  # what a resumed run must share
+    digest: Mapping[str, Any]
+    names: checkpoints.FileNames
+    guard: NonFiniteGuard
+    stop: StopRequest
+    recent_losses: list[float] = field(default_factory=list)
+    metadata_of: Any = None  # (step, epoch) -> metadata of a file; main process only
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def v_prediction(self) -> bool:
+        return self.bundle.source.v_prediction
+
+    @property
+    def has_gradient_scaler(self) -> bool:
+        return self.accelerator.scaler is not None
+
+    @cached_property
+    def unet_dtype(self) -> torch.dtype:
+        return next(self.bundle.unet.parameters()).dtype
+
+    @cached_property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.groups for parameter in group.parameters]
+
+    @cached_property
+    def checkpoints(self) -> checkpoints.Checkpointer:
+        return checkpoints.Checkpointer(self.config.saving, self.plan, self.names, self.write_model, self.write_state)
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's batches from the start step on, to the end of the last epoch."""
+        loader = self.data.loader(
+            start=self.plan.position_after(self.start_step),
+            draw=NoiseSource(self.config.noise, self.seed),
+            tokenize=partial(self.family.tokenize, self.bundle.tokenizers, windows=self.config.text.token_windows),
+            accumulation=self.plan.accumulation,
+            max_train_steps=self.plan.steps,
+            epochs=self.plan.epochs,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            workers=self.config.loader.max_data_loader_n_workers,
+        )
+        return (batch for _, batch in loader)
+
+    def learning_rates(self) -> dict[str, float]:
+        """The rates of the coming update by log name, as far as the optimizer has any."""
+        rates = {}
+        for index, (name, group) in enumerate(zip(self.built.group_names, self.optimizer.param_groups, strict=True)):
+            if group.get("lr") is not None:
+                rates[LOG_NAMES.get(name, f"lr/group{index}")] = float(group["lr"])
+        return rates
+
+    def stop_requested(self) -> bool:
+        """Whether to stop after this step; several processes agree on it every few steps."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.stop)
+        self._asked = getattr(self, "_asked", -1) + 1
+        if self._asked % STOP_CHECK_EVERY:
+            return False
+        number = torch.tensor([self.stop.signal_number or 0], device=self.device)
+        highest = int(self.accelerator.gather(number).max())
+        self.stop.signal_number = highest or None
+        return bool(highest)
+
+    # ------------------------------------------------------------------------------------------ log
+
+    def open_log(self) -> None:
+        self.log = TrainLog(
+            self.accelerator,
+            self.guard,
+            steps=self.plan.steps,
+            start=self.start_step,
+            window=self.plan.steps_per_epoch,
+        )
+        self.log.recent.extend(self.recent_losses)
+
+    def describe(self, facts: metadata.RunFacts) -> None:
+        """Fix the metadata of the files this run writes."""
+        self.metadata_of = partial(metadata.file_metadata, facts, metadata.constant_metadata(facts))
+
+    # ------------------------------------------------------------------------------------------ saving
+
+    def write_model(self, path: Path, step: int, epoch: int) -> None:
+        self.log.settle()
+        if self.accelerator.is_main_process:
+            dtype = SAVE_DTYPES[self.config.saving.save_precision]
+            self.target.save(path, dtype=dtype, metadata=self.metadata_of(step=step, epoch=epoch))
+
+    def write_state(self, folder: Path, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = checkpoints.RunState(
+            step=step,
+            epoch=self.plan.epoch_of(max(step, 1)),
+            settings=self.settings,
+            data=self.digest,
+            recent_losses=list(self.log.recent),
+            skipped_steps=self.guard.total,
+        )
+        checkpoints.save_state(
+            folder, state, trained=self.target.trained_module(), optimizer=self.built.optimizer, extras=self._extras()
+        )
+
+    def restore(self, folder: Path, state: checkpoints.RunState) -> None:
+        """Put the state's weights, optimizer, schedule and counters in place."""
+        checkpoints.load_state(
+            folder, trained=self.target.trained_module(), optimizer=self.built.optimizer, extras=self._extras()
+        )
+        self.recent_losses = state.recent_losses
+        self.guard.total = state.skipped_steps
+
+    def _extras(self) -> dict[str, Any]:
+        extras = {"lr_scheduler": self.lr_scheduler, "scaler": self.accelerator.scaler}
+        return {name: item for name, item in extras.items() if item is not None}
+
+    def finish(self, step: int) -> int:
+        """Save what the run ends with: the final file, or, when it was asked to stop, model and state."""
+        self.log.close()
+        if step >= self.plan.steps:
+            self.checkpoints.at_end(step)
+            self.accelerator.wait_for_everyone()
+            logger.info("model saved.")
+            return 0
+        folder = self.checkpoints.interrupted(step)
+        self.accelerator.wait_for_everyone()
+        logger.info('stopped after step %d of %d; to go on, add: --resume "%s"', step, self.plan.steps, folder)
+        return self.stop.exit_code

@@ -1,0 +1,222 @@
+"""Builds everything a run needs, in order, once."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from library.data.config import load_configs
+from library.data.dataset import TrainingData
+from library.diffusion.loss import timestep_weightings
+from library.diffusion.schedule import NoiseSchedule
+from library.families.base import ModelBundle, ModelFamily
+from library.models import vae
+from library.options import OptionError
+from library.randomness import seed_global_generators
+from library.targets.base import ParamGroup, TrainTarget
+from library.train import checkpoints, logs, metadata, placement, report
+from library.train.guard import NonFiniteGuard, StopRequest
+from library.train.loop import train
+from library.train.lr_schedulers import build_lr_scheduler
+from library.train.optimizers import BuiltOptimizer, build_optimizer
+from library.train.options import RunConfig
+from library.train.plan import TrainPlan
+from library.train.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(config: RunConfig, family: ModelFamily, target: TrainTarget, tracker_name: str) -> int:
+    """Build the run, train, save; returns the exit code. Raises OptionError for what the user can mend."""
+    started_at = time.time()
+    names = checkpoints.FileNames.of(config.saving)
+    config = _with_log_folder(config)
+    accelerator = placement.make_accelerator(config, autocast=target.needs_autocast)
+    check_writable(names.folder)
+    logs.start_console(accelerator.is_main_process)
+    if accelerator.is_main_process:
+        logs.start_log_file(names.log_file())
+
+    resume_folder = checkpoints.find_state(config.saving.resume, names) if config.saving.resume else None
+    state = checkpoints.read_state(resume_folder) if resume_folder else None
+    if config.saving.resume and state is None:
+        logger.info("--resume latest: no state of this run yet, starting at step 0")
+    seed = _seed(config, state, accelerator)
+
+    data = build_data(config, seed)
+    plan = TrainPlan.make(config.training, config.saving, data.batches_per_epoch(accelerator.num_processes))
+    settings = checkpoints.settings_that_matter(config.values(), seed)
+    digest = {"data": data.digest(), "batches_per_epoch": plan.batches_per_epoch}
+    if state is not None and resume_folder is not None:
+        checkpoints.check_same_run(resume_folder, state, settings, digest)
+
+    bundle = family.load(config.model, config.attention, placement.load_plan(config, accelerator.device))
+    cache_latents(config, data, bundle, accelerator)
+    seed_global_generators(seed, "initialisation")
+    target.setup(family, bundle, gradient_checkpointing=config.training.gradient_checkpointing)
+    groups = target.param_groups(config.optimizer.learning_rate)
+    if not any(group.parameters for group in groups):
+        raise OptionError(
+            "", "nothing is left to train with these settings", "check the learning rates and what is trained"
+        )
+    built = build_optimizer(config.optimizer, groups)
+    lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
+    step_module = placement.StepModule(family, bundle, target, config.text)
+    model, optimizer = accelerator.prepare(step_module, built.optimizer)
+
+    guard = NonFiniteGuard(config.training.max_nonfinite_steps)
+    start_step = state.step if state else 0
+    run = Run(
+        config=config, accelerator=accelerator, family=family, bundle=bundle, target=target, model=model,
+        groups=groups, optimizer=optimizer, built=built, lr_scheduler=lr_scheduler,
+        schedule=NoiseSchedule.make(zero_terminal_snr=config.noise.zero_terminal_snr, device=accelerator.device),
+        weightings=timestep_weightings(config.loss, v_prediction=bundle.source.v_prediction),
+        data=data, plan=plan, seed=seed, start_step=start_step, settings=settings, digest=digest, names=names,
+        guard=guard, stop=StopRequest(),
+    )  # fmt: skip
+    if state is not None and resume_folder is not None:
+        run.restore(resume_folder, state)
+        logger.info("going on after step %d from %s", start_step, resume_folder)
+    if accelerator.is_main_process:
+        run.describe(_facts(run, started_at))
+        _print_plan(run)
+    logs.start_trackers(accelerator, config.logging, tracker_name)
+    run.open_log()
+    try:
+        return train(run)
+    finally:
+        run.log.close()
+        accelerator.end_training()
+
+
+def build_data(config: RunConfig, seed: int) -> TrainingData:
+    """The images, their captions and buckets."""
+    configs = load_configs(config.source, config.bucket, config.caption, config.augment, config.loader)
+    data = TrainingData.build(configs, seed=seed, on_bad_image=config.source.on_bad_image)
+    for line in data.report_lines():
+        logger.info(line)
+    return data
+
+
+def cache_latents(config: RunConfig, data: TrainingData, bundle: ModelBundle, accelerator: Accelerator) -> None:
+    """Fill the latent cache if asked; the VAE then leaves the device."""
+    if not (config.cache.cache_latents or config.cache.cache_latents_to_disk):
+        return
+    data.cache_latents(
+        partial(vae.encode, bundle.vae),
+        vae.fingerprint(bundle.vae),
+        config.cache,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    accelerator.wait_for_everyone()
+    bundle.vae.to("cpu")
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OptionError unless files can be made in `folder`, which is created."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OptionError(
+            "--output_dir", f"can't write to {folder} ({error.strerror})", "choose another folder"
+        ) from None
+
+
+def check_free_space(folder: Path, needed_bytes: int) -> None:
+    """Raise OptionError where the first files of the run would not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OptionError(
+            "--output_dir",
+            f"{folder} has {free / 2**20:.0f} MiB free and one saved file with its state takes {needed_bytes / 2**20:.0f} MiB",
+            "free some space or choose another folder",
+        )
+
+
+def _with_log_folder(config: RunConfig) -> RunConfig:
+    from dataclasses import replace
+
+    return replace(config, logging=replace(config.logging, logging_dir=logs.logging_folder(config.logging)))
+
+
+def _seed(config: RunConfig, state: checkpoints.RunState | None, accelerator: Accelerator) -> int:
+    """The seed given, or the resumed run's, or one drawn by the main process for all."""
+    if config.training.seed is not None:
+        return config.training.seed
+    if state is not None:
+        return int(state.settings["seed"])
+    drawn = torch.tensor(
+        [random.SystemRandom().randrange(2**31) if accelerator.is_main_process else 0], device=accelerator.device
+    )
+    seed = int(accelerator.reduce(drawn, "sum"))
+    logger.info("--seed not given: %d was drawn", seed)
+    return seed
+
+
+def _facts(run: Run, started_at: float) -> metadata.RunFacts:
+    return metadata.RunFacts(
+        config=run.config,
+        plan=run.plan,
+        seed=run.seed,
+        session_id=random.SystemRandom().randrange(2**32),
+        started_at=started_at,
+        optimizer=run.built.description,
+        lr_scheduler=_schedule_name(run.config, run.built),
+        family=run.family.describe(run.bundle),
+        target=run.target.describe(),
+        data=run.data.metadata(),
+        version=program_version(),
+    )
+
+
+def _schedule_name(config: RunConfig, built: BuiltOptimizer) -> str:
+    if built.chooses_own_rate:
+        return f"adafactor:{config.optimizer.learning_rate}"
+    return config.schedule.lr_scheduler_type or config.schedule.lr_scheduler
+
+
+def program_version() -> str:
+    """The git commit this program was started from, or "(unknown)"."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "(unknown)"
+
+
+def _print_plan(run: Run) -> None:
+    trained_bytes = sum(parameter.numel() * 4 for parameter in run.parameters)
+    dtype = placement.SAVE_DTYPES[run.config.saving.save_precision]
+    file_bytes = trained_bytes * (dtype.itemsize if dtype else 4) // 4
+    check_free_space(run.names.folder, file_bytes + (3 * trained_bytes if run.config.saving.save_state else 0))
+    rows: list[tuple[str, Any]] = [
+        *report.trained_rows(run.groups, run.config.optimizer.learning_rate, run.built.chooses_own_rate),
+        ("optimizer", run.built.description),
+        ("schedule", _schedule_name(run.config, run.built)),
+        *report.plan_rows(
+            run.config, run.plan, run.data.num_train_images, run.data.num_reg_images,
+            run.accelerator.num_processes, run.start_step,
+        ),
+        *report.saving_rows(run.config, run.plan, run.names.final_file(), file_bytes),
+        ("seed", str(run.seed)),
+    ]  # fmt: skip
+    logger.info("This run:\n%s", report.table(rows))
+
+
+__all__ = ["ParamGroup", "run_training"]

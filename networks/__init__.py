@@ -1,0 +1,1 @@
+"""Network modules, importable by name: `--network_module networks.lora`."""

@@ -1,0 +1,293 @@
+"""What all networks share: finding the layers of a model, naming and hooking them, files of weights, merging.
+
+A network is a set of adapters, each hooked to one layer by replacing the `forward` of that instance, so it survives
+gradient checkpointing and wrappers around the model, and no weight of the model moves.
+
+Class names and paths here are part of the file format: a layer is a module whose class is called exactly "Linear" or
+"Conv2d" inside a container of a listed class, and its file key is the path with "_" for "." behind a prefix:
+`lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.checkpoints.safetensors_io import (
+    NonFiniteError,
+    atomic_file,
+    is_finite,
+    load_tensors,
+    save_file,
+    sshs_hashes,
+)
+from library.options import OptionError
+
+logger = logging.getLogger(__name__)
+
+TEXT_CONTAINERS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+TRANSFORMER_CONTAINERS = ("Transformer2DModel",)
+CONV_CONTAINERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+LEAVES = ("Linear", "Conv2d")
+
+UNET_PREFIX = "lora_unet"
+TEXT_PREFIX = "lora_te"
+
+TextEncoders = torch.nn.Module | Sequence[torch.nn.Module]
+
+
+# ---------------------------------------------------------------------------------------------- finding layers
+
+
+def find_layers(root: torch.nn.Module, prefix: str, containers: Iterable[str]) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, layer) of every Linear and Conv2d inside the containers, in order of `named_modules`."""
+    wanted = frozenset(containers)
+    for path, module in root.named_modules():
+        if type(module).__name__ not in wanted:
+            continue
+        for leaf_path, leaf in module.named_modules():
+            if type(leaf).__name__ in LEAVES:
+                yield ".".join(part for part in (prefix, path, leaf_path) if part).replace(".", "_"), leaf
+
+
+def text_encoder_prefixes(text_encoders: TextEncoders | None) -> list[tuple[str, torch.nn.Module]]:
+    """(prefix, encoder): lora_te for one encoder; lora_te1, lora_te2 for a list of more."""
+    if text_encoders is None:
+        return []
+    encoders = [text_encoders] if isinstance(text_encoders, torch.nn.Module) else list(text_encoders)
+    if len(encoders) == 1:
+        return [(TEXT_PREFIX, encoders[0])]
+    return [(f"{TEXT_PREFIX}{number}", encoder) for number, encoder in enumerate(encoders, start=1)]
+
+
+def layer_size(layer: torch.nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a layer's weight seen as a matrix; a convolution's inputs count its kernel."""
+    weight = layer.weight
+    return weight[0].numel(), weight.shape[0]
+
+
+def is_pointwise(layer: torch.nn.Module) -> bool:
+    """Whether a layer is a matrix per token or pixel: Linear or 1x1 Conv2d."""
+    return type(layer).__name__ == "Linear" or tuple(layer.kernel_size) == (1, 1)
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+class Adapter(torch.nn.Module):
+    """One layer's change. Subclasses say what the layer computes with it, and what it adds to the weight."""
+
+    def __init__(self, name: str, layer: torch.nn.Module, multiplier: float) -> None:
+        super().__init__()
+        self.name = name
+        self.multiplier = multiplier
+        self.enabled = True
+        self._layer = (layer,)  # in a tuple: not a submodule, so not in the state dict
+        self._base_forward: Any = None
+        self._base_is_plain = False
+
+    @property
+    def layer(self) -> Any:
+        """The hooked layer."""
+        return self._layer[0]
+
+    def hook(self) -> None:
+        """Take over the layer's forward. Several adapters may stand on each other."""
+        assert self._base_forward is None, f"{self.name} is hooked already"
+        self._base_is_plain = "forward" not in vars(self.layer)
+        self._base_forward = self.layer.forward
+        self.layer.forward = self.forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def weight_change(self) -> torch.Tensor:
+        """What the adapter, as it is now and at its multiplier, adds to the layer's weight: float32, of its shape."""
+        raise NotImplementedError
+
+    def merge(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        """Add the change to the layer's weight: summed in float32 on `device`, stored as `dtype` (None: as before)."""
+        weight = self.layer.weight
+        where = weight.device if device is None else device
+        merged = weight.detach().to(where, torch.float32) + self.weight_change().to(where)
+        weight.data = merged.to(weight.device, weight.dtype if dtype is None else dtype)
+
+    def back_up(self) -> None:
+        """Keep a copy of the layer's weight at the layer, once, whatever the number of networks."""
+        if not hasattr(self.layer, "weight_backup"):
+            self.layer.weight_backup = self.layer.weight.detach().clone()
+
+    def restore(self) -> None:
+        """Put the kept weight back and work as a hook again."""
+        if hasattr(self.layer, "weight_backup"):
+            self.layer.weight.data.copy_(self.layer.weight_backup)
+        self.enabled = True
+
+
+class Network(torch.nn.Module):
+    """The adapters of a model's text encoders and U-Net, as trainers and generators see any network."""
+
+    def __init__(self, text_adapters: Sequence[Adapter], unet_adapters: Sequence[Adapter]) -> None:
+        super().__init__()
+        self.text_adapters = list(text_adapters)
+        self.unet_adapters = list(unet_adapters)
+        names = [adapter.name for adapter in self.adapters]
+        assert len(names) == len(set(names)), "two layers of the model have the same name"
+        for adapter in self.adapters:
+            self.add_module(adapter.name, adapter)
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Text encoders first: the order of keys and of optimizer parameters."""
+        return [*self.text_adapters, *self.unet_adapters]
+
+    # ------------------------------------------------------------------ use
+
+    def apply_to(
+        self,
+        text_encoder: TextEncoders | None = None,
+        unet: torch.nn.Module | None = None,
+        apply_text_encoder: bool = True,
+        apply_unet: bool = True,
+    ) -> None:
+        """Hook the layers; the part that is not applied leaves the network and its files."""
+        for is_applied, adapters in ((apply_text_encoder, self.text_adapters), (apply_unet, self.unet_adapters)):
+            if not is_applied:
+                for adapter in adapters:
+                    del self._modules[adapter.name]
+                adapters.clear()
+        for adapter in self.adapters:
+            adapter.hook()
+
+    def set_multiplier(self, multiplier: float) -> None:
+        for adapter in self.adapters:
+            adapter.multiplier = multiplier
+
+    def set_enabled(self, is_enabled: bool) -> None:
+        for adapter in self.adapters:
+            adapter.enabled = is_enabled
+
+    # ------------------------------------------------------------------ merging
+
+    def is_mergeable(self) -> bool:
+        return True
+
+    def merge_to(
+        self,
+        text_encoder: TextEncoders | None = None,
+        unet: torch.nn.Module | None = None,
+        weights_sd: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Add the change of each layer named in `weights_sd` (None: all, as they are) to the model's weights."""
+        named = None
+        if weights_sd is not None:
+            self.load_state_dict(weights_sd, strict=False)
+            named = {key.partition(".")[0] for key in weights_sd}
+        merged = [adapter for adapter in self.adapters if named is None or adapter.name in named]
+        for adapter in merged:
+            adapter.merge(dtype, device)
+        logger.info("merged %d modules into the model", len(merged))
+
+    def backup_weights(self) -> None:
+        """Keep a copy of every weight that merging would change."""
+        for adapter in self.adapters:
+            adapter.back_up()
+
+    def restore_weights(self) -> None:
+        """Take all merged changes out again and work through hooks."""
+        for adapter in self.adapters:
+            adapter.restore()
+
+    def pre_calculation(self) -> None:
+        """Merge into the kept-aside weights and switch the hooks off: no cost per step until `restore_weights`."""
+        for adapter in self.adapters:
+            adapter.back_up()
+            adapter.merge()
+            adapter.enabled = False
+
+    # ------------------------------------------------------------------ training
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: hooks are recomputed with the blocks they sit in."""
+
+    def prepare_grad_etc(self, text_encoder: TextEncoders | None, unet: torch.nn.Module | None) -> None:
+        self.requires_grad_(True)
+
+    def on_epoch_start(self, text_encoder: TextEncoders | None, unet: torch.nn.Module | None) -> None:
+        self.train()
+
+    def get_trainable_params(self) -> Iterator[torch.nn.Parameter]:
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    # ------------------------------------------------------------------ files
+
+    def load_weights(self, file: Path | str) -> Any:
+        """Load a file's weights for the modules that both have; returns torch's (missing_keys, unexpected_keys)."""
+        return self.load_state_dict(read_network_file(file), strict=False)
+
+    def save_weights(
+        self, file: Path | str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write all tensors (cast to `dtype` if given) atomically: .safetensors with metadata and hashes, or a pickle.
+
+        Raises NonFiniteError rather than write NaN.
+        """
+        tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in self.state_dict().items()}
+        write_network_file(tensors, file, metadata)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def read_network_file(file: Path | str) -> dict[str, torch.Tensor]:
+    """The tensors of a network file (.safetensors or pickle); OptionError when it can't be read."""
+    return load_tensors(file)
+
+
+def write_network_file(
+    tensors: Mapping[str, torch.Tensor], file: Path | str, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a network file atomically; a .safetensors file's metadata gets both hashes of the trade."""
+    if Path(file).suffix == ".safetensors":
+        metadata = dict(metadata or {})
+        metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = sshs_hashes(tensors, metadata)
+        save_file(tensors, file, metadata)
+        return
+    for key, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise NonFiniteError(f"{key} holds NaN or infinity; the file was not written")
+    with atomic_file(file) as opened:
+        torch.save(dict(tensors), opened)
+
+
+def modules_of_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Module name -> its tensors by what follows the name's dot."""
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, dot, rest = key.partition(".")
+        if dot:
+            modules.setdefault(name, {})[rest] = tensor
+    return modules
+
+
+def check_names(in_file: Iterable[str], in_model: Iterable[str], file: str) -> None:
+    """OptionError when no module of a file is in the model; a warning when some are not."""
+    wanted, present = list(in_file), frozenset(in_model)
+    missing = [name for name in wanted if name not in present]
+    if wanted and len(missing) == len(wanted):
+        sdxl = any(
+            name.startswith((f"{TEXT_PREFIX}1_", f"{TEXT_PREFIX}2_", f"{UNET_PREFIX}_input_blocks")) for name in wanted
+        )
+        way_out = "it was made for SDXL" if sdxl else "it was made for another kind of model"
+        raise OptionError(
+            file, f"none of its {len(wanted)} modules is in this model (the first is {wanted[0]})", way_out
+        )
+    if missing:
+        logger.warning("%s: %d of %d modules are not in this model and were left out, the first is %s",
+                       file, len(missing), len(wanted), missing[0])  # fmt: skip

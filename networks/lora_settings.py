@@ -1,0 +1,82 @@
+"""What --network_args says to LoRA and its relatives, and the rank each layer gets from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from library.options import OptionError, did_you_mean
+from networks.blocks import BLOCK_KEYS, BlockLayout, BlockSettings, argument, number, parse_blocks
+from networks.injection import UNET_PREFIX, is_pointwise
+
+logger = logging.getLogger(__name__)
+
+Rank = tuple[int, float | None]  # rank (0: no module) and alpha (None or 0: the rank)
+RankRule = Callable[[str, torch.nn.Module], Rank]
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """What --network_args says, read."""
+
+    dropout: float = 0.0  # share of rank activations, whole tensor
+    rank_dropout: float = 0.0  # share of ranks, per sample
+    module_dropout: float = 0.0  # probability that a module is left out of a forward
+    conv_dim: int | None = None
+    conv_alpha: float | None = None
+    loraplus_lr_ratio: float | None = None
+    loraplus_unet_lr_ratio: float | None = None
+    loraplus_text_encoder_lr_ratio: float | None = None
+    blocks: BlockSettings = BlockSettings()
+
+    @classmethod
+    def parse(cls, neuron_dropout: float | None, arguments: Mapping[str, Any]) -> LoRASettings:
+        """From the arguments by name (texts or numbers); --network_dropout goes before an argument `dropout`."""
+        own = [field.name for field in fields(cls) if field.name != "blocks"]
+        for key in arguments:
+            if key not in own and key not in BLOCK_KEYS:
+                raise OptionError(argument(key), "unknown name", did_you_mean(key, [*own, *BLOCK_KEYS]))
+        values = {key: number(arguments[key], key) for key in own if arguments.get(key) is not None}
+        if neuron_dropout is not None:
+            values["dropout"] = float(neuron_dropout)
+        for key in ("dropout", "rank_dropout", "module_dropout"):
+            if not 0 <= values.get(key, 0.0) < 1:
+                raise OptionError(argument(key), f"{values[key]:g} is out of range", "use 0 to below 1")
+        rank = values.get("conv_dim")
+        if rank is not None:
+            if rank < 0 or rank != int(rank):
+                raise OptionError(argument("conv_dim"), f"{rank:g} is no rank", "use a whole number")
+            values["conv_dim"] = int(rank)
+        settings = cls(blocks=parse_blocks(arguments), **values)
+        if settings.conv_alpha is not None and not settings.has_convs:
+            logger.warning("%s has no effect without conv_dim", argument("conv_alpha"))
+        return settings
+
+    @property
+    def has_convs(self) -> bool:
+        """Whether layers of the convolution containers (ResnetBlock2D ...) get modules too."""
+        return bool(self.conv_dim or self.blocks.conv_block_dims)
+
+    def rank_rule(self, dim: int, alpha: float, layout: BlockLayout) -> RankRule:
+        """Linear and 1x1 layers get `dim`, k x k convolutions conv_dim; the U-Net's by block where that is set."""
+        conv = (self.conv_dim or 0, 1.0 if self.conv_alpha is None else self.conv_alpha)
+        blocks = self.blocks.ranks(layout, dim=dim, alpha=alpha, conv_dim=self.conv_dim, conv_alpha=self.conv_alpha)
+
+        def rule(name: str, layer: torch.nn.Module) -> Rank:
+            if blocks is None or not name.startswith(UNET_PREFIX):
+                return (dim, alpha) if is_pointwise(layer) else conv
+            index = layout.index(name)
+            if is_pointwise(layer):
+                return blocks.dims[index], blocks.alphas[index]
+            return (blocks.conv_dims[index] if blocks.conv_dims else 0), blocks.conv_alphas[index]
+
+        return rule
+
+    def loraplus_ratio(self, part: str) -> float | None:
+        """Factor of the up weights' learning rate (Hayou et al. 2024, arXiv:2402.12354) in "unet" or "text_encoder"."""
+        own = getattr(self, f"loraplus_{part}_lr_ratio")
+        return self.loraplus_lr_ratio if own is None else own

@@ -1,0 +1,199 @@
+"""The arithmetic of low-rank weight changes: layers with one, their gradients, their sums and norms.
+
+A low-rank change of a layer with weight W is scale * up @ down. The layer's output with it is computed in one autograd
+step: the change is added in place on the base output and its gradient in place on the base's input gradient, so that
+no tensor of the output's size is made or multiplied besides those the base layer makes anyway. The base weight counts
+as frozen: it gets no gradient.
+
+Shape letters: N tokens (all leading dimensions), I inputs, O outputs, R rank, B samples, H W pixels, P = H * W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+Size2 = tuple[int, int]
+
+
+def linear(
+    x: torch.Tensor, base: torch.nn.Linear, down_RI: torch.Tensor, up_OR: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """base(x) + scale * x @ down.T @ up.T for x (..., I), in x's dtype or autocast's; base is frozen.
+
+    `down_RI` and `up_OR` may be masters of a higher precision; they are cast inside and get gradients of their dtype.
+    """
+    return _LowRankLinear.apply(x, base.weight, base.bias, down_RI, up_OR, scale)
+
+
+def conv2d(
+    x_BIHW: torch.Tensor, base: torch.nn.Conv2d, down_RIkk: torch.Tensor, up_OR11: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """base(x) + scale * up(down(x)), where down convolves like the frozen base and up is 1x1; see :func:`linear`.
+
+    The base must have no groups, no dilation and numeric zero padding.
+    """
+    geometry = (base.stride, base.padding)
+    return _LowRankConv.apply(x_BIHW, base.weight, base.bias, down_RIkk, up_OR11, scale, geometry)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype a matrix product on `x` runs in: autocast's where it is on (it leaves float64 alone), else x's own."""
+    kind = x.device.type
+    if x.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, down, up, scale):  # type: ignore[override]
+        dtype = compute_dtype(x)
+        x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+        weight, down, up = weight.to(dtype), down.to(dtype), up.to(dtype)
+        out_NO = F.linear(x_NI, weight, None if bias is None else bias.to(dtype))
+        low_NR = torch.mm(x_NI, down.t())
+        out_NO.addmm_(low_NR, up.t(), alpha=scale)
+        ctx.save_for_backward(x_NI, weight, down, up, low_NR)
+        ctx.scale, ctx.shape = scale, x.shape
+        # not a view in autograd's books: callers may change the output in place
+        return torch.ops.aten._unsafe_view.default(out_NO, (*x.shape[:-1], weight.shape[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):  # type: ignore[override]
+        x_NI, weight, down, up, low_NR = ctx.saved_tensors
+        needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_down = grad_up = None
+        if needs_up:
+            grad_up = torch.addmm(up, grad_NO.t(), low_NR, beta=0, alpha=ctx.scale)
+        grad_low_NR = torch.addmm(low_NR, grad_NO, up, beta=0, alpha=ctx.scale) if needs_x or needs_down else None
+        if needs_down:
+            grad_down = torch.mm(grad_low_NR.t(), x_NI)
+        if needs_x:
+            grad_x = torch.mm(grad_NO, weight).addmm_(grad_low_NR, down).view(ctx.shape)
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+class _LowRankConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, down, up, scale, geometry):  # type: ignore[override]
+        dtype = compute_dtype(x)
+        x, weight, down, up = x.to(dtype), weight.to(dtype), down.to(dtype), up.to(dtype)
+        stride, padding = geometry
+        out = torch.conv2d(x, weight, None if bias is None else bias.to(dtype), stride, padding)
+        up_OR = up.flatten(1)
+        pointwise = down.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
+        low = _mix(down.flatten(1), x) if pointwise else torch.conv2d(x, down, None, stride, padding)
+        _add_mix_(out, up_OR, low, scale)
+        ctx.save_for_backward(x, weight, down, up_OR, low)
+        ctx.scale, ctx.geometry, ctx.pointwise = scale, geometry, pointwise
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):  # type: ignore[override]
+        x, weight, down, up_OR, low = ctx.saved_tensors
+        needs_x, _, _, needs_down, needs_up, _, _ = ctx.needs_input_grad
+        grad_x = grad_down = grad_up = None
+        if needs_up:
+            grad_up = _outer(grad, low).mul_(ctx.scale)[:, :, None, None]
+        if not (needs_x or needs_down):
+            return None, None, None, None, grad_up, None, None
+        grad_low = _mix(up_OR.t(), grad, ctx.scale)
+        if needs_x:
+            grad_x = _conv_gradients(grad, x, weight, ctx.geometry, (True, False))[0]
+        if not ctx.pointwise:
+            grad_x_low, grad_down = _conv_gradients(grad_low, x, down, ctx.geometry, (needs_x, needs_down))
+            grad_x = grad_x.add_(grad_x_low) if needs_x else None
+        else:
+            if needs_down:
+                grad_down = _outer(grad_low, x)[:, :, None, None]
+            if needs_x:
+                _add_mix_(grad_x, down.flatten(1).t(), grad_low, 1.0)
+        return grad_x, None, None, grad_down, grad_up, None, None
+
+
+def _conv_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: tuple[Size2, Size2], wanted: tuple[bool, bool]
+) -> tuple[Any, Any]:
+    """Gradients of conv2d(x, weight) for (x, weight), None where not wanted."""
+    stride, padding = geometry
+    mask = [*wanted, False]
+    gradients = torch.ops.aten.convolution_backward.default(
+        grad, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, mask
+    )
+    return gradients[0], gradients[1]
+
+
+# ------------------------------------------------------------------------ matrices over the channels of pictures
+
+
+def _mix(matrix_OI: torch.Tensor, x_BIHW: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """scale * matrix over the channels of x (a 1x1 convolution), in x's memory layout."""
+    samples, _, height, width = x_BIHW.shape
+    if _channels_last(x_BIHW):
+        x_NI = _tokens(x_BIHW)
+        out_NO = torch.mm(x_NI, matrix_OI.t())
+        out = out_NO.view(samples, height, width, -1).permute(0, 3, 1, 2)
+    else:
+        x_BIP = x_BIHW.reshape(samples, -1, height * width)
+        out = torch.bmm(matrix_OI.expand(samples, -1, -1), x_BIP).view(samples, -1, height, width)
+    return out if scale == 1.0 else out.mul_(scale)
+
+
+def _add_mix_(out_BOHW: torch.Tensor, matrix_OI: torch.Tensor, x_BIHW: torch.Tensor, scale: float) -> None:
+    """out += scale * matrix over the channels of x."""
+    samples, outputs, height, width = out_BOHW.shape
+    if _channels_last(out_BOHW):
+        out_NO = out_BOHW.permute(0, 2, 3, 1).view(-1, outputs)
+        out_NO.addmm_(_tokens(x_BIHW), matrix_OI.t(), alpha=scale)
+    elif out_BOHW.is_contiguous():
+        x_BIP = x_BIHW.reshape(samples, -1, height * width)
+        out_BOP = out_BOHW.view(samples, outputs, height * width)
+        out_BOP.baddbmm_(matrix_OI.expand(samples, -1, -1), x_BIP, alpha=scale)
+    else:
+        out_BOHW.add_(_mix(matrix_OI, x_BIHW), alpha=scale)
+
+
+def _outer(a_BOHW: torch.Tensor, b_BIHW: torch.Tensor) -> torch.Tensor:
+    """(O, I): sum over samples and pixels of a's times b's channels."""
+    if _channels_last(a_BOHW):
+        return torch.mm(_tokens(a_BOHW).t(), _tokens(b_BIHW))
+    return torch.bmm(a_BOHW.flatten(2), b_BIHW.flatten(2).transpose(1, 2)).sum(0)
+
+
+def _channels_last(x: torch.Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _tokens(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """(N, C); free of copying in channels-last layout."""
+    return x_BCHW.permute(0, 2, 3, 1).reshape(-1, x_BCHW.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------- sums and norms
+
+
+def weight_change(down: torch.Tensor, up: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """up @ down in float32 as a change of a weight of `shape`; either may be 2-D or 4-D with single pixels."""
+    return torch.mm(up.float().flatten(1), down.float().flatten(1)).reshape(shape)
+
+
+def frobenius_norms(downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(M,) norms of up @ down for M pairs of equal shapes, without the products.
+
+    ||B A||^2 = tr(A A^T B^T B): the sum over two R x R matrices multiplied element by element.
+    """
+    down_MRI = torch.stack([down.detach().flatten(1) for down in downs]).float()
+    up_MOR = torch.stack([up.detach().flatten(1) for up in ups]).float()
+    gram = torch.bmm(down_MRI, down_MRI.transpose(1, 2)) * torch.bmm(up_MOR.transpose(1, 2), up_MOR)
+    return gram.sum((1, 2)).clamp_min_(0).sqrt_()

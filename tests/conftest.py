@@ -1,0 +1,30 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing under test may look for a network
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 1.x checkpoint; don't write to it."""
+    from tests.tiny_models import tiny_sd_checkpoint
+
+    return tiny_sd_checkpoint(tmp_path_factory.mktemp("models") / "tiny_sd1.safetensors", "sd1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 2.x checkpoint that predicts velocity; don't write to it."""
+    from tests.tiny_models import tiny_sd_checkpoint
+
+    return tiny_sd_checkpoint(tmp_path_factory.mktemp("models") / "tiny_sd2.safetensors", "sd2", v_prediction=True)

@@ -1,0 +1,154 @@
+"""Prompt lines, prompt files, requests, seeds and batches."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+
+import pytest
+
+from library.generate.options import PictureOptions, PromptOptions
+from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
+from library.generate.request import GenerationRequest, batches, make_requests
+from library.options import OptionError
+
+
+def request(**values: object) -> GenerationRequest:
+    defaults = {
+        "prompt": "a", "negative_prompt": "", "width": 64, "height": 64, "steps": 2, "scale": 7.5, "seed": 1,
+    }  # fmt: skip
+    return GenerationRequest(**(defaults | values))
+
+
+def test_options_leave_the_prompt() -> None:
+    line = parse_prompt_line("  a cat, on a mat --n blurry, dark --W 640 --h 448 --s 30 --l 5.5 --d 1,2 , 3 ")
+    assert line == PromptLine("a cat, on a mat", "blurry, dark", 640, 448, 30, 5.5, (1, 2, 3))
+
+
+def test_a_plain_prompt_has_no_options() -> None:
+    assert parse_prompt_line("a-b --- c") == PromptLine("a-b")  # " --" splits, whatever follows
+    assert parse_prompt_line("a (b:1.2) BREAK [c]") == PromptLine("a (b:1.2) BREAK [c]")
+
+
+def test_a_repeated_option_counts_once_more() -> None:
+    assert parse_prompt_line("a --w 64 --w 128").width == 128
+
+
+@pytest.mark.parametrize(("given", "steps"), [("0", 1), ("1", 1), ("5000", 1000)])
+def test_steps_are_clamped(given: str, steps: int) -> None:
+    assert parse_prompt_line(f"a --s {given}").steps == steps
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a --w wide", "prompts.txt, line 3: --w 'wide' is not a whole number"),
+        ("a --l nan", "--l 'nan' is not a number"),
+        ("a --d 1,x", "--d '1,x' is not a seed or several joined by commas"),
+        ("a --s", "--s '' is not a whole number"),
+    ],
+)
+def test_broken_values_name_the_place(line: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse_prompt_line(line, "prompts.txt, line 3")
+
+
+def test_unknown_options_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        line = parse_prompt_line("a --foo 3 --bar --w 64", "prompts.txt, line 7")
+    assert line.prompt == "a"
+    assert line.width == 64
+    assert [record.message for record in caplog.records] == [
+        "prompts.txt, line 7: no effect: --foo 3, --bar; prompt lines know --n, --w, --h, --d, --l, --s"
+    ]
+
+
+def test_alternatives_are_said_to_stay(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert parse_prompt_line("a {red|blue} cat").prompt == "a {red|blue} cat"
+    assert "as it stands" in caplog.text
+
+
+def test_prompt_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff# comment\r\n\r\nein Kätzchen --n häßlich\r\n  a dog  \r\n".encode())
+    first, second = read_prompt_file(path)
+    assert (first.prompt, first.negative_prompt, second.prompt) == ("ein Kätzchen", "häßlich", "a dog")
+    assert first.where == f"{path}, line 3"
+
+
+def test_prompt_files_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    with pytest.raises(OptionError, match="--from_file: can't read .*No such file"):
+        read_prompt_file(path)
+    path.write_bytes(b"fine\n\xff\xfe broken\n")
+    with pytest.raises(OptionError, match=r"not UTF-8 text \(line 2\)"):
+        read_prompt_file(path)
+    path.write_text("\n# nothing\n")
+    with pytest.raises(OptionError, match="holds no prompt"):
+        read_prompt_file(path)
+
+
+def test_requests_take_the_line_before_the_command_line() -> None:
+    lines = [parse_prompt_line("a --w 128 --s 3 --l 1 --n bad"), parse_prompt_line("b")]
+    first, second = make_requests(lines, PromptOptions(prompt="x", seed=1), PictureOptions(W=64, H=64, steps=9))
+    assert (first.width, first.height, first.steps, first.scale, first.negative_prompt) == (128, 64, 3, 1.0, "bad")
+    assert (second.width, second.steps, second.scale, second.negative_prompt) == (64, 9, 7.5, "")
+    assert not first.is_guided
+    assert second.is_guided
+
+
+def test_default_size_is_512() -> None:
+    (only,) = make_requests([PromptLine("a")], PromptOptions(prompt="a"), PictureOptions())
+    assert (only.width, only.height, only.steps, only.sampler) == (512, 512, 50, "ddim")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a --w 100", "--w: 100 is not a multiple of 8; use 96 or 104"),
+        ("a --h 0", "--h: 0 is not a multiple of 8; use 8 or 16"),
+        ("a --d 99999999999999999999", "--d: 99999999999999999999 is out of range"),
+        ("a --s 1000", "--s: 1000 is out of range for the sampler ddim"),
+    ],
+)
+def test_lines_out_of_range(line: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make_requests([parse_prompt_line(line)], PromptOptions(prompt="a"), PictureOptions())
+
+
+def seeds_of(lines: list[PromptLine], **options: int) -> list[int]:
+    return [item.seed for item in make_requests(lines, PromptOptions(prompt="x", **options), PictureOptions())]
+
+
+def test_one_picture_has_the_seed_itself() -> None:
+    assert seeds_of([PromptLine("a")], seed=42) == [42]
+
+
+def test_many_pictures_draw_their_seeds_from_it() -> None:
+    source = random.Random(42)
+    expected = [source.randint(0, 2**32 - 1) for _ in range(8)]
+    assert seeds_of([PromptLine("a"), PromptLine("b")], seed=42, images_per_prompt=2, n_iter=2) == expected
+
+
+def test_lines_with_seeds_take_none_away() -> None:
+    source = random.Random(42)
+    drawn = [source.randint(0, 2**32 - 1) for _ in range(3)]
+    lines = [PromptLine("a", seeds=(7, 8)), PromptLine("b")]
+    assert seeds_of(lines, seed=42, images_per_prompt=3) == [7, 8, 8, *drawn]
+
+
+def test_seeds_without_a_seed_differ_and_leave_the_global_generator_alone() -> None:
+    state = random.getstate()
+    drawn = seeds_of([PromptLine("a")], images_per_prompt=4) + seeds_of([PromptLine("a")], images_per_prompt=4)
+    assert len(set(drawn)) == 8
+    assert random.getstate() == state
+
+
+def test_batches_hold_what_fits_together() -> None:
+    requests = [request(seed=seed) for seed in range(5)]
+    requests += [request(width=128), request(steps=3), request(scale=2.0), request(prompt="long"), request(prompt="b")]
+    made = list(batches(requests, 3, lambda item: 2 if item.prompt == "long" else 1))
+    assert [len(batch) for batch in made] == [3, 2, 1, 1, 1, 1, 1]
+    assert [item for batch in made for item in batch] == requests

@@ -1,0 +1,124 @@
+"""Samplers: the trade's timesteps, and trajectories of a model that knows the answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from library.diffusion.samplers import SAMPLERS, check_steps, make_scheduler, stepper
+from library.options import OptionError
+
+NAMES = [name for name in SAMPLERS if not name.startswith("k_")]
+
+# First timesteps and their number at 10 steps, from diffusers 0.21.2 with the trade's settings.
+TIMESTEPS = {
+    "ddim": ([901, 801, 701], 10),
+    "pndm": ([901, 851, 851], 19),
+    "euler": ([999, 888, 777], 10),
+    "heun": ([999, 888, 888], 19),
+}
+
+# Samplers whose last step ends at the least noise of training, sigma 0.0292, instead of at none.
+KEEP_LEAST_NOISE = {"pndm", "dpmsolver", "dpmsolver++", "dpmsingle"}
+
+
+def sample(sampler: str, clean_BCHW: torch.Tensor, seeds: list[int], *, steps: int, v_prediction: bool) -> torch.Tensor:
+    """Sample with the perfect model of a data set that holds nothing but `clean_BCHW`."""
+    scheduler = make_scheduler(sampler, v_prediction=v_prediction)
+    scheduler.set_timesteps(steps, device="cpu")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    step = stepper(scheduler, generators)
+    noise = [torch.randn(clean_BCHW.shape[1:], generator=generator) for generator in generators]
+    latents = torch.stack(noise) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(latents, timestep)
+        signal, sigma = scales(scheduler.alphas_cumprod, float(timestep))
+        noise = (inputs - signal * clean_BCHW) / sigma
+        latents = step(signal * noise - sigma * clean_BCHW if v_prediction else noise, timestep, latents)
+    return latents
+
+
+def scales(alphas_cumprod: torch.Tensor, timestep: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """sqrt(alpha-bar), sqrt(1 - alpha-bar), linear between whole timesteps."""
+    low = int(timestep)
+    share = timestep - low
+    alpha = alphas_cumprod[low] * (1 - share) + alphas_cumprod[min(low + 1, 999)] * share
+    return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+@pytest.mark.parametrize("name", TIMESTEPS)
+def test_timesteps_are_the_trades(name: str) -> None:
+    scheduler = make_scheduler(name, v_prediction=False)
+    scheduler.set_timesteps(10)
+    first, count = TIMESTEPS[name]
+    assert scheduler.timesteps[:3].tolist() == first
+    assert len(scheduler.timesteps) == count
+
+
+@pytest.mark.parametrize("v_prediction", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_perfect_model_leads_to_its_picture(name: str, v_prediction: bool) -> None:
+    clean = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    result = sample(name, clean, [1, 2], steps=10, v_prediction=v_prediction)
+    assert result.dtype == torch.float32
+    tolerance = 0.2 if name in KEEP_LEAST_NOISE else 1e-3
+    assert (result - clean).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("end", ["least_steps", "most_steps"])
+def test_every_number_of_steps_offered_works(name: str, end: str) -> None:
+    steps = getattr(SAMPLERS[name], end)
+    check_steps("--steps", name, steps)
+    result = sample(name, torch.zeros(1, 1, 2, 2), [0], steps=steps, v_prediction=False)
+    assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_does_not_depend_on_its_batch(name: str) -> None:
+    clean = torch.zeros(4, 4, 8, 8)
+    together = sample(name, clean, [5, 6, 7, 8], steps=8, v_prediction=False)
+    for index, seed in enumerate([5, 6, 7, 8]):
+        alone = sample(name, clean[:1], [seed], steps=8, v_prediction=False)
+        assert torch.equal(alone[0], together[index])
+
+
+@pytest.mark.parametrize("name", ["euler_a", "dpm_2_a"])
+def test_ancestral_samplers_add_noise(name: str) -> None:
+    scheduler = make_scheduler(name, v_prediction=False)
+    scheduler.set_timesteps(4)
+    ends = []
+    for seed in (1, 2):
+        latents = torch.ones(1, 4, 8, 8)
+        step = stepper(scheduler, [torch.Generator().manual_seed(seed)])
+        scheduler.set_timesteps(4)
+        for timestep in scheduler.timesteps[:3]:
+            latents = step(torch.zeros_like(latents), timestep, latents)
+        ends.append(latents)
+    assert (ends[0] - ends[1]).abs().mean() > 0.1
+
+
+def test_aliases_are_the_samplers_they_name() -> None:
+    for name in SAMPLERS:
+        if name.startswith("k_"):
+            assert SAMPLERS[name] is SAMPLERS[name.removeprefix("k_")]
+
+
+def test_steps_out_of_range_name_the_sampler() -> None:
+    with pytest.raises(OptionError, match="--steps: 3 is out of range for the sampler pndm; use 4 to 999"):
+        check_steps("--steps", "pndm", 3)
+
+
+def test_lms_without_scipy_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.integrate", None)
+    with pytest.raises(OptionError, match="needs the package scipy; run `pip install scipy`"):
+        make_scheduler("k_lms", v_prediction=False)
+
+
+def test_the_table_needs_no_torch() -> None:
+    code = "import sys, library.diffusion.samplers; sys.exit(any(n in sys.modules for n in ('torch', 'diffusers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
