@@ -51,10 +51,7 @@ class LoRASettings:
             if rank < 0 or rank != int(rank):
                 raise OptionError(argument("conv_dim"), f"{rank:g} is no rank", "use a whole number")
             values["conv_dim"] = int(rank)
-        settings = cls(blocks=parse_blocks(arguments), **values)
-        if settings.conv_alpha is not None and not settings.has_convs:
-            logger.warning("%s has no effect without conv_dim", argument("conv_alpha"))
-        return settings
+        return cls(blocks=parse_blocks(arguments), **values)
 
     @property
     def has_convs(self) -> bool:
@@ -63,6 +60,8 @@ class LoRASettings:
 
     def rank_rule(self, dim: int, alpha: float, layout: BlockLayout) -> RankRule:
         """Linear and 1x1 layers get `dim`, k x k convolutions conv_dim; the U-Net's by block where that is set."""
+        if self.conv_alpha is not None and not self.has_convs:
+            logger.warning("%s has no effect without conv_dim", argument("conv_alpha"))
         conv = (self.conv_dim or 0, 1.0 if self.conv_alpha is None else self.conv_alpha)
         blocks = self.blocks.ranks(layout, dim=dim, alpha=alpha, conv_dim=self.conv_dim, conv_alpha=self.conv_alpha)
 

@@ -1,12 +1,12 @@
-"""Builds the starter model: a Stable Diffusion 1.x checkpoint with every width small, trained in under an hour on one core.
+"""Builds the starter model: Stable Diffusion 1.x with every width small, trained in less than an hour on one core.
 
-    python starter/build.py --work DIR [--only vae|diffusion|write]
+    python starter/build.py --work FOLDER
 
-It learns the ten photographs of `starter/base` well enough to draw them for their captions, and has never been shown
-the subject of `starter/photos` with a text, so that a LoRA has something visible to teach. Its VAE has seen both: it only
-has to reproduce pixels. Each stage leaves a file in DIR and is skipped where that file exists.
+It learns to draw the ten photographs of `starter/base` for their captions. It is never told of the subject of
+`starter/photos`, so that a LoRA has something to teach it; only its VAE, which knows no texts, has seen both. The
+trained parts stay in FOLDER: a part that is there is not trained again. Writes starter/model.safetensors.
 
-Shape letters: B samples, C channels, H W pixels or latent pixels, T = 77 tokens, D text features.
+Shape letters: B samples, N all samples, C channels, H W pixels or latent pixels, T = 77 tokens, D text features.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import argparse
 import math
 import random
 import sys
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,57 +24,40 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
 
 STARTER = Path(__file__).resolve().parent
 sys.path.insert(0, str(STARTER.parent))
 
+from library.checkpoints.architecture import TextArchitecture, UNetArchitecture, VaeArchitecture  # noqa: E402
+from library.checkpoints.model_spec import ModelSpec, model_spec_metadata  # noqa: E402
+from library.checkpoints.sd import ModelState, save_single_file  # noqa: E402
+from library.models.build import build_text_encoder, build_unet, build_vae  # noqa: E402
+from library.models.text_encoder import TextEncoder  # noqa: E402
 from library.text.tokens import ClipTokenizer  # noqa: E402
 
 SIZE = 128  # pixels: the size the model draws
 LATENT_SCALE = 0.18215  # of SD 1.x: latents times this have standard deviation 1
-TEXT_WIDTH = 64  # one head: heads of CLIP are 64 wide
-TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 
-VAE_STEPS = 4000
-DIFFUSION_STEPS = 6000
+VAE = VaeArchitecture(image_channels=3, latent_channels=4, channels=(32, 32, 64, 64), resnets=2)
+TEXT_ENCODER = TextArchitecture(49408, 77, width=64, mlp_width=256, layers=2, heads=1, activation="quick_gelu")
+UNET = UNetArchitecture(
+    in_channels=4,
+    out_channels=4,
+    channels=(64, 64, 32, 32),
+    heads=(8, 8, 8, 8),
+    transformer_depths=(1, 1, 1, 0),
+    resnets=2,
+    context_width=64,
+    linear_projection=False,
+)
+
+VAE_STEPS, VAE_LR = 4000, 2e-3
+DIFFUSION_STEPS, DIFFUSION_LR = 6000, 1e-3
 CROPS_PER_PHOTO = 96
+TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 NO_CAPTION = 0.1  # share of samples trained without caption, for classifier-free guidance
-
-
-# ---------------------------------------------------------------------------------------------- architecture
-
-
-def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 32, 64, 64),
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=32,
-    )
-
-
-def new_unet() -> UNet2DConditionModel:
-    """SD 1.x's U-Net; `attention_head_dim` is what diffusers calls its number of heads."""
-    return UNet2DConditionModel(
-        sample_size=SIZE // 8,
-        block_out_channels=(64, 64, 32, 32),
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=8,
-    )
-
-
-def new_text_encoder() -> CLIPTextModel:
-    """CLIP's text model. Token vectors start large, so that words the training never shows still differ from each other."""
-    config = CLIPTextConfig(
-        hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=1
-    )
-    model = CLIPTextModel(config)
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
-    return model
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -99,13 +84,13 @@ def crop(image: Image.Image, smallest: float, rng: random.Random) -> torch.Tenso
 
 
 def train_vae(vae: AutoencoderKL) -> None:
-    """Absolute error of pixels and of their differences (edges), a trace of KL; the last quarter at full size.
+    """On absolute errors of pixels and edges and a trace of KL: first on pieces of crops, then on whole ones.
 
-    Afterwards the latents are rescaled to the deviation SD 1.x expects, by changing the two 1x1 convolutions around them.
+    Afterwards the 1x1 convolutions around the latents are changed so that these have the deviation SD 1.x expects.
     """
     rng = random.Random(1)
     pictures = [image for folder in ("base", "photos") for image, _ in photos(STARTER / folder)]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LR, betas=(0.9, 0.95), weight_decay=0)
     for step in (progress := tqdm(range(VAE_STEPS), "VAE")):
         full = step >= VAE_STEPS * 3 // 4
         images = torch.stack([crop(rng.choice(pictures), 0.5, rng) for _ in range(4 if full else 10)])
@@ -114,8 +99,12 @@ def train_vae(vae: AutoencoderKL) -> None:
             images = images[:, :, y : y + SIZE // 2, x : x + SIZE // 2]
         latents = vae.encode(images).latent_dist
         restored = vae.decode(latents.sample()).sample
-        loss = F.l1_loss(restored, images) + edge_loss(restored, images) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
-        update(optimizer, vae.parameters(), loss, warm_cosine(step, VAE_STEPS) * 2e-3)
+        loss = (
+            F.l1_loss(restored, images)
+            + edge_loss(restored, images)
+            + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
+        )
+        update(optimizer, vae.parameters(), loss, VAE_LR * warm_cosine(step, VAE_STEPS))
         progress.set_postfix(loss=f"{loss.item():.4f}")
     rescale_latents(vae, torch.stack([crop(rng.choice(pictures), 0.8, rng) for _ in range(200)]))
 
@@ -147,7 +136,7 @@ def rescale_latents(vae: AutoencoderKL, images_BCHW: torch.Tensor) -> None:
 # ---------------------------------------------------------------------------------------------- U-Net and text encoder
 
 
-def train_diffusion(vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+def train_diffusion(vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: TextEncoder) -> None:
     """Noise prediction with min-SNR weights; both models end as the moving average of their last few hundred steps."""
     rng = random.Random(2)
     torch.manual_seed(2)
@@ -155,12 +144,12 @@ def train_diffusion(vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder
     tokenizer = ClipTokenizer(pad_token="eos")
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     models = torch.nn.ModuleList([unet, text_encoder])
-    average = torch.optim.swa_utils.AveragedModel(models, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
-    optimizer = torch.optim.AdamW(models.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
+    average = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    optimizer = torch.optim.AdamW(models.parameters(), lr=DIFFUSION_LR, betas=(0.9, 0.99), weight_decay=0)
     for step in (progress := tqdm(range(DIFFUSION_STEPS), "U-Net and text encoder")):
         chosen = [rng.randrange(len(captions)) for _ in range(8)]
         texts = ["" if rng.random() < NO_CAPTION else rng.choice(TEMPLATES).format(captions[i]) for i in chosen]
-        context_BTD = text_encoder(tokenizer.windows(texts, 1)[:, 0]).last_hidden_state
+        context_BTD = text_encoder(tokenizer.windows(texts, 1)[:, 0])
         noise_BCHW = torch.randn_like(latents_NCHW[chosen])
         timesteps_B = torch.randint(0, 1000, (len(chosen),))
         noised_BCHW = schedule.add_noise(latents_NCHW[chosen], noise_BCHW, timesteps_B)
@@ -168,7 +157,7 @@ def train_diffusion(vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder
         alphas_B = schedule.alphas_cumprod[timesteps_B]
         weight_B = (5 * (1 - alphas_B) / alphas_B).clamp(max=1)  # min(SNR, 5) / SNR
         loss = (error_B * weight_B).mean()
-        update(optimizer, models.parameters(), loss, warm_cosine(step, DIFFUSION_STEPS) * 1e-3)
+        update(optimizer, models.parameters(), loss, DIFFUSION_LR * warm_cosine(step, DIFFUSION_STEPS))
         average.update_parameters(models)
         progress.set_postfix(loss=f"{loss.item():.4f}")
     models.load_state_dict(average.module.state_dict())
@@ -177,7 +166,9 @@ def train_diffusion(vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder
 @torch.no_grad()
 def encode_crops(vae: AutoencoderKL, rng: random.Random) -> tuple[torch.Tensor, list[str]]:
     """Scaled latents of many crops of the base photographs, and the caption of each."""
-    crops = [(crop(image, 0.85, rng), caption) for image, caption in photos(STARTER / "base") for _ in range(CROPS_PER_PHOTO)]
+    crops = [
+        (crop(image, 0.85, rng), caption) for image, caption in photos(STARTER / "base") for _ in range(CROPS_PER_PHOTO)
+    ]
     images_NCHW = torch.stack([pixels for pixels, _ in crops])
     latents = [vae.encode(images).latent_dist.mean * LATENT_SCALE for images in images_NCHW.split(8)]
     return torch.cat(latents), [caption for _, caption in crops]
@@ -199,23 +190,37 @@ def update(optimizer: torch.optim.Optimizer, parameters, loss: torch.Tensor, lr:
     optimizer.step()
 
 
+def trained(file: Path, models: Iterable[torch.nn.Module], train: Callable[[], None]) -> None:
+    """Load the weights of `models` from `file`; where it does not exist yet, train them and write it."""
+    parts = torch.nn.ModuleList(models)
+    if not file.exists():
+        train()
+        torch.save(parts.state_dict(), file)
+    parts.load_state_dict(torch.load(file, weights_only=True))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for the trained parts before they are joined")
-    work = parser.parse_args().work
-    work.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for the trained parts")
+    parser.add_argument("--output", type=Path, default=STARTER / "model.safetensors")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    vae, unet, text_encoder = new_vae(), new_unet(), new_text_encoder()
-    vae_file, diffusion_file = work / "vae.pt", work / "diffusion.pt"
-    if not vae_file.exists():
-        train_vae(vae)
-        torch.save(vae.state_dict(), vae_file)
-    vae.load_state_dict(torch.load(vae_file, weights_only=True))
-    if not diffusion_file.exists():
-        train_diffusion(vae, unet, text_encoder)
-        torch.save([unet.state_dict(), text_encoder.state_dict()], diffusion_file)
-    for model, state in zip((unet, text_encoder), torch.load(diffusion_file, weights_only=True), strict=True):
-        model.load_state_dict(state)
+    vae, unet, text_encoder = build_vae(VAE), build_unet(UNET, sample_size=SIZE // 8), build_text_encoder(TEXT_ENCODER)
+    torch.nn.init.normal_(text_encoder.get_input_embeddings().weight, std=0.1)  # words never trained differ as well
+    trained(options.work / "vae.pt", [vae], lambda: train_vae(vae))
+    trained(options.work / "diffusion.pt", [unet, text_encoder], lambda: train_diffusion(vae, unet, text_encoder))
+    spec = ModelSpec(
+        kind="sd1",
+        v_prediction=False,
+        title="Starter model",
+        resolution=(SIZE, SIZE),
+        description="Stable Diffusion 1.x with small widths; it can draw ten photographs. For first steps and tests",
+        license="Apache-2.0; see starter/ATTRIBUTION.md for the photographs",
+        date=datetime(2026, 11, 20),
+    )
+    state = ModelState("sd1", unet.state_dict(), text_encoder.state_dict(), vae.state_dict())
+    save_single_file(state, options.output, source=None, dtype=torch.float16, metadata=model_spec_metadata(spec))
 
 
 if __name__ == "__main__":

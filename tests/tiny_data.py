@@ -42,7 +42,7 @@ def tiny_image(size_wh: tuple[int, int], *, seed: int = 0) -> Image.Image:
     """A smooth coloured picture with one bright disc; every seed looks different, also when mirrored."""
     random = np.random.default_rng(seed)
     width, height = size_wh
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     colours = random.uniform(0, 255, (3, 3))
     pixels = colours[0] * x[..., None] + colours[1] * y[..., None] + colours[2] * (1 - x * y)[..., None]
     centre = random.uniform(0.2, 0.8, 2)

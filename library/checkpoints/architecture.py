@@ -152,14 +152,17 @@ def text_architecture(shapes: Shapes, kind: str) -> TextArchitecture:
 
 
 def vae_architecture(shapes: Shapes, prefix: str = VAE_PREFIX) -> VaeArchitecture:
-    """The VAE under `prefix`."""
+    """The VAE under `prefix`, in the original layout or in that of Diffusers."""
     inner = _below(shapes, prefix)
-    levels = count_items(inner, r"encoder\.down\.(\d+)\.")
+    is_original = any(key.startswith("encoder.down.") for key in inner)
+    down, block = ("down", "block") if is_original else ("down_blocks", "resnets")
+    stem = _shape(shapes, f"{prefix}encoder.conv_in.weight")
+    levels = count_items(inner, rf"encoder\.{down}\.(\d+)\.")
     return VaeArchitecture(
-        image_channels=_shape(inner, "encoder.conv_in.weight")[1],
-        latent_channels=_shape(inner, "post_quant_conv.weight")[0],
-        channels=tuple(_shape(inner, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)),
-        resnets=count_items(inner, r"encoder\.down\.0\.block\.(\d+)\."),
+        image_channels=stem[1],
+        latent_channels=_shape(shapes, f"{prefix}post_quant_conv.weight")[0],
+        channels=tuple(_shape(inner, f"encoder.{down}.{i}.{block}.0.conv1.weight")[0] for i in range(levels)),
+        resnets=count_items(inner, rf"encoder\.{down}\.0\.{block}\.(\d+)\."),
     )
 
 

@@ -103,7 +103,9 @@ def read_header(path: Path | str, where: str = "") -> Header:
     path = Path(path)
     subject = f"{path}" if not where else f"{where}: {path}"
     if not path.is_file():
-        raise OptionError("", f"{subject} is no file" if path.exists() else f"{subject} does not exist", "check the path")
+        raise OptionError(
+            "", f"{subject} is no file" if path.exists() else f"{subject} does not exist", "check the path"
+        )
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -120,7 +122,9 @@ def read_header(path: Path | str, where: str = "") -> Header:
         metadata = content.pop("__metadata__", None) or {}
         data_start = 8 + length
         tensors = {
-            name: TensorInfo(row["dtype"], tuple(row["shape"]), *(data_start + offset for offset in row["data_offsets"]))
+            name: TensorInfo(
+                row["dtype"], tuple(row["shape"]), *(data_start + offset for offset in row["data_offsets"])
+            )
             for name, row in content.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):

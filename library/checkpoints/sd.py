@@ -126,12 +126,16 @@ def _model_entries(model: ModelState, dtype: torch.dtype | None) -> list[Entry]:
     entries: list[Entry] = []
     for part in PART_NAMES:
         state: State = getattr(model, part)
-        groups: dict[str, list[str]] = {}
-        for name, slot in part_slots(part, state, kind=model.kind).items():
-            groups.setdefault(slot.key, []).append(name)  # q, k, v come in this order
-        for key, names in groups.items():
-            entries.append(_entry(key, [state[name] for name in names], dtype))
+        entries += _joined_entries(state, part_slots(part, state, kind=model.kind), dtype)
     return entries
+
+
+def _joined_entries(state: State, slots: Mapping[str, Slot], dtype: torch.dtype | None) -> list[Entry]:
+    """One entry per key of the file, with the parts of fused tensors in their order."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(slots, key=lambda name: slots[name].part or 0):
+        groups.setdefault(slots[name].key, []).append(name)
+    return [_entry(key, [state[name] for name in names], dtype) for key, names in groups.items()]
 
 
 def _entry(key: str, tensors: list[torch.Tensor], dtype: torch.dtype | None) -> Entry:
@@ -154,7 +158,7 @@ def _source_entries(model: ModelState, source: Weights | None, dtype: torch.dtyp
     if source is None:
         return _unused_openclip_entries(model, dtype) if model.kind == "sd2" else []
     mine = set(owned_keys(model, source.shapes))
-    return [_copied(source, name) for name in source.shapes if name not in mine]
+    return [copied_entry(source, name) for name in source.shapes if name not in mine]
 
 
 def owned_keys(model: ModelState, file_keys: Iterable[str]) -> Iterable[str]:
@@ -166,7 +170,7 @@ def owned_keys(model: ModelState, file_keys: Iterable[str]) -> Iterable[str]:
                 yield slot.key
 
 
-def _copied(source: Weights, name: str) -> Entry:
+def copied_entry(source: Weights, name: str) -> Entry:
     """A tensor of the source, unchanged; position ids that some tool turned into floats become integers again."""
 
     def produce() -> torch.Tensor:
@@ -190,13 +194,10 @@ def _unused_openclip_entries(model: ModelState, dtype: torch.dtype | None) -> li
         for key, tensor in model.text_encoder.items()
         if f".layers.{last}." in key
     }
-    groups: dict[str, list[torch.Tensor]] = {}
-    for name, slot in openclip_slots(block).items():
-        groups.setdefault(slot.key, []).append(block[name])
     width = len(model.text_encoder["text_model.final_layer_norm.weight"])
     dtype = model.text_encoder["text_model.final_layer_norm.weight"].dtype if dtype is None else dtype
     return [
-        *(_entry(key, tensors, dtype) for key, tensors in groups.items()),
+        *_joined_entries(block, openclip_slots(block), dtype),
         entry_of(f"{OPENCLIP_PREFIX}text_projection", torch.eye(width, dtype=dtype)),
         entry_of(f"{OPENCLIP_PREFIX}logit_scale", torch.ones((), dtype=dtype)),
     ]
@@ -204,4 +205,6 @@ def _unused_openclip_entries(model: ModelState, dtype: torch.dtype | None) -> li
 
 def single_file_state(model: ModelState) -> dict[str, torch.Tensor]:
     """The tensors of a single file for a model that comes from no file."""
-    return {entry.name: entry.produce() for entry in (*_model_entries(model, None), *_source_entries(model, None, None))}
+    return {
+        entry.name: entry.produce() for entry in (*_model_entries(model, None), *_source_entries(model, None, None))
+    }

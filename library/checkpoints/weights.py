@@ -132,7 +132,16 @@ def _unpickle(path: Path, where: str) -> dict[str, Any]:
                 foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
                 stack.enter_context(torch.serialization.safe_globals([(Inert, name) for name in foreign]))
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, KeyError, AttributeError, TypeError):
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        zipfile.BadZipFile,
+        KeyError,
+        AttributeError,
+        TypeError,
+    ):
         with path.open("rb") as file:
             looks_torch = file.read(2) in (b"PK", b"\x80\x02")
         problem = "is damaged or truncated" if looks_torch else "is no model file"

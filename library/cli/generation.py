@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.checkpoints.probe import probe, resolve_model
+from library.cli import networks
 from library.generate.options import CONFIG_GROUPS, GenerationConfig, PromptOptions, counted
 from library.generate.output import prepare_folder
 from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
@@ -24,6 +26,7 @@ from library.options import OptionError, OptionParser, add_arguments, build, req
 
 logger = logging.getLogger(__name__)
 
+SDXL_SCRIPT = "sdxl_gen_img.py"  # named to those who bring an SDXL model
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 
 
@@ -71,7 +74,9 @@ def generate(
     module, _, name = family_name.partition(":")
     family = getattr(importlib.import_module(module), name)()
     plan = images.load_plan(config.compute)
+    factories = networks.import_modules(config.networks)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
+    networks.attach(factories, config.networks, bundle, plan)
     return images.generate(config, requests, family, bundle, folder)
 
 
@@ -84,12 +89,16 @@ def build_parser(description: str) -> OptionParser:
 
 
 def check(config: GenerationConfig) -> list[GenerationRequest]:
-    """The pictures asked for; raises OptionError for everything that is wrong without looking into a model."""
+    """The pictures asked for; raises OptionError for everything that is wrong without loading a model."""
     if config.checkpoint.tokenizer_cache_dir is not None:
         logger.info("--tokenizer_cache_dir has no effect: the CLIP vocabulary is part of this project")
     for file in config.networks.files:
         require(Path(file.path).is_file(), "--network_weights", f"{file.path} is no file", "check the path")
-    return make_requests(read_lines(config.prompts), config.prompts, config.picture)
+    requests = make_requests(read_lines(config.prompts), config.prompts, config.picture)
+    probe(str(config.checkpoint.ckpt), flag="--ckpt", sdxl_script=SDXL_SCRIPT, v2=config.checkpoint.v2)
+    if config.checkpoint.vae:
+        resolve_model(config.checkpoint.vae, "--vae")
+    return requests
 
 
 def read_lines(prompts: PromptOptions) -> list[PromptLine]:

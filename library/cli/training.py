@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,10 @@ from typing import Any
 
 from library.cli import legacy
 from library.cli.config_file import config_path, read_config_file, write_config_file
+from library.cli.ending import Ending, start_console
 from library.options import Option, OptionError, OptionParser, add_arguments, build, opt, options_of
 from library.train.options import CONFIG_GROUPS, RunConfig
+from library.train.preflight import check_before_start
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Script:
     target: str
     target_options: type
     tracker_name: str
+    sdxl_script: str  # named to those who bring an SDXL model
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def groups(self) -> tuple[type, ...]:
@@ -49,7 +51,9 @@ class Script:
     def options(self) -> dict[str, Option]:
         """Every option of the script by name, with this script's defaults."""
         found = {option.name: option for group in self.groups() for option in options_of(group)}
-        return {name: replace(option, default=self.defaults.get(name, option.default)) for name, option in found.items()}
+        return {
+            name: replace(option, default=self.defaults.get(name, option.default)) for name, option in found.items()
+        }
 
 
 def main(script: Script, argv: Sequence[str] | None = None) -> None:
@@ -59,26 +63,21 @@ def main(script: Script, argv: Sequence[str] | None = None) -> None:
 
 def run(script: Script, argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 for a mistake of the user's, 128 + n when stopped by signal n, 1 for anything else."""
-    log_file: Path | None = None
-    try:
+    ending = Ending(Path(sys.argv[0]).name)
+    with ending:
         config, notes = parse(script, argv)
         if config is None:
             return 0
-        from library.train.preflight import check_before_start  # after parsing: it reads files
-
-        checked = check_before_start(config, _module_and_name(script.family)[0])
-        log_file = checked.log_file
+        start_console()
+        for note in notes:
+            logger.warning(note)
+        checked = check_before_start(config, script.sdxl_script)
+        ending.log_file = checked.names.log_file()
         family, target = _load(script, checked.config)
-        from library.train.session import run_training
+        from library.train.session import run_training  # brings torch
 
-        return run_training(checked, family, target, script.tracker_name, notes)
-    except OptionError as error:
-        return _refuse(str(error), log_file)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted before training began; nothing was lost\n")
-        return 130
-    except Exception as error:  # the last resort: one sentence on the screen, everything in the log
-        return _report(error, log_file or Path(f"{Path(sys.argv[0]).stem}-error.log"))
+        return run_training(checked, family, target, script.tracker_name)
+    return ending.code
 
 
 def build_parser(script: Script) -> OptionParser:
@@ -123,19 +122,3 @@ def _load(script: Script, config: RunConfig) -> tuple[Any, Any]:
 def _module_and_name(path: str) -> tuple[str, str]:
     module, _, name = path.partition(":")
     return module, name
-
-
-def _refuse(sentence: str, log_file: Path | None) -> int:
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {sentence}\n")
-    if log_file is not None and log_file.parent.is_dir():
-        with open(log_file, "a", encoding="utf-8") as file:
-            file.write(f"{sentence}\n")
-    return 2
-
-
-def _report(error: Exception, log_file: Path) -> int:
-    with open(log_file, "a", encoding="utf-8") as file:
-        traceback.print_exception(error, file=file)
-    first_line = (str(error).splitlines() or [""])[0]
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {first_line} (details in {log_file})\n")
-    return 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
 HEAD_BYTES = 4096  # covers nearly every header, and a page of the disk is read in any case
@@ -27,7 +28,9 @@ class Header(NamedTuple):
 
     size_wh: tuple[int, int]  # upright: after the rotation that `orientation` asks for
     orientation: int  # of Exif or XMP: 1 (upright) to 8
-    looks_whole: bool  # the format's end mark is where it belongs
+
+
+Stored = tuple[tuple[int, int], int]  # (width, height) as stored, orientation
 
 
 class _Unknown(Exception):
@@ -40,7 +43,7 @@ def read_header(path: str) -> Header:
         with open(path, "rb", buffering=0) as file:
             view = _View(file)
             try:
-                size, orientation, whole = _reader(view)(view)
+                size, orientation = _reader(view)(view)
             except _Unknown:
                 return _read_with_pillow(path)
     except OSError as error:
@@ -49,7 +52,7 @@ def read_header(path: str) -> Header:
         raise BadImage("cut off within its header") from None
     if min(size) < 1:
         raise BadImage("says that it has no pixels")
-    return Header(size[::-1] if orientation >= 5 else size, orientation, whole)
+    return Header(size[::-1] if orientation >= 5 else size, orientation)
 
 
 class _View:
@@ -68,7 +71,7 @@ class _View:
         return self.file.read(count)
 
 
-def _reader(view: _View):
+def _reader(view: _View) -> Callable[[_View], Stored]:
     head = view.head
     if not head:
         raise BadImage("is empty")
@@ -95,14 +98,13 @@ def _read_with_pillow(path: str) -> Header:
     except Exception as error:  # plug-ins raise whatever they like on broken files
         raise BadImage(f"can't be read ({error})") from None
     orientation = orientation if orientation in range(1, 9) else 1
-    return Header(size[::-1] if orientation >= 5 else size, orientation, False)
+    return Header(size[::-1] if orientation >= 5 else size, orientation)
 
 
 # ---------------------------------------------------------------------------------------------- formats
-# each reader returns ((width, height) as stored, orientation, whether the end mark is there)
 
 
-def _png(view: _View) -> tuple[tuple[int, int], int, bool]:
+def _png(view: _View) -> Stored:
     size = struct.unpack(">II", view.at(16, 8))
     orientation, offset = 1, 33
     while True:
@@ -116,10 +118,10 @@ def _png(view: _View) -> tuple[tuple[int, int], int, bool]:
         elif kind in (b"IDAT", b"IEND"):
             break
         offset += 12 + length
-    return size, orientation, view.at(view.length - 8, 4) == b"IEND"
+    return size, orientation
 
 
-def _jpeg(view: _View) -> tuple[tuple[int, int], int, bool]:
+def _jpeg(view: _View) -> Stored:
     orientation = xmp_orientation = 1
     offset = 2
     while True:
@@ -142,27 +144,24 @@ def _jpeg(view: _View) -> tuple[tuple[int, int], int, bool]:
             height, width = struct.unpack(">HH", view.at(offset + 5, 4))
             break
         offset += 2 + length
-    if orientation == 1:
-        orientation = xmp_orientation
-    return (width, height), orientation, view.at(view.length - 2, 2) == b"\xff\xd9"
+    return (width, height), xmp_orientation if orientation == 1 else orientation
 
 
-def _webp(view: _View) -> tuple[tuple[int, int], int, bool]:
-    whole = struct.unpack("<I", view.at(4, 4))[0] + 8 <= view.length
+def _webp(view: _View) -> Stored:
     kind = view.at(12, 4)
     if kind == b"VP8 ":
         width, height = struct.unpack("<HH", view.at(26, 4))
-        return (width & 0x3FFF, height & 0x3FFF), 1, whole
+        return (width & 0x3FFF, height & 0x3FFF), 1
     if kind == b"VP8L":
         bits = struct.unpack("<I", view.at(21, 4))[0]
-        return ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1), 1, whole
+        return ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1), 1
     if kind != b"VP8X":
         raise _Unknown
     flags, size = view.at(20, 1)[0], view.at(24, 6)
     width, height = (int.from_bytes(part, "little") + 1 for part in (size[:3], size[3:]))
     if len(size) < 6:
         raise BadImage("cut off within its header")
-    return (width, height), _webp_orientation(view) if flags & 0x08 else 1, whole
+    return (width, height), _webp_orientation(view) if flags & 0x08 else 1
 
 
 def _webp_orientation(view: _View) -> int:
@@ -175,14 +174,11 @@ def _webp_orientation(view: _View) -> int:
     return 1
 
 
-def _bmp(view: _View) -> tuple[tuple[int, int], int, bool]:
-    start, header_bytes = struct.unpack("<II", view.at(10, 8))
-    if header_bytes < 40:
+def _bmp(view: _View) -> Stored:
+    if struct.unpack("<I", view.at(14, 4))[0] < 40:
         raise _Unknown  # the OS/2 variant
-    width, height, _planes, depth, compression = struct.unpack("<iiHHI", view.at(18, 16))
-    row_bytes = (width * depth + 31) // 32 * 4
-    whole = compression in (0, 3) and start + row_bytes * abs(height) <= view.length
-    return (width, abs(height)), 1, whole
+    width, height = struct.unpack("<ii", view.at(18, 8))
+    return (width, abs(height)), 1
 
 
 def _tiff_orientation(block: bytes) -> int:

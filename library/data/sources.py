@@ -42,7 +42,6 @@ class FolderContents:
 
     images: tuple[ImageRecord, ...]
     broken: dict[str, str] = field(default_factory=dict)  # path -> reason
-    doubtful: tuple[str, ...] = ()  # the header is well, the end of the file isn't: decode to know
     uncaptioned: tuple[str, ...] = ()  # paths of images without a caption file
     caption_extension: str = ""  # the one used
     unreadable_captions: tuple[str, ...] = ()  # not UTF-8
@@ -80,7 +79,7 @@ def scan_folder(folder: Path, *, caption_extension: str, class_tokens: str | Non
     names = sorted(name for name in files if is_image(name))
     extension = _extension_in_use(names, files, caption_extension)
     base = os.path.join(folder, "")
-    images, broken, doubtful, uncaptioned, unreadable = [], {}, [], [], []
+    images, broken, uncaptioned, unreadable = [], {}, [], []
     for name in tqdm(names, desc=f"reading {folder.name}", leave=False, delay=2, unit="image"):
         path = base + name
         try:
@@ -88,8 +87,6 @@ def scan_folder(folder: Path, *, caption_extension: str, class_tokens: str | Non
         except BadImage as error:
             broken[path] = str(error)
             continue
-        if not header.looks_whole:
-            doubtful.append(path)
         caption_name = _caption_name(name, files, extension)
         if caption_name is None:
             uncaptioned.append(path)
@@ -101,9 +98,7 @@ def scan_folder(folder: Path, *, caption_extension: str, class_tokens: str | Non
                 unreadable.append(base + caption_name)
                 continue
         images.append(ImageRecord(path, header.size_wh, header.orientation, caption))
-    return FolderContents(
-        tuple(images), broken, tuple(doubtful), tuple(uncaptioned), extension, tuple(unreadable)
-    )
+    return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable))
 
 
 def read_caption(path: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from library.checkpoints.source import ModelSource
 from library.families.options import ModelOptions, TextOptions
 from library.models.options import AttentionOptions
 
@@ -22,16 +23,6 @@ class Conditioning:
 
     context_BTD: torch.Tensor
     vector_BD: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model came from, as far as saving and metadata need it."""
-
-    path: str  # as the user gave it
-    kind: str  # "sd1" | "sd2" | "sdxl"
-    is_single_file: bool
-    v_prediction: bool
 
 
 @dataclass

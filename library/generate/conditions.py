@@ -14,8 +14,8 @@ import torch
 from library.families.base import Conditioning, ModelBundle, ModelFamily
 from library.families.options import TextOptions
 from library.generate.request import GenerationRequest
+from library.text.tokens import WINDOW
 from library.text.weighted_tokens import (
-    CONTENT,
     WeightedTokens,
     apply_weights,
     token_ids,
@@ -61,7 +61,7 @@ class PromptEncoder:
             if num_cut:
                 logger.warning(
                     "%d tokens beyond the limit of %d are cut off (--max_embeddings_multiples raises it): %s",
-                    num_cut, max_windows * CONTENT, text,
+                    num_cut, max_windows * WINDOW, text,
                 )  # fmt: skip
             self._tokens[key] = tokens
         return self._tokens[key]

@@ -15,11 +15,8 @@ import torch
 from library.diffusion.samplers import make_scheduler, stepper
 from library.families.base import ModelBundle, ModelFamily
 from library.generate.conditions import PromptEncoder
-from library.generate.options import SIZE_STEP
 from library.generate.request import GenerationRequest
 from library.models import vae
-
-LATENT_CHANNELS = 4
 
 Progress = Callable[[int, int], None]  # told (steps done, steps in all) after every step
 
@@ -33,7 +30,7 @@ def denoise(
     encoder: PromptEncoder | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Unscaled VAE latents (B, 4, h, w), float32, of requests with equal `batch_key` and equal numbers of text windows.
+    """Unscaled VAE latents (B, C, h, w), float32, of requests with equal `batch_key` and equal numbers of text windows.
 
     Noise is drawn per picture from its own CPU generator in float32: first the start noise, then what the sampler adds
     at each step, so a picture depends neither on its batch nor on the device. `encoder` keeps encoded prompts from
@@ -46,7 +43,7 @@ def denoise(
     scheduler.set_timesteps(first.steps, device="cpu")  # the sampler's few scalars stay with the host: no waiting
     weight = next(bundle.unet.parameters())
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-    latents_BChw = start_noise(requests, generators).to(weight.device) * scheduler.init_noise_sigma
+    latents_BChw = start_noise(bundle, requests, generators).to(weight.device) * scheduler.init_noise_sigma
     step = stepper(scheduler, generators)
     num_rows = len(requests) * (2 if first.is_guided else 1)
     for index, timestep in enumerate(scheduler.timesteps):
@@ -68,17 +65,18 @@ def guided(prediction_BChw: torch.Tensor, scale: float) -> torch.Tensor:
     return negative_BChw + scale * (positive_BChw - negative_BChw)
 
 
-def start_noise(requests: Sequence[GenerationRequest], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """(B, 4, h, w) standard normal noise, float32 on the CPU, picture i from `generators[i]`."""
-    shapes = [(LATENT_CHANNELS, request.height // SIZE_STEP, request.width // SIZE_STEP) for request in requests]
-    return torch.stack(
-        [torch.randn(shape, generator=generator) for shape, generator in zip(shapes, generators, strict=True)]
-    )
+def start_noise(
+    bundle: ModelBundle, requests: Sequence[GenerationRequest], generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """(B, C, h, w) standard normal noise, float32 on the CPU, picture i from `generators[i]`."""
+    height, width = (vae.latent_size(bundle.vae, pixels) for pixels in (requests[0].height, requests[0].width))
+    shape = (bundle.vae.config.latent_channels, height, width)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 @torch.no_grad()
 def decode(bundle: ModelBundle, latents_BChw: torch.Tensor) -> torch.Tensor:
     """Pictures (B, H, W, 3), uint8 on the CPU, of unscaled latents."""
-    images_BCHW = vae.decode(bundle.vae, latents_BChw).float()
-    pixels_BCHW = ((images_BCHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    images_BCHW = vae.decode(bundle.vae, latents_BChw)  # [-1, 1]
+    pixels_BCHW = ((images_BCHW / 2 + 0.5) * 255).round().to(torch.uint8)
     return pixels_BCHW.permute(0, 2, 3, 1).cpu()

@@ -29,7 +29,12 @@ def load_plan(compute: ComputeOptions) -> LoadPlan:
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cpu":
         logger.info("no GPU found: pictures are computed on the CPU, which is slow for full-size models")
-    return LoadPlan(unet=dtype, text_encoders=dtype, vae=dtype, device=torch.device(device))
+    return LoadPlan(
+        unet=dtype,
+        text_encoders=dtype,
+        vae=torch.float32 if compute.no_half_vae else dtype,
+        device=torch.device(device),
+    )
 
 
 def generate(

@@ -52,6 +52,7 @@ class ComputeOptions:
     bf16: bool = opt(False, help="bfloat16 precision; --fp16 takes precedence")
     xformers: bool = opt(False, help="xformers' memory-efficient attention (package xformers)")
     sdpa: bool = opt(False, help="PyTorch's scaled dot-product attention; the default")
+    no_half_vae: bool = opt(False, help="run the VAE in float32 beside --fp16 or --bf16")
     batch_size: int = opt(1, help="pictures computed at once; a picture does not depend on its batch")
 
     def __post_init__(self) -> None:

@@ -67,7 +67,10 @@ class TextEncoder(torch.nn.Module):
 
         Beyond the first layer come the embeddings: `layer_from_end` may be 1 to the number of layers + 1.
         """
-        assert 1 <= layer_from_end <= self.num_layers + 1
+        if not 1 <= layer_from_end <= self.num_layers + 1:
+            raise OptionError(
+                "--clip_skip", f"{layer_from_end} is deeper than the text encoder's {self.num_layers} layers"
+            )
         hidden_BTD = self.text_model.embeddings(input_ids=token_ids_BT)
         for layer in self.text_model.encoder.layers[: self.num_layers + 1 - layer_from_end]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -103,15 +106,11 @@ def clip_config(architecture: TextArchitecture) -> CLIPTextConfig:
     )
 
 
-def encode_windows(
-    encoder: torch.nn.Module, token_ids_BNT: torch.Tensor, clip_skip: int | None, *, num_layers: int
-) -> torch.Tensor:
+def encode_windows(encoder: torch.nn.Module, token_ids_BNT: torch.Tensor, clip_skip: int | None) -> torch.Tensor:
     """(B, 75 N + 2, D) states of (B, N, 77) token ids: each window is encoded alone, then they are joined.
 
-    `encoder` may be wrapped (data parallelism, compilation); `num_layers` is its depth, for the check of `clip_skip`.
+    `clip_skip` = k takes the k-th layer from the end (1, or None, is the last), through the final norm.
     """
-    if clip_skip is not None and clip_skip > num_layers + 1:
-        raise OptionError("--clip_skip", f"{clip_skip} is deeper than the text encoder's {num_layers} layers")
     B, N, T = token_ids_BNT.shape
     states = encoder(token_ids_BNT.reshape(B * N, T), layer_from_end=clip_skip or 1)
     return join_windows(states.reshape(B, N, T, -1))

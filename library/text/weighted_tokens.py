@@ -7,23 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from library.text.prompt_weights import BREAK, parse_prompt_weights
-
-CONTENT = 75  # tokens of a window beside its begin and end
-
-
-class Tokenizer(Protocol):
-    """What is needed of library.text.tokens.ClipTokenizer."""
-
-    bos_id: int
-    eos_id: int
-    pad_id: int
-
-    def encode(self, text: str) -> list[int]: ...
+from library.text.tokens import WINDOW, ClipTokenizer
 
 
 @dataclass(frozen=True)
@@ -38,7 +26,7 @@ class WeightedTokens:
         return any(weight != 1.0 for window in self.windows for _, weight in window)
 
 
-def weighted_tokens(tokenizer: Tokenizer, prompt: str, max_windows: int) -> WeightedTokens:
+def weighted_tokens(tokenizer: ClipTokenizer, prompt: str, max_windows: int) -> WeightedTokens:
     """Tokenize the segments of a prompt one by one and lay them into at most `max_windows` windows of 75.
 
     BREAK ends the window: what follows it starts a new one, unless the window at hand is still empty.
@@ -50,7 +38,7 @@ def weighted_tokens(tokenizer: Tokenizer, prompt: str, max_windows: int) -> Weig
                 windows.append([])
             continue
         for token in tokenizer.encode(segment):
-            if len(windows[-1]) == CONTENT:
+            if len(windows[-1]) == WINDOW:
                 windows.append([])
             windows[-1].append((token, weight))
     if len(windows) > 1 and not windows[-1]:
@@ -59,15 +47,15 @@ def weighted_tokens(tokenizer: Tokenizer, prompt: str, max_windows: int) -> Weig
     return WeightedTokens(tuple(map(tuple, windows[:max_windows])), num_cut)
 
 
-def token_ids(tokenizer: Tokenizer, prompts: Sequence[WeightedTokens], num_windows: int) -> torch.Tensor:
+def token_ids(tokenizer: ClipTokenizer, prompts: Sequence[WeightedTokens], num_windows: int) -> torch.Tensor:
     """(B, N, 77) int64: each window as begin, its tokens, end, padding, as if it were a prompt of its own."""
-    rows = [[_ids(tokenizer, window) for window in _padded(prompt, num_windows)] for prompt in prompts]
+    rows = [[_laid_out(tokenizer, window) for window in _padded(prompt, num_windows)] for prompt in prompts]
     return torch.tensor(rows, dtype=torch.int64)
 
 
 def token_weights(prompts: Sequence[WeightedTokens], num_windows: int) -> torch.Tensor:
     """(B, 77 N) float32 weights of the ids of :func:`token_ids`; begin, end and padding weigh 1."""
-    weights = torch.ones(len(prompts), num_windows, CONTENT + 2)
+    weights = torch.ones(len(prompts), num_windows, WINDOW + 2)
     for row, prompt in zip(weights, prompts, strict=True):
         for window_weights, window in zip(row, prompt.windows, strict=False):
             window_weights[1 : len(window) + 1] = torch.tensor([weight for _, weight in window])
@@ -95,6 +83,6 @@ def _padded(prompt: WeightedTokens, num_windows: int) -> Sequence[tuple[tuple[in
     return prompt.windows + ((),) * (num_windows - len(prompt.windows))
 
 
-def _ids(tokenizer: Tokenizer, window: Sequence[tuple[int, float]]) -> list[int]:
-    padding = [tokenizer.pad_id] * (CONTENT - len(window))
-    return [tokenizer.bos_id, *(token for token, _ in window), tokenizer.eos_id, *padding]
+def _laid_out(tokenizer: ClipTokenizer, window: Sequence[tuple[int, float]]) -> list[int]:
+    (ids,) = tokenizer.layout([token for token, _ in window], 1)
+    return ids

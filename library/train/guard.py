@@ -57,6 +57,8 @@ class NonFiniteGuard:
 class TrainingDiverged(OptionError):
     """Too many updates in a row without a finite loss."""
 
+    exit_code = 1
+
     def __init__(self, count: int, saved: str) -> None:
         super().__init__(
             "",

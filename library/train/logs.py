@@ -11,7 +11,6 @@ import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import toml
@@ -109,13 +108,6 @@ def start_trackers(accelerator: Accelerator, options: LoggingOptions, default_na
     accelerator.init_trackers(options.log_tracker_name or default_name, init_kwargs=arguments)
 
 
-def logging_folder(options: LoggingOptions) -> str | None:
-    """The run's own folder below --logging_dir."""
-    if not options.logging_dir:
-        return None
-    return str(Path(options.logging_dir) / f"{options.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}")
-
-
 class _BarFriendlyHandler(logging.StreamHandler):
     """Writes lines above the progress bar."""
 
@@ -125,20 +117,27 @@ class _BarFriendlyHandler(logging.StreamHandler):
 
 def start_console(is_main_process: bool) -> None:
     """Messages of the main process on the screen; other processes report only warnings."""
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
     console = _BarFriendlyHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     console.setLevel(logging.INFO if is_main_process else logging.WARNING)
-    root.addHandler(console)
+    _install(console, "console")
+    logging.getLogger().setLevel(logging.INFO)
     for chatty in ("accelerate", "diffusers", "transformers", "torch", "PIL", "urllib3", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def start_log_file(path: Path) -> None:
     """The same messages, with times, at the end of `path`."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    _install(file, "log file")
+
+
+def _install(handler: logging.Handler, name: str) -> None:
+    """Add a handler in place of an earlier one of the same name: a program may train more than once."""
+    root = logging.getLogger()
+    for earlier in [each for each in root.handlers if each.get_name() == name]:
+        root.removeHandler(earlier)
+        earlier.close()
+    handler.set_name(name)
+    root.addHandler(handler)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +22,7 @@ SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16"
 
 
 def make_accelerator(config: RunConfig, *, autocast: bool) -> Accelerator:
-    """The accelerator of this process. Accumulation is the loop's own, so that an epoch's last update is a true mean."""
+    """This process's accelerator. Accumulation is the loop's own, so that an epoch's last update is a true mean."""
     precision = config.training.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise OptionError("--mixed_precision", "fp16 needs a GPU", "use bf16 or no on the CPU")
@@ -33,9 +35,16 @@ def make_accelerator(config: RunConfig, *, autocast: bool) -> Accelerator:
     return Accelerator(
         mixed_precision=precision,
         log_with=trackers(config.logging),
-        project_dir=config.logging.logging_dir,
+        project_dir=logging_folder(config.logging),
         kwargs_handlers=[AutocastKwargs(enabled=autocast), DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def logging_folder(logging: LoggingOptions) -> str | None:
+    """The run's own folder: <logging_dir>/<log_prefix><time>."""
+    if not logging.logging_dir:
+        return None
+    return str(Path(logging.logging_dir) / f"{logging.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}")
 
 
 def trackers(logging: LoggingOptions) -> str | None:

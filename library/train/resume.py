@@ -74,8 +74,8 @@ class RunState:
     skipped_steps: int
 
 
-def settings_that_matter(values: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Resolved options as JSON values, without those that may differ on resume."""
+def settings_that_matter(values: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+    """Resolved options as JSON values, without those that may differ on resume; no seed means that any will do."""
     settings = {name: value for name, value in values.items() if name not in FREE_ON_RESUME}
     return json.loads(json.dumps(settings | {"seed": seed}, default=str))
 
@@ -115,18 +115,27 @@ def read_state(folder: Path) -> RunState:
         raise OptionError("--resume", f"{folder / STATE_FILE} can't be read ({error})") from None
 
 
-def check_same_run(folder: Path, state: RunState, settings: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+def check_same_settings(folder: Path, state: RunState, settings: Mapping[str, Any]) -> None:
     """Raise OptionError naming every setting in which the state and this run differ."""
     differing = [
         f"--{name} was {state.settings.get(name)!r} and is {settings.get(name)!r}"
         for name in sorted(set(state.settings) | set(settings))
-        if state.settings.get(name) != settings.get(name)
+        if state.settings.get(name) != settings.get(name) and not (name == "seed" and settings.get(name) is None)
     ]
-    if state.data != dict(data):
-        differing.append("the training images or captions have changed")
+    _require_same(folder, differing, "give the same settings")
+
+
+def check_same_data(folder: Path, state: RunState, data: Mapping[str, Any]) -> None:
+    """Raise OptionError where the images, captions or batches are not those of the state."""
+    differing = [
+        f"{name} was {state.data.get(name)} and is {value}"
+        for name, value in data.items()
+        if state.data.get(name) != value
+    ]
+    _require_same(folder, differing, "put the training data back as it was")
+
+
+def _require_same(folder: Path, differing: list[str], way_out: str) -> None:
     if differing:
-        raise OptionError(
-            "--resume",
-            f"{folder} belongs to a run with other settings: {'; '.join(differing)}",
-            "give the same settings, or start a new run from its model with --network_weights",
-        )
+        problem = f"{folder} belongs to a run with other settings: {'; '.join(differing)}"
+        raise OptionError("--resume", problem, f"{way_out}, or start a new run from its model with --network_weights")

@@ -26,6 +26,7 @@ from library.train.optimizers import BuiltOptimizer
 from library.train.options import RunConfig
 from library.train.placement import SAVE_DTYPES
 from library.train.plan import TrainPlan
+from library.train.resume import FileNames, RunState
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,12 @@ class Run:
     data: TrainingData
     plan: TrainPlan
     seed: int
-    start_step: int
     settings: Mapping[str, Any]  # what a resumed run must share
     digest: Mapping[str, Any]
-    names: checkpoints.FileNames
+    names: FileNames
     guard: NonFiniteGuard
     stop: StopRequest
+    start_step: int = 0
     recent_losses: list[float] = field(default_factory=list)
     metadata_of: Any = None  # (step, epoch) -> metadata of a file; main process only
 
@@ -147,7 +148,7 @@ class Run:
     def write_state(self, folder: Path, step: int) -> None:
         if not self.accelerator.is_main_process:
             return
-        state = checkpoints.RunState(
+        state = RunState(
             step=step,
             epoch=self.plan.epoch_of(max(step, 1)),
             settings=self.settings,
@@ -159,13 +160,15 @@ class Run:
             folder, state, trained=self.target.trained_module(), optimizer=self.built.optimizer, extras=self._extras()
         )
 
-    def restore(self, folder: Path, state: checkpoints.RunState) -> None:
+    def restore(self, folder: Path, state: RunState) -> None:
         """Put the state's weights, optimizer, schedule and counters in place."""
         checkpoints.load_state(
             folder, trained=self.target.trained_module(), optimizer=self.built.optimizer, extras=self._extras()
         )
+        self.start_step = state.step
         self.recent_losses = state.recent_losses
         self.guard.total = state.skipped_steps
+        logger.info("going on after step %d from %s", state.step, folder)
 
     def _extras(self) -> dict[str, Any]:
         extras = {"lr_scheduler": self.lr_scheduler, "scaler": self.accelerator.scaler}

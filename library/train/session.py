@@ -6,7 +6,6 @@ import logging
 import random
 import shutil
 import subprocess
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from library.data.config import load_configs
 from library.data.dataset import TrainingData
 from library.diffusion.loss import timestep_weightings
 from library.diffusion.schedule import NoiseSchedule
@@ -23,42 +21,57 @@ from library.families.base import ModelBundle, ModelFamily
 from library.models import vae
 from library.options import OptionError
 from library.randomness import seed_global_generators
-from library.targets.base import ParamGroup, TrainTarget
-from library.train import checkpoints, logs, metadata, placement, report
+from library.targets.base import TrainTarget
+from library.train import logs, metadata, placement, report
 from library.train.guard import NonFiniteGuard, StopRequest
 from library.train.loop import train
 from library.train.lr_schedulers import build_lr_scheduler
 from library.train.optimizers import BuiltOptimizer, build_optimizer
 from library.train.options import RunConfig
 from library.train.plan import TrainPlan
+from library.train.preflight import CheckedRun
+from library.train.resume import check_same_data, settings_that_matter
 from library.train.run import Run
 
 logger = logging.getLogger(__name__)
 
 
-def run_training(config: RunConfig, family: ModelFamily, target: TrainTarget, tracker_name: str) -> int:
+def run_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget, tracker_name: str) -> int:
     """Build the run, train, save; returns the exit code. Raises OptionError for what the user can mend."""
     started_at = time.time()
-    names = checkpoints.FileNames.of(config.saving)
-    config = _with_log_folder(config)
+    config = checked.config
     accelerator = placement.make_accelerator(config, autocast=target.needs_autocast)
-    check_writable(names.folder)
     logs.start_console(accelerator.is_main_process)
     if accelerator.is_main_process:
-        logs.start_log_file(names.log_file())
+        logs.start_log_file(checked.names.log_file())
+    run = build_run(checked, family, target, accelerator)
+    if accelerator.is_main_process:
+        run.describe(_facts(run, started_at))
+        print_plan(run)
+    logs.start_trackers(accelerator, config.logging, tracker_name)
+    run.open_log()
+    try:
+        return train(run)
+    except torch.OutOfMemoryError:
+        raise OptionError(
+            "--train_batch_size",
+            f"{config.loader.train_batch_size} at this size does not fit into the GPU's memory",
+            "try --gradient_checkpointing, --mixed_precision bf16, a smaller batch or --cache_latents",
+        ) from None
+    finally:
+        run.log.close()
+        accelerator.end_training()
 
-    resume_folder = checkpoints.find_state(config.saving.resume, names) if config.saving.resume else None
-    state = checkpoints.read_state(resume_folder) if resume_folder else None
-    if config.saving.resume and state is None:
-        logger.info("--resume latest: no state of this run yet, starting at step 0")
-    seed = _seed(config, state, accelerator)
 
-    data = build_data(config, seed)
+def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, accelerator: Accelerator) -> Run:
+    """Everything in its order: data, model, cache, target, optimizer, schedule, state."""
+    config = checked.config
+    seed = _seed(checked, accelerator)
+    data = TrainingData.build(checked.datasets, seed=seed, on_bad_image=config.source.on_bad_image)
     plan = TrainPlan.make(config.training, config.saving, data.batches_per_epoch(accelerator.num_processes))
-    settings = checkpoints.settings_that_matter(config.values(), seed)
-    digest = {"data": data.digest(), "batches_per_epoch": plan.batches_per_epoch}
-    if state is not None and resume_folder is not None:
-        checkpoints.check_same_run(resume_folder, state, settings, digest)
+    digest = {"batches per epoch": plan.batches_per_epoch, "images and captions": data.digest()}
+    if checked.resume_folder is not None and checked.resume_state is not None:
+        check_same_data(checked.resume_folder, checked.resume_state, digest)
 
     bundle = family.load(config.model, config.attention, placement.load_plan(config, accelerator.device))
     cache_latents(config, data, bundle, accelerator)
@@ -67,45 +80,25 @@ def run_training(config: RunConfig, family: ModelFamily, target: TrainTarget, tr
     groups = target.param_groups(config.optimizer.learning_rate)
     if not any(group.parameters for group in groups):
         raise OptionError(
-            "", "nothing is left to train with these settings", "check the learning rates and what is trained"
+            "", "nothing is left to train with these settings", "look at learning rates and at what is trained"
         )
     built = build_optimizer(config.optimizer, groups)
     lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
     step_module = placement.StepModule(family, bundle, target, config.text)
     model, optimizer = accelerator.prepare(step_module, built.optimizer)
-
-    guard = NonFiniteGuard(config.training.max_nonfinite_steps)
-    start_step = state.step if state else 0
     run = Run(
         config=config, accelerator=accelerator, family=family, bundle=bundle, target=target, model=model,
         groups=groups, optimizer=optimizer, built=built, lr_scheduler=lr_scheduler,
         schedule=NoiseSchedule.make(zero_terminal_snr=config.noise.zero_terminal_snr, device=accelerator.device),
         weightings=timestep_weightings(config.loss, v_prediction=bundle.source.v_prediction),
-        data=data, plan=plan, seed=seed, start_step=start_step, settings=settings, digest=digest, names=names,
-        guard=guard, stop=StopRequest(),
+        data=data, plan=plan, seed=seed, settings=settings_that_matter(config.values(), seed), digest=digest,
+        names=checked.names, guard=NonFiniteGuard(config.training.max_nonfinite_steps), stop=StopRequest(),
     )  # fmt: skip
-    if state is not None and resume_folder is not None:
-        run.restore(resume_folder, state)
-        logger.info("going on after step %d from %s", start_step, resume_folder)
-    if accelerator.is_main_process:
-        run.describe(_facts(run, started_at))
-        _print_plan(run)
-    logs.start_trackers(accelerator, config.logging, tracker_name)
-    run.open_log()
-    try:
-        return train(run)
-    finally:
-        run.log.close()
-        accelerator.end_training()
-
-
-def build_data(config: RunConfig, seed: int) -> TrainingData:
-    """The images, their captions and buckets."""
-    configs = load_configs(config.source, config.bucket, config.caption, config.augment, config.loader)
-    data = TrainingData.build(configs, seed=seed, on_bad_image=config.source.on_bad_image)
-    for line in data.report_lines():
-        logger.info(line)
-    return data
+    if checked.resume_folder is not None and checked.resume_state is not None:
+        run.restore(checked.resume_folder, checked.resume_state)
+    elif config.saving.resume:
+        logger.info("--resume latest: there is no state of this run yet; it starts at step 0")
+    return run
 
 
 def cache_latents(config: RunConfig, data: TrainingData, bundle: ModelBundle, accelerator: Accelerator) -> None:
@@ -125,45 +118,25 @@ def cache_latents(config: RunConfig, data: TrainingData, bundle: ModelBundle, ac
         torch.cuda.empty_cache()
 
 
-def check_writable(folder: Path) -> None:
-    """Raise OptionError unless files can be made in `folder`, which is created."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OptionError(
-            "--output_dir", f"can't write to {folder} ({error.strerror})", "choose another folder"
-        ) from None
-
-
 def check_free_space(folder: Path, needed_bytes: int) -> None:
     """Raise OptionError where the first files of the run would not fit."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OptionError(
             "--output_dir",
-            f"{folder} has {free / 2**20:.0f} MiB free and one saved file with its state takes {needed_bytes / 2**20:.0f} MiB",
+            f"{folder} has {free / 2**20:.0f} MiB free; a saved file with its state takes {needed_bytes / 2**20:.0f} MiB",
             "free some space or choose another folder",
         )
 
 
-def _with_log_folder(config: RunConfig) -> RunConfig:
-    from dataclasses import replace
-
-    return replace(config, logging=replace(config.logging, logging_dir=logs.logging_folder(config.logging)))
-
-
-def _seed(config: RunConfig, state: checkpoints.RunState | None, accelerator: Accelerator) -> int:
+def _seed(checked: CheckedRun, accelerator: Accelerator) -> int:
     """The seed given, or the resumed run's, or one drawn by the main process for all."""
-    if config.training.seed is not None:
-        return config.training.seed
-    if state is not None:
-        return int(state.settings["seed"])
-    drawn = torch.tensor(
-        [random.SystemRandom().randrange(2**31) if accelerator.is_main_process else 0], device=accelerator.device
-    )
-    seed = int(accelerator.reduce(drawn, "sum"))
+    if checked.config.training.seed is not None:
+        return checked.config.training.seed
+    if checked.resume_state is not None:
+        return int(checked.resume_state.settings["seed"])
+    drawn = random.SystemRandom().randrange(2**31) if accelerator.is_main_process else 0
+    seed = int(accelerator.reduce(torch.tensor([drawn], device=accelerator.device), "sum"))
     logger.info("--seed not given: %d was drawn", seed)
     return seed
 
@@ -200,7 +173,7 @@ def program_version() -> str:
         return "(unknown)"
 
 
-def _print_plan(run: Run) -> None:
+def print_plan(run: Run) -> None:
     trained_bytes = sum(parameter.numel() * 4 for parameter in run.parameters)
     dtype = placement.SAVE_DTYPES[run.config.saving.save_precision]
     file_bytes = trained_bytes * (dtype.itemsize if dtype else 4) // 4
@@ -217,6 +190,3 @@ def _print_plan(run: Run) -> None:
         ("seed", str(run.seed)),
     ]  # fmt: skip
     logger.info("This run:\n%s", report.table(rows))
-
-
-__all__ = ["ParamGroup", "run_training"]

@@ -120,7 +120,7 @@ def test_tiny_images_without_upscaling_keep_one_step(image):
 @given(st.integers(8, 5000), st.integers(8, 5000), st.booleans(), st.sampled_from([64, 256, 512]))
 def test_every_image_covers_its_bucket(width, height, no_upscale, resolution):
     bucket = options(resolution, min(256, resolution), no_upscale=no_upscale)
-    (chosen, resized), = place_images([(width, height)], bucket)
+    ((chosen, resized),) = place_images([(width, height)], bucket)
     assert resized[0] >= chosen[0] and resized[1] >= chosen[1]
     assert all(side >= 64 and side % 64 == 0 for side in chosen)
     assert not no_upscale or math.prod(chosen) <= resolution**2

@@ -88,13 +88,12 @@ def test_a_picture_does_not_depend_on_its_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["euler_a", "dpm_2_a"])
 def test_ancestral_samplers_add_noise(name: str) -> None:
-    scheduler = make_scheduler(name, v_prediction=False)
-    scheduler.set_timesteps(4)
     ends = []
     for seed in (1, 2):
-        latents = torch.ones(1, 4, 8, 8)
-        step = stepper(scheduler, [torch.Generator().manual_seed(seed)])
+        scheduler = make_scheduler(name, v_prediction=False)
         scheduler.set_timesteps(4)
+        step = stepper(scheduler, [torch.Generator().manual_seed(seed)])
+        latents = torch.ones(1, 4, 8, 8)
         for timestep in scheduler.timesteps[:3]:
             latents = step(torch.zeros_like(latents), timestep, latents)
         ends.append(latents)

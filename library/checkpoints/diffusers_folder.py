@@ -1,0 +1,159 @@
+"""Writing Diffusers folders that today's and older versions of diffusers and transformers read.
+
+Text encoder keys keep the classic `text_model.` level. What a single-file source holds beside the model (noise
+schedule, OpenCLIP's unused parts) goes into one more file, which diffusers ignores, so that a way back loses nothing;
+an EMA copy of the whole U-Net does not.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.checkpoints.safetensors_io import Entry, header_dtype, require_disk_space, write_entries
+from library.checkpoints.sd import ModelState, copied_entry, owned_keys
+from library.checkpoints.weights import Weights
+from library.options import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+EXTRAS = "single_file_extras.safetensors"
+EMA_PREFIX = "model_ema."
+PARTS = (  # folder, class, library, weights file
+    ("unet", "UNet2DConditionModel", "diffusers", "diffusion_pytorch_model.safetensors"),
+    ("text_encoder", "CLIPTextModel", "transformers", "model.safetensors"),
+    ("vae", "AutoencoderKL", "diffusers", "diffusion_pytorch_model.safetensors"),
+)
+VOCABULARY = Path(__file__).resolve().parent.parent / "text" / "clip_vocab"
+"""The noise schedule Stable Diffusion was trained with, for the DDIM sampler."""
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+
+
+def save_diffusers_folder(
+    model: ModelState,
+    configs: tuple[Any, Any, Any],
+    path: Path,
+    *,
+    source: Weights | None,
+    dtype: torch.dtype | None,
+    v_prediction: bool,
+    template: Path | None,
+) -> None:
+    """Write a complete folder beside `path` and put it in place of `path` at the end.
+
+    `configs` are the module configurations of U-Net, text encoder and VAE; `template` is the Diffusers folder the model
+    came from, whose scheduler and tokenizer are kept. `dtype` None keeps each tensor's own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = {folder: _entries(getattr(model, folder), dtype) for folder, *_ in PARTS}
+    extras = _extra_entries(model, source)
+    require_disk_space(path.parent, sum(entry.nbytes for part in (*entries.values(), extras) for entry in part))
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        for (folder, class_name, _, file_name), config in zip(PARTS, configs, strict=True):
+            write_entries(entries[folder], partial / folder / file_name, {"format": "pt"})
+            _write_json(partial / folder / "config.json", _config(config, class_name, entries[folder]))
+        if extras:
+            write_entries(extras, partial / EXTRAS, {"format": "pt"})
+        _write_scheduler(partial / "scheduler", template, v_prediction)
+        _write_tokenizer(partial / "tokenizer", template, model.kind)
+        _write_json(partial / "model_index.json", _model_index())
+        _replace_folder(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _entries(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> list[Entry]:
+    return [_entry(name, tensor, dtype or tensor.dtype) for name, tensor in state.items()]
+
+
+def _entry(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Entry:
+    return Entry(name, header_dtype(dtype), tuple(tensor.shape), lambda: tensor.detach().to("cpu", dtype))
+
+
+def _extra_entries(model: ModelState, source: Weights | None) -> list[Entry]:
+    if source is None:
+        return []
+    mine = set(owned_keys(model, source.shapes))
+    return [
+        copied_entry(source, name) for name in source.shapes if name not in mine and not name.startswith(EMA_PREFIX)
+    ]
+
+
+def _config(config: Any, class_name: str, entries: list[Entry]) -> dict[str, Any]:
+    """A component's config.json, for a reader of any version."""
+    content = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    if class_name != "CLIPTextModel":
+        return {"_class_name": class_name, **{key: value for key, value in content.items() if not key.startswith("_")}}
+    for key in ("dtype", "transformers_version", "_attn_implementation_autoset"):
+        content.pop(key, None)
+    torch_dtype = {"F16": "float16", "BF16": "bfloat16"}.get(entries[0].dtype, "float32")
+    return {**content, "architectures": [class_name], "torch_dtype": torch_dtype}
+
+
+def _write_scheduler(folder: Path, template: Path | None, v_prediction: bool) -> None:
+    own = template / "scheduler" / "scheduler_config.json" if template else None
+    content = json.loads(own.read_text(encoding="utf-8")) if own and own.is_file() else SCHEDULER
+    _write_json(
+        folder / "scheduler_config.json",
+        {**content, "prediction_type": "v_prediction" if v_prediction else "epsilon"},
+    )
+
+
+def _write_tokenizer(folder: Path, template: Path | None, kind: str) -> None:
+    if template and (template / "tokenizer").is_dir():
+        shutil.copytree(template / "tokenizer", folder)
+        return
+    folder.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(VOCABULARY / name, folder / name)
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    special = {"bos_token": begin, "eos_token": end, "unk_token": end, "pad_token": "!" if kind == "sd2" else end}
+    _write_json(folder / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
+    _write_json(folder / "tokenizer_config.json", settings | special)
+
+
+def _model_index() -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        **{folder: [library, class_name] for folder, class_name, library, _ in PARTS},
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace_folder(partial: Path, path: Path) -> None:
+    """Put `partial` in place of `path`, which is gone only when the new folder is complete."""
+    if path.is_file():
+        raise OptionError("", f"{path} is a file", "choose another output name for the Diffusers folder")
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    path.rename(old / path.name)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,49 @@
+"""Models of the Hugging Face hub: the only place that may use the network, and only for an id the user gave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from library.options import OptionError
+
+CONFIGS = ["model_index.json", "*.json", "*/*.json", "*/*.txt"]
+SAFE_WEIGHTS = ["*.safetensors"]
+PICKLED_WEIGHTS = ["*.bin"]
+NOT_NEEDED = ["*.fp16.*", "*.non_ema.*", "safety_checker/*", "feature_extractor/*", "*.msgpack", "*.onnx*", "openvino*"]
+PARTS = ("unet", "text_encoder", "vae")
+
+
+def fetch_model(repo_id: str, flag: str) -> Path:
+    """The local folder of a hub model in Diffusers format, fetched unless the hub cache has it."""
+    folder = _snapshot(repo_id, flag, [*CONFIGS, *(f"{part}/{name}" for part in PARTS for name in SAFE_WEIGHTS)])
+    if (folder / "unet").is_dir() and not any((folder / "unet").glob("*.safetensors")):
+        folder = _snapshot(repo_id, flag, [*CONFIGS, *(f"{part}/{name}" for part in PARTS for name in PICKLED_WEIGHTS)])
+    return folder
+
+
+def fetch_vae(repo_id: str, flag: str) -> Path:
+    """The local folder of a hub VAE: a repository that is one, or a whole model's, of which only the VAE is fetched."""
+    names = ["config.json", "vae/config.json", "diffusion_pytorch_model.*", "vae/diffusion_pytorch_model.*"]
+    return _snapshot(repo_id, flag, names)
+
+
+def _snapshot(repo_id: str, flag: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=NOT_NEEDED))
+    except RepositoryNotFoundError:
+        problem = f"{repo_id} is neither a file or folder here nor a public model of the hub"
+        raise OptionError(flag, problem, "check the path; for a private model log in with `hf auth login`") from None
+    except HFValidationError:
+        raise OptionError(flag, f"{repo_id} does not exist and is no hub id", "check the path") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = type(error).__name__
+        problem = f"{repo_id} is no file or folder here, and the hub can't be reached ({reason})"
+        raise OptionError(flag, problem, "check the path, or the network") from None

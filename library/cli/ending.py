@@ -1,0 +1,76 @@
+"""How a program ends: every mistake as one sentence on the screen, with the details in a log file."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from library.options import OptionError
+
+USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+
+
+class Ending:
+    """A context around a program's work that turns exceptions into a sentence and an exit code.
+
+    `renamed` replaces option names in messages, for code that knows an option under another script's name.
+    """
+
+    def __init__(self, program: str, renamed: dict[str, str] | None = None) -> None:
+        self.program = program
+        self.renamed = renamed or {}
+        self.log_file: Path | None = None  # set once there is a folder for it
+        self.code = 0
+
+    def __enter__(self) -> Ending:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if error is None or isinstance(error, SystemExit):
+            return False
+        if isinstance(error, OptionError):
+            self.code = getattr(error, "exit_code", USER_MISTAKE)
+            self._say(str(error))
+            self._log(str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self.code = INTERRUPTED
+            self._say("interrupted")
+        elif isinstance(error, Exception):
+            self.code = FAILURE
+            path = self._log("".join(traceback.format_exception(error)), anywhere=True)
+            self._say(
+                f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}; the details are in {path}"
+            )
+        else:
+            return False
+        return True
+
+    def _say(self, sentence: str) -> None:
+        for name, new in self.renamed.items():
+            sentence = sentence.replace(name, new)
+        sys.stderr.write(f"{self.program}: {sentence}\n")
+
+    def _log(self, text: str, *, anywhere: bool = False) -> Path | None:
+        """Append to the log file; `anywhere` makes one among temporary files where there is none yet."""
+        path = self.log_file
+        if path is None and anywhere:
+            path = Path(tempfile.gettempdir()) / f"{Path(self.program).stem}_{time.strftime('%Y%m%d%H%M%S')}.log"
+        if path is None:
+            return None
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"{self.program}, Python {platform.python_version()}, {platform.platform()}\n{text}\n")
+        except OSError:  # the folder may have gone or be full; the screen has the sentence
+            return None
+        return path
+
+
+def start_console() -> None:
+    """Messages on the screen, plainly, until the run sets up its own."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -1,0 +1,142 @@
+"""Stable Diffusion 1.x and 2.x.
+
+Shape letters: B samples, C channels, H W latent pixels, N windows of text, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.checkpoints.diffusers_folder import EXTRAS, save_diffusers_folder
+from library.checkpoints.probe import KIND_NAMES, MODEL_FLAG, probe, resolve_model
+from library.checkpoints.sd import ModelState, save_single_file
+from library.checkpoints.source import ModelSource
+from library.checkpoints.weights import Weights, open_weights
+from library.families.base import Conditioning, LoadPlan, ModelBundle
+from library.families.options import ModelOptions, TextOptions
+from library.families.sd_parts import load_from_file, load_from_folder, load_vae
+from library.models import attention as attention_kernels
+from library.models.build import VAE_SCALE
+from library.models.options import AttentionOptions
+from library.models.text_encoder import encode_windows
+from library.options import OptionError
+from library.text.tokens import ClipTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class StableDiffusion:
+    """SD 1.x / 2.x as library.families.base.ModelFamily; the kind is found from the model itself."""
+
+    name = "sd"
+    latent_scale = VAE_SCALE
+    bucket_step = 8  # the VAE's factor
+
+    def load(self, options: ModelOptions, attention: AttentionOptions, plan: LoadPlan) -> ModelBundle:
+        """The model on its device, frozen and in eval mode; raises OptionError on a wrong file or flag."""
+        path = options.pretrained_model_name_or_path
+        assert path is not None  # ModelOptions checks it
+        found = resolve_model(path)
+        source = replace(probe(str(found), v2=options.v2), path=path)
+        source = self._with_prediction_type(source, options)
+        vae = load_vae(options.vae, plan) if options.vae else None
+        if found.is_dir():
+            unet, text_encoder, vae = load_from_folder(found, vae, plan, MODEL_FLAG)
+        else:
+            unet, text_encoder, vae = load_from_file(found, source.kind, vae, plan, MODEL_FLAG)
+        attention_kernels.apply(unet, vae, attention.kind)
+        tokenizer = ClipTokenizer("zero" if source.kind == "sd2" else "eos")
+        return ModelBundle(unet, (text_encoder,), vae, (tokenizer,), source)
+
+    def _with_prediction_type(self, source: ModelSource, options: ModelOptions) -> ModelSource:
+        if source.kind == "sd2" and source.is_single_file and not (source.v_prediction or options.v_parameterization):
+            logger.info(
+                "%s does not say what it predicts: noise is assumed; 768-v models need --v_parameterization",
+                source.path,
+            )
+        return replace(source, v_prediction=source.v_prediction or options.v_parameterization)
+
+    def tokenize(self, tokenizers: Sequence[Any], captions: Sequence[str], windows: int) -> tuple[torch.Tensor, ...]:
+        """(B, N, 77) int64 token ids per tokenizer."""
+        return tuple(tokenizer.windows(captions, windows) for tokenizer in tokenizers)
+
+    def encode_text(
+        self, text_encoders: Sequence[torch.nn.Module], token_ids: Sequence[torch.Tensor], text: TextOptions
+    ) -> Conditioning:
+        """Conditioning of (B, N, 77) ids: (B, 75 N + 2, D) states of the chosen layer, through the final norm."""
+        (encoder,), (ids,) = text_encoders, token_ids
+        return Conditioning(encode_windows(encoder, ids, text.clip_skip))
+
+    def predict(
+        self, unet: torch.nn.Module, noised_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """The U-Net's output, shaped like `noised_BCHW`: noise, or velocity for a v-prediction model."""
+        return unet(noised_BCHW, timesteps_B, conditioning.context_BTD, return_dict=False)[0]
+
+    def save(
+        self,
+        bundle: ModelBundle,
+        path: Path,
+        *,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        as_diffusers: bool,
+    ) -> None:
+        """Write a single file (.safetensors, or .ckpt by extension) or a Diffusers folder, atomically.
+
+        What a single-file source holds beside the model goes along unchanged. In a .ckpt, `ss_epoch` and `ss_steps` of
+        `metadata` are added to the source's counters.
+        """
+        (text_encoder,) = bundle.text_encoders
+        parts = (bundle.unet, text_encoder, bundle.vae)
+        model = ModelState(bundle.source.kind, *(part.state_dict() for part in parts))
+        with _source_weights(bundle.source) as source:
+            if as_diffusers:
+                save_diffusers_folder(
+                    model, tuple(part.config for part in parts), path, source=source, dtype=dtype,
+                    v_prediction=bundle.source.v_prediction, template=_folder_of(bundle.source),
+                )  # fmt: skip
+            else:
+                counters = tuple(int(metadata.get(key, 0)) for key in ("ss_epoch", "ss_steps"))
+                save_single_file(model, path, source=source, dtype=dtype, metadata=metadata, counters=counters)
+
+    def describe(self, bundle: ModelBundle) -> dict[str, Any]:
+        """ss_v2 and ss_base_model_version, and the kind and prediction type that modelspec asks for."""
+        source = bundle.source
+        version = "sd_v2" if source.kind == "sd2" else "sd_v1"
+        return {
+            "ss_v2": source.kind == "sd2",
+            "ss_base_model_version": version + ("_v" if source.v_prediction else ""),
+            "kind": source.kind,
+            "v_prediction": source.v_prediction,
+            "kind_name": KIND_NAMES[source.kind],
+        }
+
+
+def _folder_of(source: ModelSource) -> Path | None:
+    """The Diffusers folder the model came from."""
+    return None if source.is_single_file else resolve_model(source.path)
+
+
+@contextlib.contextmanager
+def _source_weights(source: ModelSource) -> Iterator[Weights | None]:
+    """What the model's source holds for saving: its single file, or what a Diffusers folder keeps of one."""
+    try:
+        found = resolve_model(source.path)
+    except OptionError:
+        logger.warning("%s is gone: what it held beside the model can't be saved", source.path)
+        yield None
+        return
+    file = found if found.is_file() else found / EXTRAS
+    if not file.is_file():
+        yield None
+        return
+    with open_weights(file) as weights:
+        yield weights

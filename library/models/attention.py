@@ -1,0 +1,83 @@
+"""The attention kernel of a U-Net and a VAE, chosen once after loading."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from library.options import OptionError
+
+SLICE_ELEMENTS = 1 << 24  # attention scores held at a time by the sliced kernel
+
+
+def apply(unet: torch.nn.Module, vae: torch.nn.Module, kind: str) -> None:
+    """Let both models use `kind`: "sdpa" (PyTorch's own), "xformers", or "sliced" (least memory, slow)."""
+    if kind == "xformers":
+        _require_xformers()
+        for model in (unet, vae):
+            model.enable_xformers_memory_efficient_attention()
+        return
+    processor = {"sdpa": AttnProcessor2_0, "sliced": SlicedAttention}[kind]
+    for model in (unet, vae):
+        model.set_attn_processor(processor())
+
+
+def _require_xformers() -> None:
+    if importlib.util.find_spec("xformers") is None:
+        raise OptionError(
+            "--xformers", "the package xformers is not installed", "use --sdpa, which is as fast, or install it"
+        )
+    try:
+        import xformers.ops  # noqa: F401
+    except (ImportError, OSError) as error:
+        problem = f"the package xformers can't be loaded ({error})"
+        raise OptionError("--xformers", problem, "use --sdpa, or install a build for this version of PyTorch") from None
+
+
+class SlicedAttention:
+    """Attention over slices of the queries, so that the score matrix never exists as a whole, on any device.
+
+    Follows diffusers' processor protocol. With `upcast_attention` scores are computed in float32.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert attention_mask is None, "Stable Diffusion's attention has no mask"
+        residual, shape = hidden_states, hidden_states.shape
+        if len(shape) == 4:  # the VAE's: (B, C, H, W)
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        mixed = attend_in_slices(query, key, value, attn.upcast_attention)
+        output = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+        if len(shape) == 4:
+            output = output.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            output = output + residual
+        return output / attn.rescale_output_factor
+
+
+def attend_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, upcast: bool) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v of (B, heads, tokens, d) tensors, a few queries at a time."""
+    dtype = query.dtype
+    if upcast:
+        query, key, value = query.float(), key.float(), value.float()
+    scores_per_query = query.shape[0] * query.shape[1] * key.shape[2]
+    step = max(1, SLICE_ELEMENTS // scores_per_query)
+    with torch.autocast(query.device.type, enabled=False):
+        slices = [F.scaled_dot_product_attention(part, key, value) for part in query.split(step, dim=2)]
+    return torch.cat(slices, dim=2).to(dtype)

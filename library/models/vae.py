@@ -1,0 +1,79 @@
+"""Images to latents and back, with the VAE's half-precision policy in one place.
+
+Latents here are unscaled VAE samples: the family's `latent_scale` is applied by who feeds the U-Net. Autocast is off:
+the VAE computes in the precision of its weights. float16 overflows in some VAEs; where the result is not finite the
+same input is computed again in float32. bfloat16 has float32's range and needs no such care.
+
+Shape letters: B images, C channels, H W pixels or latent pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def encode(vae: torch.nn.Module, images_BCHW: torch.Tensor, noise_BCHW: torch.Tensor) -> torch.Tensor:
+    """Unscaled float32 latents, mean + std * noise, of images in [-1, 1]; `noise_BCHW` is N(0, 1) of the latents' shape.
+
+    H and W must be multiples of the VAE's factor (8).
+    """
+
+    def posterior(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        distribution = vae.encode(images).latent_dist
+        return distribution.mean, distribution.std
+
+    mean, std = _robust(vae, posterior, images_BCHW)
+    return mean + std * noise_BCHW.to(mean)
+
+
+def decode(vae: torch.nn.Module, latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """float32 images in [-1, 1] (clamped) of unscaled latents."""
+    (images,) = _robust(vae, lambda latents: (vae.decode(latents).sample,), latents_BCHW)
+    return images.clamp(-1, 1)
+
+
+def set_memory_savers(vae: torch.nn.Module, *, slicing: bool = False, tiling: bool = False) -> None:
+    """`slicing`: one image at a time; `tiling`: large images in overlapping tiles (results differ a little)."""
+    (vae.enable_slicing if slicing else vae.disable_slicing)()
+    (vae.enable_tiling if tiling else vae.disable_tiling)()
+
+
+def latent_size(vae: torch.nn.Module, pixels: int) -> int:
+    """Latent pixels of `pixels` along one side."""
+    return pixels // downscaling(vae)
+
+
+def downscaling(vae: torch.nn.Module) -> int:
+    """Pixels per latent pixel along one side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _robust(
+    vae: torch.nn.Module, compute: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], inputs: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The float32 results of `compute`, in the VAE's precision, or in float32 where float16 overflows."""
+    weight = next(vae.parameters())
+    with torch.autocast(weight.device.type, enabled=False):
+        inputs = inputs.to(weight.device)
+        results = tuple(result.float() for result in compute(inputs.to(weight.dtype)))
+        if weight.dtype != torch.float16 or all(bool(result.isfinite().all()) for result in results):
+            return results
+        logger.warning("the VAE overflows in float16: computing in float32 (--no_half_vae does so from the start)")
+        with _in_float32(vae):
+            return tuple(result.float() for result in compute(inputs.float()))
+
+
+@contextlib.contextmanager
+def _in_float32(vae: torch.nn.Module) -> Iterator[None]:
+    dtype = next(vae.parameters()).dtype
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype)

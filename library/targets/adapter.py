@@ -1,0 +1,210 @@
+"""The contract of network modules, the project's own and other people's: the only code that knows it.
+
+A network module is found by name (`networks.lora`, `lycoris.kohya`) and speaks by agreement on names: two functions
+that create a network, and methods of the network. Everything required is asked for before it is needed, everything
+optional once; what differs between versions is decided by signatures. Arguments from --network_args stay texts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from library.options import OptionError, did_you_mean
+
+KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
+FLAG = "--network_module"
+WAY_OUT = "use a version of it that has, or another network module"
+
+
+def import_network_module(name: str) -> ModuleType:
+    """The Python module of that name; OptionError when there is none or it can't be imported."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name == missing or name.startswith(missing + "."):
+            hint = did_you_mean(name, KNOWN_MODULES)
+            if missing == "lycoris":
+                hint = "install the package lycoris-lora"
+            raise OptionError(
+                FLAG, f"there is no Python module {name!r}", hint or "use networks.lora for a LoRA"
+            ) from None
+        raise OptionError(FLAG, f"{name} needs the package {missing}", f"install {missing}") from None
+    except ImportError as error:
+        raise OptionError(FLAG, f"{name} can't be imported: {error}") from error
+
+
+class NetworkFactory:
+    """The functions of a network module."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.module = import_network_module(name)
+        self.casts_itself = bool(getattr(self.module, "CASTS_ITSELF", False))
+
+    def require(self, *functions: str) -> None:
+        """Raise OptionError unless the module has these functions."""
+        for function in functions:
+            if not callable(getattr(self.module, function, None)):
+                problem = f"{self.name} has no function {function}, which this run needs"
+                raise OptionError(FLAG, problem, WAY_OUT)
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Let the module check its arguments now, if it offers to."""
+        check = getattr(self.module, "check_arguments", None)
+        if callable(check):
+            check(**arguments)
+
+    def create(self, dim: int | None, alpha: float, dropout: float | None, models: Models, **arguments: Any) -> Adapted:
+        """A new network; `dropout` goes to neuron_dropout and, unless --network_args sets it, to dropout."""
+        create = self.module.create_network
+        if _accepts(create, "neuron_dropout"):
+            arguments["neuron_dropout"] = dropout
+        arguments.setdefault("dropout", dropout)
+        return self._adapted(create(1.0, dim, alpha, models.vae, models.text_encoder, models.unet, **arguments))
+
+    def create_from_weights(
+        self, multiplier: float, file: str, models: Models, *, for_inference: bool = False, **arguments: Any
+    ) -> tuple[Adapted, Mapping[str, torch.Tensor] | None]:
+        """(network with the file's modules and ranks, the file's tensors or None)."""
+        create = self.module.create_network_from_weights
+        if _accepts(create, "for_inference"):
+            arguments["for_inference"] = for_inference
+        made = create(multiplier, file, models.vae, models.text_encoder, models.unet, **arguments)
+        network, tensors = made if isinstance(made, tuple) else (made, None)
+        return self._adapted(network), tensors
+
+    def _adapted(self, network: Any) -> Adapted:
+        if network is None:
+            raise OptionError(FLAG, f"{self.name} made no network for this model", "see its messages above")
+        return Adapted(self.name, network)
+
+
+@dataclass(frozen=True)
+class Models:
+    """A model as network modules take it: one text encoder as it is, several as a list."""
+
+    text_encoders: Sequence[torch.nn.Module]
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+
+    @property
+    def text_encoder(self) -> Any:
+        return self.text_encoders[0] if len(self.text_encoders) == 1 else list(self.text_encoders)
+
+
+class Adapted:
+    """A network, whoever wrote it, with one signature per method."""
+
+    REQUIRED = ("apply_to", "prepare_optimizer_params", "prepare_grad_etc", "on_epoch_start", "save_weights")
+
+    def __init__(self, module_name: str, network: Any) -> None:
+        self.module_name = module_name
+        self.network = network
+        if not isinstance(network, torch.nn.Module):
+            raise OptionError(FLAG, f"{module_name} made a {type(network).__name__}, which is no torch module")
+        self._prepare = self._optional("prepare_network")
+        self._on_step_start = self._optional("on_step_start")
+        self._max_norm = self._optional("apply_max_norm_regularization")
+
+    def require(self, *methods: str) -> None:
+        """Raise OptionError unless the network has these methods."""
+        for method in methods:
+            if self._optional(method) is None:
+                problem = f"the network of {self.module_name} has no method {method}, which this run needs"
+                raise OptionError(FLAG, problem, WAY_OUT)
+
+    def _optional(self, method: str) -> Callable[..., Any] | None:
+        found = getattr(self.network, method, None)
+        return found if callable(found) else None
+
+    # ------------------------------------------------------------------ setting up
+
+    def prepare(self, options: Mapping[str, Any]) -> None:
+        """Hand the run's options over as a namespace, if the network wants them."""
+        if self._prepare is not None:
+            self._prepare(SimpleNamespace(**options))
+
+    def apply(self, models: Models, *, text: bool, unet: bool) -> None:
+        self.network.apply_to(models.text_encoder, models.unet, text, unet)
+
+    def load(self, file: str, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Load a file non-strictly; returns how many of its `tensors` the network has."""
+        found = frozenset(self.network.state_dict()) & frozenset(tensors)
+        self.network.load_weights(file)
+        return len(found)
+
+    def merge(
+        self, models: Models, tensors: Mapping[str, torch.Tensor] | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.network.merge_to(models.text_encoder, models.unet, tensors, dtype, device)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.network.enable_gradient_checkpointing()
+
+    def prepare_gradients(self, models: Models) -> None:
+        self.network.prepare_grad_etc(models.text_encoder, models.unet)
+
+    # ------------------------------------------------------------------ training
+
+    def param_groups(
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float
+    ) -> list[tuple[str | None, dict[str, Any]]]:
+        """[(the module's own name of the group, if any, a dictionary with "params" and maybe "lr")]."""
+        prepare = self.network.prepare_optimizer_params
+        rates = (text_encoder_lr, unet_lr, default_lr)
+        made = prepare(*rates) if _binds(prepare, *rates) else prepare(text_encoder_lr, unet_lr)
+        names: Sequence[str | None] = ()
+        if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], list):
+            made, names = made[0], made[1] or ()
+        made = list(made)
+        if not all(isinstance(item, dict) for item in made):
+            made = [{"params": made}]
+        groups = [{**group, "params": list(group["params"])} for group in made]
+        padded = [*names, *[None] * len(groups)]
+        return [(name, group) for name, group in zip(padded, groups, strict=False) if group["params"]]
+
+    def on_epoch_start(self, models: Models) -> None:
+        self.network.on_epoch_start(models.text_encoder, models.unet)
+
+    def on_step_start(self, models: Models) -> None:
+        if self._on_step_start is not None:
+            self._on_step_start(models.text_encoder, models.unet)
+
+    @property
+    def can_limit_norms(self) -> bool:
+        return self._max_norm is not None
+
+    def limit_norms(self, limit: float, device: torch.device) -> tuple[Any, Any, Any]:
+        """Scale modules down to a norm of `limit`; returns (modules scaled, mean norm, largest norm)."""
+        assert self._max_norm is not None
+        return self._max_norm(limit, device)
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, file: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        self.network.save_weights(str(file), dtype, dict(metadata))
+
+
+def _accepts(function: Callable[..., Any], keyword: str) -> bool:
+    """Whether a function takes this keyword argument."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD or (p.name == keyword and p.kind is not p.POSITIONAL_ONLY) for p in parameters)
+
+
+def _binds(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a function can be called with these positional arguments."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,269 @@
+"""Training a network (LoRA and its relatives) beside a frozen model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.checkpoints.safetensors_io import NonFiniteError, is_finite, load_tensors, read_header, require_disk_space
+from library.families.base import ModelBundle, ModelFamily
+from library.families.options import TextOptions
+from library.options import OptionError
+from library.targets.adapter import Adapted, Models, NetworkFactory
+from library.targets.base import ParamGroup, TrainTarget
+from library.targets.options import NetworkOptions
+
+logger = logging.getLogger(__name__)
+
+TEXT, UNET = "text encoder", "unet"
+TEXT_NAME = re.compile(r"(^|[._])te\d?_|text_encoder|text_model")
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """What a network has in one part of the model."""
+
+    name: str
+    modules: int
+    parameters: int  # that are trained
+
+
+class NetworkTarget(TrainTarget):
+    """A network module, found by name, trained on a frozen model of any family."""
+
+    def __init__(self, options: NetworkOptions, text: TextOptions | None = None) -> None:
+        """Everything that can be wrong without a model is refused here: module, arguments, files."""
+        self.options = options
+        self.text = text or TextOptions()
+        self.factory = NetworkFactory(str(options.network_module))
+        self.factory.require("create_network")
+        if options.dim_from_weights or options.base_weights:
+            self.factory.require("create_network_from_weights")
+        self.factory.check_arguments(options.arguments)
+        for flag, files in (("--network_weights", [options.network_weights]), ("--base_weights", options.base_weights)):
+            for file in files or ():
+                if file is not None:
+                    _check_file(file, flag)
+        self.needs_autocast = not self.factory.casts_itself
+        self._trains_text = False
+
+    # ------------------------------------------------------------------ setting up
+
+    def setup(self, family: ModelFamily, bundle: ModelBundle, *, gradient_checkpointing: bool) -> None:
+        self.models = Models(bundle.text_encoders, bundle.unet, bundle.vae)
+        device = next(bundle.unet.parameters()).device
+        self._merge_base_weights(device)
+        self.network = self._create()
+        self.network.require(*Adapted.REQUIRED)
+        self.network.prepare(asdict(self.options))
+        options = self.options
+        self.network.apply(
+            self.models,
+            text=not options.network_train_unet_only,
+            unet=not options.network_train_text_encoder_only,
+        )
+        if options.network_weights:
+            self._load(options.network_weights)
+        module = self.trained_module()
+        module.to(device, torch.float32)
+        self.network.prepare_gradients(self.models)
+        if next(module.parameters(), None) is None:
+            raise OptionError("--network_module", f"{self.factory.name} has nothing to train in this model")
+        self._freeze_unreached_text(family, bundle)
+        if gradient_checkpointing:
+            self.network.require("enable_gradient_checkpointing")
+            self.network.enable_gradient_checkpointing()
+        if options.scale_weight_norms is not None and not self.network.can_limit_norms:
+            logger.warning("--scale_weight_norms is off: %s can't limit norms", self.factory.name)
+
+    def _create(self) -> Adapted:
+        options, arguments = self.options, self.options.arguments
+        if options.dim_from_weights:
+            arguments.setdefault("dropout", options.network_dropout)
+            return self.factory.create_from_weights(1.0, str(options.network_weights), self.models, **arguments)[0]
+        return self.factory.create(
+            options.network_dim, options.network_alpha, options.network_dropout, self.models, **arguments
+        )
+
+    def _merge_base_weights(self, device: torch.device) -> None:
+        """Merge each --base_weights file, in float32; every weight of the model keeps its dtype and device."""
+        multipliers = [*(self.options.base_weights_multiplier or ())]
+        for index, file in enumerate(self.options.base_weights or ()):
+            multiplier = multipliers[index] if index < len(multipliers) else 1.0
+            network, tensors = self.factory.create_from_weights(multiplier, file, self.models, for_inference=True)
+            network.require("merge_to")
+            kept = {
+                parameter: (parameter.dtype, parameter.device)
+                for part in (self.models.unet, *self.models.text_encoders)
+                for parameter in part.parameters()
+            }
+            network.merge(self.models, tensors, torch.float32, device)
+            for parameter, (dtype, place) in kept.items():
+                parameter.data = parameter.data.to(place, dtype)
+            logger.info("--base_weights: merged %s, multiplier %g", file, multiplier)
+
+    def _load(self, file: str) -> None:
+        self.network.require("load_weights")
+        tensors = load_tensors(file, "--network_weights")
+        found = self.network.load(file, tensors)
+        if not found:
+            example = next(iter(tensors), "none")
+            problem = f"no tensor of {file} belongs to this network (its first is {example})"
+            raise OptionError("--network_weights", problem, "was it made for another model or network module?")
+        total = len(self.trained_module().state_dict())
+        logger.info("--network_weights: %d of the network's %d tensors loaded, %d of the file's not used",
+                    found, total, len(tensors) - found)  # fmt: skip
+
+    def _freeze_unreached_text(self, family: ModelFamily, bundle: ModelBundle) -> None:
+        """Freeze parameters on text encoder layers behind the one that conditions: no gradient ever reaches them."""
+        module = self.trained_module()
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad and part_of(n) == TEXT]
+        if not named:
+            return
+        was_training = module.training
+        module.eval()  # no dropout: every module takes part
+        device = next(bundle.text_encoders[0].parameters()).device
+        token_ids = [ids.to(device) for ids in family.tokenize(bundle.tokenizers, [""], 1)]
+        with torch.enable_grad():
+            conditioning = family.encode_text(bundle.text_encoders, token_ids, self.text)
+            states = [
+                s for s in (conditioning.context_BTD, conditioning.vector_BD) if s is not None and s.requires_grad
+            ]
+            total = sum((state.float().sum() for state in states), torch.zeros((), device=device))
+        reached = (
+            torch.autograd.grad(total, [p for _, p in named], allow_unused=True) if states else [None] * len(named)
+        )
+        module.train(was_training)
+        for (_, parameter), gradient in zip(named, reached, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+    # ------------------------------------------------------------------ what is trained
+
+    def trained_module(self) -> torch.nn.Module:
+        return self.network.network
+
+    def param_groups(self, default_lr: float) -> list[ParamGroup]:
+        """The network's groups without rates of 0; whatever is in no group is frozen, and takes no gradients."""
+        options = self.options
+        names = {id(parameter): name for name, parameter in self.trained_module().named_parameters()}
+        groups = []
+        for label, group in self.network.param_groups(options.text_encoder_lr, options.unet_lr, default_lr):
+            parameters = tuple(parameter for parameter in group["params"] if parameter.requires_grad)
+            lr = group.get("lr")
+            if parameters and lr != 0:
+                name = _readable(label) or part_of(names.get(id(parameters[0]), "")) or f"group {len(groups) + 1}"
+                groups.append(ParamGroup(name, parameters, lr))
+        trained = {id(parameter) for group in groups for parameter in group.parameters}
+        for parameter in self.trained_module().parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        parts = {part_of(name) for identity, name in names.items() if identity in trained}
+        self._trains_text = TEXT in parts or (None in parts and not options.network_train_unet_only)
+        return groups
+
+    def trains_text(self, step: int) -> bool:
+        return self._trains_text
+
+    def parts(self) -> tuple[PartSummary, ...]:
+        """Modules and trained parameters of the network in each part of the model."""
+        children = [(part_of(name) or "other", child) for name, child in self.trained_module().named_children()]
+        return tuple(
+            PartSummary(
+                part,
+                sum(found == part for found, _ in children),
+                sum(p.numel() for found, c in children if found == part for p in c.parameters() if p.requires_grad),
+            )
+            for part in dict.fromkeys(part for part, _ in children)
+        )
+
+    # ------------------------------------------------------------------ around a step
+
+    def on_epoch_start(self, epoch: int) -> None:
+        self.network.on_epoch_start(self.models)
+
+    def on_step_start(self, step: int) -> None:
+        self.network.on_step_start(self.models)
+
+    def after_optimizer_step(self) -> Mapping[str, float | torch.Tensor]:
+        """Limit the norms of the modules' weight changes, where --scale_weight_norms asks for it."""
+        limit = self.options.scale_weight_norms
+        if limit is None or not self.network.can_limit_norms:
+            return {}
+        device = next(self.trained_module().parameters()).device
+        scaled, mean, largest = self.network.limit_norms(limit, device)
+        return {
+            "max_norm/keys_scaled": scaled,
+            "max_norm/average_key_norm": mean,
+            "max_norm/max_key_norm": largest,
+        }
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """Write the network's file under a temporary name, check it, rename it; NonFiniteError rather than NaN."""
+        path = Path(path)
+        size = 0
+        for name, tensor in self.trained_module().state_dict().items():
+            if not is_finite(tensor if dtype is None else tensor.to(dtype)):
+                raise NonFiniteError(f"{name} holds NaN or infinity; {path} was not written")
+            size += tensor.numel() * (tensor.element_size() if dtype is None else dtype.itemsize)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_disk_space(path.parent, size)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix decides the format
+        try:
+            self.network.save(temporary, dtype, metadata)
+            if path.suffix == ".safetensors":
+                read_header(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+
+    def describe(self) -> dict[str, Any]:
+        """ss_network_*; ss_network_args is JSON and there only if arguments were given."""
+        options = self.options
+        described = {
+            "ss_network_module": options.network_module,
+            "ss_network_dim": options.network_dim,
+            "ss_network_alpha": options.network_alpha,
+            "ss_network_dropout": options.network_dropout,
+        }
+        if options.network_args:
+            arguments = options.arguments
+            described["ss_network_args"] = json.dumps(
+                {**arguments, "dropout": arguments.get("dropout", options.network_dropout)}
+            )
+        return described
+
+
+def part_of(name: str) -> str | None:
+    """Which part of the model a parameter or module of a network belongs to, by its name; None if that doesn't say."""
+    if "unet" in name:
+        return UNET
+    return TEXT if TEXT_NAME.search(name) else None
+
+
+def _readable(label: str | None) -> str | None:
+    """ "unet_block7 plus" -> "unet block 7 plus"."""
+    if label is None:
+        return None
+    return re.sub(r"unet_block(\d+)", r"unet block \1", label.replace("textencoder", TEXT))
+
+
+def _check_file(file: str, flag: str) -> None:
+    """OptionError for a missing or truncated network file; only the header is read."""
+    path = Path(file)
+    if path.suffix == ".safetensors":
+        read_header(path, flag)
+    elif not path.is_file():
+        raise OptionError(flag, f"{file} does not exist", "check the path")

@@ -1,0 +1,62 @@
+"""Our text-to-image against diffusers' pipeline: same weights, same noise, same picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+
+from library.families.base import LoadPlan, ModelBundle
+from library.families.options import ModelOptions
+from library.families.sd import StableDiffusion
+from library.generate.denoise import decode, denoise
+from library.generate.request import GenerationRequest
+from library.models.options import AttentionOptions
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = {
+    "ddim": DDIMScheduler(clip_sample=False, steps_offset=1, timestep_spacing="leading", **BETAS),
+    "euler": EulerDiscreteScheduler(steps_offset=1, timestep_spacing="linspace", **BETAS),
+}
+
+
+def load(path: Path) -> ModelBundle:
+    plan = LoadPlan(torch.float32, torch.float32, torch.float32, torch.device("cpu"))
+    return StableDiffusion().load(ModelOptions(pretrained_model_name_or_path=str(path)), AttentionOptions(), plan)
+
+
+def diffusers_pipeline(bundle: ModelBundle, folder: Path, sampler: str) -> StableDiffusionPipeline:
+    StableDiffusion().save(bundle, folder, dtype=None, metadata={}, as_diffusers=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+    prediction = "v_prediction" if bundle.source.v_prediction else "epsilon"
+    scheduler = SCHEDULERS[sampler]
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_same_picture(kind: str, sampler: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    bundle = load(request.getfixturevalue(f"tiny_{kind}_path"))
+    asked = [
+        GenerationRequest(prompt, "blurry, dark", 64, 96, 8, 7.5, seed, sampler=sampler)
+        for prompt, seed in (("a photo of a cat", 1), ("an old house, oil painting", 2))
+    ]
+    ours = decode(bundle, denoise(StableDiffusion(), bundle, asked)).numpy()
+    noise = [torch.randn(4, 12, 8, generator=torch.Generator().manual_seed(item.seed)) for item in asked]
+    theirs = diffusers_pipeline(bundle, tmp_path / "model", sampler)(
+        prompt=[item.prompt for item in asked],
+        negative_prompt=[item.negative_prompt for item in asked],
+        width=64,
+        height=96,
+        num_inference_steps=8,
+        guidance_scale=7.5,
+        latents=torch.stack(noise),
+        output_type="np",
+    ).images
+    assert np.abs(ours / 255 - theirs).mean() < 1 / 255
+    assert theirs.std() > 0.02

@@ -1,0 +1,72 @@
+"""Running the real scripts in tests: inside this process where that is enough, as a subprocess where it is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def flags(**options) -> list[str]:
+    """Command line words: True is a switch, None leaves the option out, a list gives several values."""
+    words = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words += [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return words
+
+
+def train_network(**options) -> int:
+    """train_network.py in this process; returns the exit code."""
+    import train_network as entry
+    from library.cli.training import run
+
+    PartialState._reset_state()
+    AcceleratorState._reset_state(True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return run(entry.SCRIPT, flags(**options))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def script(name: str, *words: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    """A script as users start it."""
+    command = [sys.executable, str(ROOT / name), *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **{"cwd": ROOT, **kwargs}
+    )
+
+
+def equal_files(first: Path, second: Path) -> bool:
+    """Whether two network files hold the same tensors, bit for bit."""
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def logged(folder: Path, tag: str) -> list[float]:
+    """The values of one TensorBoard tag in the order of steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = [path for path in folder.rglob("events.out.tfevents.*") if path.stat().st_size > 0]
+    accumulator = EventAccumulator(str(events.parent), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return [event.value for event in accumulator.Scalars(tag)]
