@@ -105,7 +105,7 @@ class _LowRankConv(torch.autograd.Function):
         needs_x, _, _, needs_down, needs_up, _, _ = ctx.needs_input_grad
         grad_x = grad_down = grad_up = None
         if needs_up:
-            grad_up = _outer(grad, low).mul_(ctx.scale)[:, :, None, None]
+            grad_up = _outer(grad, low, ctx.scale)[:, :, None, None]
         if not (needs_x or needs_down):
             return None, None, None, None, grad_up, None, None
         grad_low = _mix(up_OR.t(), grad, ctx.scale)
@@ -141,13 +141,11 @@ def _mix(matrix_OI: torch.Tensor, x_BIHW: torch.Tensor, scale: float = 1.0) -> t
     """scale * matrix over the channels of x (a 1x1 convolution), in x's memory layout."""
     samples, _, height, width = x_BIHW.shape
     if _channels_last(x_BIHW):
-        x_NI = _tokens(x_BIHW)
-        out_NO = torch.mm(x_NI, matrix_OI.t())
-        out = out_NO.view(samples, height, width, -1).permute(0, 3, 1, 2)
-    else:
-        x_BIP = x_BIHW.reshape(samples, -1, height * width)
-        out = torch.bmm(matrix_OI.expand(samples, -1, -1), x_BIP).view(samples, -1, height, width)
-    return out if scale == 1.0 else out.mul_(scale)
+        out_NO = torch.addmm(_nothing(x_BIHW), _tokens(x_BIHW), matrix_OI.t(), beta=0, alpha=scale)
+        return out_NO.view(samples, height, width, -1).permute(0, 3, 1, 2)
+    x_BIP = x_BIHW.reshape(samples, -1, height * width)
+    out_BOP = torch.baddbmm(_nothing(x_BIHW), matrix_OI.expand(samples, -1, -1), x_BIP, beta=0, alpha=scale)
+    return out_BOP.view(samples, -1, height, width)
 
 
 def _add_mix_(out_BOHW: torch.Tensor, matrix_OI: torch.Tensor, x_BIHW: torch.Tensor, scale: float) -> None:
@@ -164,11 +162,20 @@ def _add_mix_(out_BOHW: torch.Tensor, matrix_OI: torch.Tensor, x_BIHW: torch.Ten
         out_BOHW.add_(_mix(matrix_OI, x_BIHW), alpha=scale)
 
 
-def _outer(a_BOHW: torch.Tensor, b_BIHW: torch.Tensor) -> torch.Tensor:
-    """(O, I): sum over samples and pixels of a's times b's channels."""
+def _outer(a_BOHW: torch.Tensor, b_BIHW: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """(O, I): scale * the sum over samples and pixels of a's times b's channels; samples are added in float32."""
     if _channels_last(a_BOHW):
-        return torch.mm(_tokens(a_BOHW).t(), _tokens(b_BIHW))
-    return torch.bmm(a_BOHW.flatten(2), b_BIHW.flatten(2).transpose(1, 2)).sum(0)
+        return torch.addmm(_nothing(a_BOHW), _tokens(a_BOHW).t(), _tokens(b_BIHW), beta=0, alpha=scale)
+    a_BOP, b_BPI = a_BOHW.flatten(2), b_BIHW.flatten(2).transpose(1, 2)
+    out_BOI = torch.baddbmm(_nothing(a_BOHW), a_BOP, b_BPI, beta=0, alpha=scale)
+    if len(out_BOI) == 1:
+        return out_BOI[0]
+    return out_BOI.sum(0, dtype=torch.promote_types(out_BOI.dtype, torch.float32))
+
+
+def _nothing(like: torch.Tensor) -> torch.Tensor:
+    """The ignored summand of a scaled product (beta = 0)."""
+    return like.new_empty(1)
 
 
 def _channels_last(x: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 EXTRAS = "single_file_extras.safetensors"
-EMA_PREFIX = "model_ema."
+EMA_PREFIX = "model_ema.diffusion_model"
 PARTS = (  # folder, class, library, weights file
     ("unet", "UNet2DConditionModel", "diffusers", "diffusion_pytorch_model.safetensors"),
     ("text_encoder", "CLIPTextModel", "transformers", "model.safetensors"),

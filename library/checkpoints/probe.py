@@ -1,4 +1,4 @@
-"""What a model is, found before anything heavy is imported or read: kind, format, prediction type, and every refusal."""
+"""What a model is, before anything heavy is imported or read: kind, format, prediction type, and every refusal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def resolve_model(path: str, flag: str = MODEL_FLAG) -> Path:
     found = Path(path).expanduser()
     if found.exists():
         return found.resolve()
-    if HUB_ID.fullmatch(path) and not found.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin"):
+    if HUB_ID.fullmatch(path) and found.suffix.lower() not in (".safetensors", ".ckpt", ".pt", ".bin"):
         from library.checkpoints.hub import fetch_model
 
         return fetch_model(path, flag)

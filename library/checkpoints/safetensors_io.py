@@ -331,7 +331,7 @@ def sshs_legacy_hash(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
 
 
 def legacy_model_hash(path: Path | str) -> str:
-    """The short hash of a model file: 0x10000 bytes from 0x100000 on; "NOFILE" or "IsADirectory" where there is none."""
+    """The short hash of a model file, over 0x10000 bytes from 0x100000 on; "NOFILE" or "IsADirectory" without one."""
     try:
         with open(path, "rb") as file:
             file.seek(0x100000)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x / 2.x as a single file, in the original (LDM) layout: where each tensor lies, reading, writing."""
+"""Stable Diffusion 1.x / 2.x as a single file, in the original (LDM) layout: places, reading, writing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from library.checkpoints.keymaps import (
     CLIP_PREFIX,
     OPENCLIP_PREFIX,
-    UNET_PREFIX,
     VAE_PREFIX,
     Slot,
     clip_slots,
@@ -103,7 +102,7 @@ def save_single_file(
     `source`, the single file the model came from, gives every other tensor unchanged, so nothing in it is lost. `dtype`
     None keeps each tensor's own. `counters` (epoch, global step) are added to a .ckpt source's and kept in a .ckpt.
     """
-    entries = [*_model_entries(model, dtype), *_source_entries(model, source, dtype)]
+    entries = [*model_entries(model, dtype), *_source_entries(model, source, dtype)]
     if path.suffix.lower() == ".safetensors":
         write_entries(entries, path, metadata)
         return
@@ -122,7 +121,8 @@ def save_single_file(
         torch.save(content, file)
 
 
-def _model_entries(model: ModelState, dtype: torch.dtype | None) -> list[Entry]:
+def model_entries(model: ModelState, dtype: torch.dtype | None) -> list[Entry]:
+    """One entry per tensor of a single file that the model itself fills; `dtype` None keeps each tensor's own."""
     entries: list[Entry] = []
     for part in PART_NAMES:
         state: State = getattr(model, part)
@@ -206,5 +206,5 @@ def _unused_openclip_entries(model: ModelState, dtype: torch.dtype | None) -> li
 def single_file_state(model: ModelState) -> dict[str, torch.Tensor]:
     """The tensors of a single file for a model that comes from no file."""
     return {
-        entry.name: entry.produce() for entry in (*_model_entries(model, None), *_source_entries(model, None, None))
+        entry.name: entry.produce() for entry in (*model_entries(model, None), *_source_entries(model, None, None))
     }

@@ -19,6 +19,12 @@ from library.options import OptionError
 if TYPE_CHECKING:
     import torch
 
+# what torch.load raises on files that are damaged or something else
+DAMAGE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError,
+    ValueError, KeyError, AttributeError, TypeError, IndexError,
+)  # fmt: skip
+
 
 class Weights(Protocol):
     """Named tensors of one or several files; a context manager that closes them."""
@@ -132,16 +138,10 @@ def _unpickle(path: Path, where: str) -> dict[str, Any]:
                 foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
                 stack.enter_context(torch.serialization.safe_globals([(Inert, name) for name in foreign]))
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        zipfile.BadZipFile,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ):
+    except DAMAGE as error:
+        if "Unsupported" in str(error):  # foreign objects, in the form of before PyTorch 1.6, which has no list of them
+            problem = f"{subject} holds more than tensors, in an old form that can't be read safely"
+            raise OptionError("", problem, "convert it to .safetensors") from None
         with path.open("rb") as file:
             looks_torch = file.read(2) in (b"PK", b"\x80\x02")
         problem = "is damaged or truncated" if looks_torch else "is no model file"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import sys
 import tempfile
@@ -69,8 +68,3 @@ class Ending:
         except OSError:  # the folder may have gone or be full; the screen has the sentence
             return None
         return path
-
-
-def start_console() -> None:
-    """Messages on the screen, plainly, until the run sets up its own."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -17,7 +17,8 @@ from typing import Any
 
 from library.cli import legacy
 from library.cli.config_file import config_path, read_config_file, write_config_file
-from library.cli.ending import Ending, start_console
+from library.cli.console import start_console, start_log_file
+from library.cli.ending import Ending
 from library.options import Option, OptionError, OptionParser, add_arguments, build, opt, options_of
 from library.train.options import CONFIG_GROUPS, RunConfig
 from library.train.preflight import check_before_start
@@ -73,6 +74,7 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
             logger.warning(note)
         checked = check_before_start(config, script.sdxl_script)
         ending.log_file = checked.names.log_file()
+        start_log_file(ending.log_file)
         family, target = _load(script, checked.config)
         from library.train.session import run_training  # brings torch
 

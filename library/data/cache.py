@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from library.data.buckets import Placement, Size, crop_ltrb
 from library.data.headers import BadImage
-from library.data.images import load_image, place, to_tensor
+from library.data.images import load_image, place, to_tensor, usable_cores
 from library.data.options import LATENT_STRIDE
 from library.options import OptionError
 from library.randomness import torch_generator
@@ -190,7 +190,7 @@ def _encoded(
     """(index, latents by flipped, source) of each item; images are decoded ahead while the VAE works."""
     batches = _batches(items, indices, batch_size)
     bar = tqdm(total=len(indices), desc="caching latents", unit="image", disable=not indices)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+    with ThreadPoolExecutor(usable_cores()) as pool, bar:
         ahead: deque[list[Future[_Loaded]]] = deque()
         to_submit = iter(batches)
         for batch in batches:
@@ -289,7 +289,7 @@ def _fingerprint(item: CacheItem, source: SourceBytes, vae_fingerprint: str) -> 
 
 
 def _state(item: CacheItem, vae_fingerprint: str) -> str:
-    """ "valid", "of another program" (no fingerprint, but all sizes fit), "missing", or what is stale about the file."""
+    """One of VALID (of another program: no fingerprint, but all sizes fit), "missing", or what is stale about it."""
     if not os.path.exists(item.npz):
         return "missing"
     try:
@@ -347,7 +347,7 @@ def _hash_of_file(path: str) -> str:
 
 def _write(item: CacheItem, latents: dict[bool, torch.Tensor], fingerprint: dict[str, str | int]) -> None:
     """Write a cache file whole or not at all."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "latents": latents[False].numpy(),
         "original_size": np.array(item.size_wh),
         "crop_ltrb": np.array(crop_ltrb(item.size_wh, item.placement.bucket_wh)),

@@ -18,6 +18,7 @@ from library.data.dataset_file import Level
 from library.data.options import (
     AugmentOptions,
     BucketOptions,
+    CacheOptions,
     CaptionOptions,
     FolderOptions,
     LoaderOptions,
@@ -71,6 +72,19 @@ def load_configs(
     return (_from_folders(source, groups),)
 
 
+def check_cacheable(configs: Sequence[DatasetConfig], cache: CacheOptions) -> None:
+    """Raise OptionError where latents are to be cached of images that change with every draw."""
+    for name in ("color_aug", "random_crop") if cache.enabled else ():
+        for config in configs:
+            for subset in config.subsets:
+                require(
+                    not getattr(subset.augment, name),
+                    "--cache_latents",
+                    f"contradicts {name} of {subset.image_dir}: cached latents stay the same in every epoch",
+                    f"leave out {name} or the caching",
+                )
+
+
 # ---------------------------------------------------------------------------------------------- dataset file
 
 
@@ -94,7 +108,8 @@ def _from_file(path: Path, groups: Sequence[Any]) -> tuple[DatasetConfig, ...]:
 def _dataset(level: dataset_file.DatasetLevel, general: Level, groups: Sequence[Any]) -> DatasetConfig:
     levels = (level.own, general)
     bucket, places = _merged(BucketOptions, levels, groups)
-    bucket.check(lambda name: places.get(name, f"{level.own.place}.{name}"))
+    places.setdefault("resolution", f"{level.own.place}.resolution")
+    bucket.check(lambda name: places.get(name, f"--{name}"))
     loader, _ = _merged(LoaderOptions, levels, groups)
     subsets: dict[Path, SubsetConfig] = {}
     for subset_level in level.subsets:

@@ -10,7 +10,7 @@ from typing import Any
 
 import toml
 
-from library.data.options import AugmentOptions, BucketOptions, CaptionOptions, FolderOptions, LoaderOptions
+from library.data.options import AugmentOptions, BucketOptions, CaptionOptions, FolderOptions
 from library.options import OptionError, did_you_mean, options_of, require
 
 KEYS = {"train_batch_size": "batch_size"}  # option -> its key in a dataset file

@@ -52,7 +52,11 @@ def read_header(path: str) -> Header:
         raise BadImage("cut off within its header") from None
     if min(size) < 1:
         raise BadImage("says that it has no pixels")
-    return Header(size[::-1] if orientation >= 5 else size, orientation)
+    return _upright(size, orientation)
+
+
+def _upright(size_wh: tuple[int, int], orientation: int) -> Header:
+    return Header((size_wh[1], size_wh[0]) if orientation >= 5 else size_wh, orientation)
 
 
 class _View:
@@ -98,7 +102,7 @@ def _read_with_pillow(path: str) -> Header:
     except Exception as error:  # plug-ins raise whatever they like on broken files
         raise BadImage(f"can't be read ({error})") from None
     orientation = orientation if orientation in range(1, 9) else 1
-    return Header(size[::-1] if orientation >= 5 else size, orientation)
+    return _upright(size, orientation)
 
 
 # ---------------------------------------------------------------------------------------------- formats

@@ -6,10 +6,10 @@ Images are (H, W, 3) uint8 arrays in RGB order until `to_tensor`.
 from __future__ import annotations
 
 import io
+import os
 import random
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
 
 import cv2
 import numpy as np
@@ -93,15 +93,20 @@ def augment_color(image: np.ndarray, draw: random.Random) -> np.ndarray:
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
     """(3, H, W) float32 in [-1, 1]."""
-    pixels_CHW = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    pixels_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels_CHW.float().div_(255).sub_(0.5).div_(0.5).contiguous()
+
+
+def usable_cores() -> int:
+    """The processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_broken(paths: Iterable[str]) -> dict[str, str]:
     """Paths of images that can't be decoded to the end, with the reason; on all cores."""
     paths = list(paths)
     broken = {}
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         results = pool.map(_why_broken, paths, chunksize=16)
         for path, reason in tqdm(
             zip(paths, results, strict=True), total=len(paths), desc="checking images", delay=2, unit="image"

@@ -10,8 +10,8 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -45,6 +45,10 @@ class FolderContents:
     uncaptioned: tuple[str, ...] = ()  # paths of images without a caption file
     caption_extension: str = ""  # the one used
     unreadable_captions: tuple[str, ...] = ()  # not UTF-8
+
+    def without(self, paths: Collection[str]) -> FolderContents:
+        """The same, less these images."""
+        return replace(self, images=tuple(image for image in self.images if image.path not in paths))
 
 
 @functools.cache

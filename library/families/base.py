@@ -54,11 +54,11 @@ class ModelFamily(Protocol):
     bucket_step: int  # bucket sizes must be multiples of this many pixels
 
     def load(self, options: ModelOptions, attention: AttentionOptions, plan: LoadPlan) -> ModelBundle:
-        """The model on its device, frozen (requires_grad False) and in eval mode; raises OptionError on a wrong file."""
+        """The model on its device, frozen and in eval mode; raises OptionError on a wrong file."""
         ...
 
     def tokenize(self, tokenizers: Sequence[Any], captions: Sequence[str], windows: int) -> tuple[torch.Tensor, ...]:
-        """(B, N, 77) int64 token ids per tokenizer, `windows` = N windows of 75 content tokens (spec: begin, end, pad)."""
+        """(B, N, 77) int64 token ids per tokenizer: `windows` = N windows of 75 content tokens, begin, end, padding."""
         ...
 
     def encode_text(

@@ -52,7 +52,7 @@ def load_from_file(path: Path, kind: str, vae: torch.nn.Module | None, plan: Loa
 
 def load_from_folder(folder: Path, vae: torch.nn.Module | None, plan: LoadPlan, flag: str) -> Parts:
     """The parts of a Diffusers folder."""
-    unet_config = read_config(folder / "unet" / "config.json", flag)
+    unet_config, text_config = (read_config(folder / part / "config.json", flag) for part in ("unet", "text_encoder"))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
         text_encoder = build_text_encoder(
@@ -66,7 +66,7 @@ def load_from_folder(folder: Path, vae: torch.nn.Module | None, plan: LoadPlan, 
 
 
 def load_vae(path: str, plan: LoadPlan) -> torch.nn.Module:
-    """An external VAE: a Diffusers folder (itself or its "vae"), a file in either layout, a full checkpoint, a hub id."""
+    """An external VAE: a Diffusers folder (itself or its "vae"), a file in either layout, a checkpoint, a hub id."""
     found = Path(path).expanduser()
     if not found.exists():
         if not HUB_ID.fullmatch(path) or found.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin"):

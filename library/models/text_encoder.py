@@ -1,7 +1,7 @@
 """CLIP's text encoder with module paths that do not depend on the version of transformers.
 
-The names `TextEncoder.text_model.encoder.layers.N.self_attn.k_proj` and so on, and transformers' class names CLIPAttention
-and CLIPMLP, are part of file formats: checkpoints and network files are keyed by them.
+The names `TextEncoder.text_model.encoder.layers.N.self_attn.k_proj` and so on, and transformers' class names
+CLIPAttention and CLIPMLP, are part of file formats: checkpoints and network files are keyed by them.
 
 Shape letters: B samples, N windows of text, T = 77 tokens of a window, D features.
 """
@@ -63,7 +63,7 @@ class TextEncoder(torch.nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, token_ids_BT: torch.Tensor, *, layer_from_end: int = 1, normalized: bool = True) -> torch.Tensor:
-        """(B, T, D) output of the `layer_from_end`-th last layer (1 = the last), through the final norm if `normalized`.
+        """(B, T, D) output of the `layer_from_end`-th last layer (1: the last), through the final norm if `normalized`.
 
         Beyond the first layer come the embeddings: `layer_from_end` may be 1 to the number of layers + 1.
         """

@@ -10,18 +10,21 @@ Shape letters: B images, C channels, H W pixels or latent pixels.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 
 import torch
 
+from library.checkpoints.safetensors_io import raw_bytes
+
 logger = logging.getLogger(__name__)
 
 
 def encode(vae: torch.nn.Module, images_BCHW: torch.Tensor, noise_BCHW: torch.Tensor) -> torch.Tensor:
-    """Unscaled float32 latents, mean + std * noise, of images in [-1, 1]; `noise_BCHW` is N(0, 1) of the latents' shape.
+    """Unscaled float32 latents, mean + std * noise, of images in [-1, 1].
 
-    H and W must be multiples of the VAE's factor (8).
+    `noise_BCHW` is N(0, 1) of the latents' shape; H and W must be multiples of the VAE's factor (8).
     """
 
     def posterior(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,6 +45,16 @@ def set_memory_savers(vae: torch.nn.Module, *, slicing: bool = False, tiling: bo
     """`slicing`: one image at a time; `tiling`: large images in overlapping tiles (results differ a little)."""
     (vae.enable_slicing if slicing else vae.disable_slicing)()
     (vae.enable_tiling if tiling else vae.disable_tiling)()
+
+
+def fingerprint(vae: torch.nn.Module) -> str:
+    """A hash of what makes latents: names, precision and values of the encoder's weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in vae.state_dict().items():
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def latent_size(vae: torch.nn.Module, pixels: int) -> int:

@@ -1,4 +1,4 @@
-"""Emphasis in prompts: "(word:1.2)", "(word)", "[word]" and BREAK, as the web user interfaces of the trade read them."""
+"""Emphasis in prompts: "(word:1.2)", "(word)", "[word]" and BREAK, as the trade's user interfaces read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BREAK = ("BREAK", -1.0)  # the segment that stands for the word BREAK: what foll
 
 TOKEN = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
-    r"|(?P<weight>:[+-]?[\d.]+\))"
+    r"|:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\)"
     r"|(?P<bracket>[()\[\]])"
     r"|(?P<text>\\|:|[^\\()\[\]:]+)"
 )
@@ -34,35 +34,20 @@ def parse_prompt_weights(text: str) -> list[tuple[str, float]]:
 
     for match in TOKEN.finditer(text):
         kind, token = match.lastgroup, match.group()
-        weight = _number(token) if kind == "weight" else None
         if kind == "bracket" and token in "([":
             (open_round if token == "(" else open_square).append(len(segments))
-        elif weight is not None and open_round:
-            close(open_round, weight)
-        elif kind == "bracket" and token == ")" and open_round:
+        elif kind == "weight" and open_round:
+            close(open_round, float(match["weight"]))
+        elif token == ")" and open_round:
             close(open_round, ROUND)
-        elif kind == "bracket" and token == "]" and open_square:
+        elif token == "]" and open_square:
             close(open_square, SQUARE)
-        elif kind == "weight" and open_round:  # "(x:1.2.3)": no number, so text, and the bracket closes as usual
-            segments.append([token[:-1], 1.0])
-            close(open_round, ROUND)
-        elif kind == "escaped":
-            segments.append([match["escaped"], 1.0])
         else:
-            _append_text(segments, token)
-    while open_round:
-        close(open_round, ROUND)
-    while open_square:
-        close(open_square, SQUARE)
+            _append_text(segments, match["escaped"] or token)
+    for opened, factor in ((open_round, ROUND), (open_square, SQUARE)):
+        while opened:
+            close(opened, factor)
     return _merged(segments)
-
-
-def _number(token: str) -> float | None:
-    """The weight of ":1.2)"."""
-    try:
-        return float(token[1:-1])
-    except ValueError:
-        return None
 
 
 def _append_text(segments: list[list], text: str) -> None:

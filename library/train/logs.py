@@ -5,13 +5,10 @@ Numbers of a step are read back one step late, when the device has long finished
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import toml
 import torch
@@ -106,38 +103,3 @@ def start_trackers(accelerator: Accelerator, options: LoggingOptions, default_na
         except (OSError, toml.TomlDecodeError) as error:
             raise OptionError("--log_tracker_config", f"can't be read ({error})") from None
     accelerator.init_trackers(options.log_tracker_name or default_name, init_kwargs=arguments)
-
-
-class _BarFriendlyHandler(logging.StreamHandler):
-    """Writes lines above the progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def start_console(is_main_process: bool) -> None:
-    """Messages of the main process on the screen; other processes report only warnings."""
-    console = _BarFriendlyHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
-    console.setLevel(logging.INFO if is_main_process else logging.WARNING)
-    _install(console, "console")
-    logging.getLogger().setLevel(logging.INFO)
-    for chatty in ("accelerate", "diffusers", "transformers", "torch", "PIL", "urllib3", "filelock"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-def start_log_file(path: Path) -> None:
-    """The same messages, with times, at the end of `path`."""
-    file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    _install(file, "log file")
-
-
-def _install(handler: logging.Handler, name: str) -> None:
-    """Add a handler in place of an earlier one of the same name: a program may train more than once."""
-    root = logging.getLogger()
-    for earlier in [each for each in root.handlers if each.get_name() == name]:
-        root.removeHandler(earlier)
-        earlier.close()
-    handler.set_name(name)
-    root.addHandler(handler)

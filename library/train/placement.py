@@ -59,6 +59,13 @@ def load_plan(config: RunConfig, device: torch.device) -> LoadPlan:
     return LoadPlan(unet=weight_dtype, text_encoders=weight_dtype, vae=vae_dtype, device=device)
 
 
+def enable_gradient_checkpointing(bundle: ModelBundle) -> None:
+    """Recompute activations in the backward pass, in every part that can have gradients."""
+    bundle.unet.enable_gradient_checkpointing()
+    for text_encoder in bundle.text_encoders:
+        text_encoder.gradient_checkpointing_enable()
+
+
 class StepModule(torch.nn.Module):
     """Text encoding and prediction as one forward, so that data parallelism sees every trained parameter in it."""
 

@@ -95,6 +95,7 @@ class Run:
             accumulation=self.plan.accumulation,
             max_train_steps=self.plan.steps,
             epochs=self.plan.epochs,
+            prior_loss_weight=self.config.loss.prior_loss_weight,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             workers=self.config.loader.max_data_loader_n_workers,

@@ -41,9 +41,6 @@ def run_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget, 
     started_at = time.time()
     config = checked.config
     accelerator = placement.make_accelerator(config, autocast=target.needs_autocast)
-    logs.start_console(accelerator.is_main_process)
-    if accelerator.is_main_process:
-        logs.start_log_file(checked.names.log_file())
     run = build_run(checked, family, target, accelerator)
     if accelerator.is_main_process:
         run.describe(_facts(run, started_at))
@@ -68,12 +65,16 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     config = checked.config
     seed = _seed(checked, accelerator)
     data = TrainingData.build(checked.datasets, seed=seed, on_bad_image=config.source.on_bad_image)
+    for line in data.report_lines():
+        logger.info(line)
     plan = TrainPlan.make(config.training, config.saving, data.batches_per_epoch(accelerator.num_processes))
     digest = {"batches per epoch": plan.batches_per_epoch, "images and captions": data.digest()}
     if checked.resume_folder is not None and checked.resume_state is not None:
         check_same_data(checked.resume_folder, checked.resume_state, digest)
 
     bundle = family.load(config.model, config.attention, placement.load_plan(config, accelerator.device))
+    if config.training.gradient_checkpointing:
+        placement.enable_gradient_checkpointing(bundle)
     cache_latents(config, data, bundle, accelerator)
     seed_global_generators(seed, "initialisation")
     target.setup(family, bundle, gradient_checkpointing=config.training.gradient_checkpointing)
@@ -152,7 +153,7 @@ def _facts(run: Run, started_at: float) -> metadata.RunFacts:
         lr_scheduler=_schedule_name(run.config, run.built),
         family=run.family.describe(run.bundle),
         target=run.target.describe(),
-        data=run.data.metadata(),
+        data=run.data.metadata(num_processes=run.accelerator.num_processes, accumulation=run.plan.accumulation),
         version=program_version(),
     )
 

@@ -30,15 +30,19 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def options(tmp_path, images, tiny_sd1_path):
+def short_run(folder, images, model):
     """A short run; tests change what they are about."""
     return {
-        "pretrained_model_name_or_path": tiny_sd1_path, "train_data_dir": images, "output_dir": tmp_path / "out",
+        "pretrained_model_name_or_path": model, "train_data_dir": images, "output_dir": folder / "out",
         "output_name": "net", "network_module": "networks.lora", "network_dim": 4, "resolution": 64,
         "enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 128, "train_batch_size": 2,
         "max_train_steps": 3, "learning_rate": 1e-3, "seed": 1, "max_data_loader_n_workers": 0,
     }  # fmt: skip
+
+
+@pytest.fixture
+def options(tmp_path, images, tiny_sd1_path):
+    return short_run(tmp_path, images, tiny_sd1_path)
 
 
 # ---------------------------------------------------------------------------------------------- golden losses
@@ -122,7 +126,9 @@ def test_what_is_trained_is_what_is_saved(options, tmp_path, settings, prefixes)
     assert train_network(**options, **settings) == 0
     tensors = load_file(tmp_path / "out" / "net.safetensors")
     assert {"_".join(name.split("_")[:2]) for name in tensors} == prefixes
-    assert all(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_up" in name)
+    untouched = {name for name, tensor in tensors.items() if "lora_up" in name and not tensor.any()}
+    # at 64 px the middle block sees one position: its self-attention has nothing to choose, so q and k get no gradient
+    assert all("mid_block" in name and "attn1_to_" in name for name in untouched)
 
 
 # ---------------------------------------------------------------------------------------------- options act
@@ -158,8 +164,7 @@ VARIATIONS = {
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory, images, tiny_sd1_path):
     folder = tmp_path_factory.mktemp("plain")
-    settings = options.__wrapped__(folder, images, tiny_sd1_path) if hasattr(options, "__wrapped__") else None
-    assert settings is not None and train_network(**settings) == 0
+    assert train_network(**short_run(folder, images, tiny_sd1_path)) == 0
     return folder / "out" / "net.safetensors"
 
 
@@ -182,7 +187,12 @@ def test_each_option_changes_what_it_should(options, tmp_path, plain_run, name):
 
 
 def test_resume_in_mid_epoch_ends_in_the_same_weights(options, tmp_path):
-    options |= {"max_train_steps": 9, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "network_dropout": 0.1}
+    options |= {
+        "max_train_steps": 9,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler": "cosine",
+        "network_dropout": 0.1,
+    }
     options |= {"shuffle_caption": True, "flip_aug": True, "caption_dropout_rate": 0.3}
     assert train_network(**options, save_every_n_steps=2, save_state=True) == 0
     whole = tmp_path / "out" / "net.safetensors"
@@ -311,7 +321,9 @@ def test_two_processes_equal_one(options, tmp_path):
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert logged(tmp_path / "log1", "loss/current") == pytest.approx(logged(tmp_path / "log2", "loss/current"), abs=1e-5)
+    assert logged(tmp_path / "log1", "loss/current") == pytest.approx(
+        logged(tmp_path / "log2", "loss/current"), abs=1e-5
+    )
     for tag in ("lr/unet", "lr/textencoder"):
         assert logged(tmp_path / "log1", tag) == logged(tmp_path / "log2", tag)
     first, second = (load_file(tmp_path / name / "net.safetensors") for name in ("one", "two"))
@@ -345,7 +357,10 @@ def test_a_run_without_finite_losses_stops_and_says_why(options, tmp_path, tiny_
 
 
 def test_config_file_is_the_same_as_flags(options, tmp_path, plain_run):
-    lines = [f"{name} = {json.dumps(value if isinstance(value, (int, float)) else str(value))}" for name, value in options.items()]
+    lines = [
+        f"{name} = {json.dumps(value if isinstance(value, (int, float)) else str(value))}"
+        for name, value in options.items()
+    ]
     (tmp_path / "run.toml").write_text("\ufeff[any_section]\n" + "\n".join(lines), encoding="utf-8")
     assert train_network(config_file=tmp_path / "run") == 0
     assert equal_files(plain_run, tmp_path / "out" / "net.safetensors")

@@ -1,0 +1,81 @@
+"""Full-size Stable Diffusion single files with random weights, written tensor by tensor: 2.1 GB (SD 1.5), 2.6 GB (2.1)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from library.checkpoints.architecture import TextArchitecture, UNetArchitecture, VaeArchitecture
+from library.checkpoints.safetensors_io import Entry, header_dtype, write_entries
+from library.checkpoints.sd import ModelState, model_entries
+from library.models.build import build_text_encoder, build_unet, build_vae
+
+CHANNELS = (320, 640, 1280, 1280)
+DEPTHS = (1, 1, 1, 0)
+UNETS = {
+    "sd1": UNetArchitecture(4, 4, CHANNELS, (8, 8, 8, 8), DEPTHS, 2, 768, linear_projection=False),
+    "sd2": UNetArchitecture(4, 4, CHANNELS, (5, 10, 20, 20), DEPTHS, 2, 1024, True, upcast_attention=True),
+}
+TEXT_ENCODERS = {
+    "sd1": TextArchitecture(49408, 77, 768, 3072, layers=12, heads=12, activation="quick_gelu"),
+    "sd2": TextArchitecture(49408, 77, 1024, 4096, layers=23, heads=16, activation="gelu"),
+}
+VAE = VaeArchitecture(3, 4, (128, 256, 512, 512), resnets=2)
+BLOCK = 1 << 22
+
+
+def meta_state(kind: str) -> ModelState:
+    """The parameter names and shapes of a full-size model of `kind` ("sd1" | "sd2"), without memory."""
+    with torch.device("meta"):
+        modules = build_unet(UNETS[kind]), build_text_encoder(TEXT_ENCODERS[kind]), build_vae(VAE)
+    return ModelState(kind, *(module.state_dict() for module in modules))
+
+
+def write_full_size(path: Path, kind: str, dtype: torch.dtype = torch.float16) -> Path:
+    """A single file with the tensors public files of `kind` hold; no tensor equals another."""
+    pool = torch.randn(2 * BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    shapes = {entry.name: entry.shape for entry in model_entries(meta_state(kind), dtype)}
+    schedule = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "posterior_variance"]
+    shapes |= {name: (1000,) for name in schedule}
+    if kind == "sd1":
+        shapes["model_ema.decay"] = ()
+    entries = [_random_entry(name, shape, pool, i) for i, (name, shape) in enumerate(shapes.items())]
+    if kind == "sd1":
+        name = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+        entries.append(Entry(name, "I64", (1, 77), lambda: torch.arange(77)[None]))
+    else:
+        entries += _openclip_extras(len(entries), pool)
+    write_entries(entries, path, {"format": "pt"})
+    return path
+
+
+def _openclip_extras(start: int, pool: torch.Tensor) -> list[Entry]:
+    prefix = "cond_stage_model.model."
+    block = f"{prefix}transformer.resblocks.23."
+    shapes = {
+        f"{prefix}logit_scale": (),
+        f"{prefix}text_projection": (1024, 1024),
+        f"{block}attn.in_proj_weight": (3072, 1024),
+        f"{block}attn.in_proj_bias": (3072,),
+        f"{block}attn.out_proj.weight": (1024, 1024),
+        f"{block}attn.out_proj.bias": (1024,),
+        f"{block}mlp.c_fc.weight": (4096, 1024),
+        f"{block}mlp.c_fc.bias": (4096,),
+        f"{block}mlp.c_proj.weight": (1024, 4096),
+        f"{block}mlp.c_proj.bias": (1024,),
+        **{f"{block}{norm}.{leaf}": (1024,) for norm in ("ln_1", "ln_2") for leaf in ("weight", "bias")},
+    }
+    return [_random_entry(name, shape, pool, start + i) for i, (name, shape) in enumerate(shapes.items())]
+
+
+def _random_entry(name: str, shape: tuple[int, ...], pool: torch.Tensor, index: int) -> Entry:
+    """Numbers from the pool, from another place for each tensor."""
+
+    def produce() -> torch.Tensor:
+        start, count = 1009 * index % BLOCK, math.prod(shape)
+        block = pool[start : start + BLOCK]
+        return (block.repeat(-(-count // BLOCK)) if count > BLOCK else block)[:count].reshape(shape)
+
+    return Entry(name, header_dtype(pool.dtype), shape, produce)

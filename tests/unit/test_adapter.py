@@ -1,0 +1,205 @@
+"""The contract of network modules, with modules written as other people write them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from library.options import OptionError
+from library.targets.adapter import Adapted, Models, NetworkFactory, import_network_module
+from tests.tiny_networks import outputs, tiny_parts
+
+# a small network of another author: one vector per U-Net, added to its output; the oldest form of the contract
+OLD_MODULE = """
+    import torch
+
+    class Bias(torch.nn.Module):
+        def __init__(self, multiplier, calls):
+            super().__init__()
+            self.lora_unet_bias = torch.nn.Module()
+            self.lora_unet_bias.value = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
+            self.multiplier, self.calls = multiplier, calls
+
+        def apply_to(self, text_encoder, unet, apply_text_encoder=True, apply_unet=True):
+            self.calls.append(("apply_to", apply_text_encoder, apply_unet))
+            base = unet.conv_out.forward
+            unet.conv_out.forward = lambda x: base(x) + self.multiplier * self.lora_unet_bias.value.view(1, 4, 1, 1)
+
+        def prepare_optimizer_params(self, text_encoder_lr, unet_lr):
+            return self.parameters()
+
+        def prepare_grad_etc(self, text_encoder, unet):
+            self.requires_grad_(True)
+
+        def on_epoch_start(self, text_encoder, unet):
+            self.calls.append(("on_epoch_start",))
+
+        def save_weights(self, file, dtype, metadata):
+            torch.save(self.state_dict(), file)
+
+        def load_weights(self, file):
+            self.load_state_dict(torch.load(file), False)
+
+    def create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, **kwargs):
+        return None if kwargs.get("none") else Bias(multiplier, [("create", network_dim, network_alpha, kwargs)])
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A function that makes a network module importable and returns its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+    made = []
+
+    def make(source: str, name: str = "someones_network") -> str:
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        made.append(name)
+        sys.modules.pop(name, None)
+        return name
+
+    yield make
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+def models() -> Models:
+    text_encoder, unet = tiny_parts()
+    return Models((text_encoder,), unet, torch.nn.Identity())
+
+
+def test_our_modules_are_importable_by_name():
+    assert import_network_module("networks.lora").__name__ == "networks.lora"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("networks.lorra", "there is no Python module 'networks.lorra'; did you mean networks.lora"),
+        ("lycoris.kohya", "there is no Python module 'lycoris.kohya'; install the package lycoris-lora"),
+        ("nothing.like.it", "no Python module 'nothing.like.it'; use networks.lora"),
+    ],
+)
+def test_missing_modules(name, message):
+    if name.startswith("lycoris") and importlib.util.find_spec("lycoris"):
+        pytest.skip("lycoris is installed")
+    with pytest.raises(OptionError, match=message):
+        import_network_module(name)
+
+
+def test_a_module_that_needs_a_missing_package(module):
+    with pytest.raises(OptionError, match="someones_network needs the package no_such_package; install"):
+        import_network_module(module("import no_such_package"))
+
+
+def test_missing_functions_and_methods_are_named(module):
+    factory = NetworkFactory(module(OLD_MODULE))
+    with pytest.raises(OptionError, match="someones_network has no function create_network_from_weights"):
+        factory.require("create_network", "create_network_from_weights")
+    network = factory.create(4, 1, None, models())
+    network.require(*Adapted.REQUIRED, "load_weights")
+    with pytest.raises(OptionError, match="the network of someones_network has no method merge_to"):
+        network.require("merge_to")
+    assert not network.can_limit_norms
+
+
+def test_a_module_that_makes_nothing(module):
+    factory = NetworkFactory(module(OLD_MODULE))
+    with pytest.raises(OptionError, match="someones_network made no network"):
+        factory.create(4, 1, None, models(), none="1")
+    factory = NetworkFactory(module("create_network = lambda *args, **kwargs: 'text'", "odd_network"))
+    with pytest.raises(OptionError, match="made a str, which is no torch module"):
+        factory.create(4, 1, None, models())
+
+
+def test_arguments_arrive_as_texts_with_dropout(module):
+    factory = NetworkFactory(module(OLD_MODULE))
+    network = factory.create(8, 2.0, 0.1, models(), algo="loha", conv_dim="4")
+    kwargs = {"algo": "loha", "conv_dim": "4", "neuron_dropout": 0.1, "dropout": 0.1}
+    assert network.network.calls == [("create", 8, 2.0, kwargs)]
+    network = factory.create(8, 2.0, 0.1, models(), dropout="0.5")
+    assert network.network.calls[0][3] == {"neuron_dropout": 0.1, "dropout": "0.5"}
+
+
+def test_modules_older_than_neuron_dropout(module):
+    source = OLD_MODULE.replace("unet, **kwargs)", "unet, dropout=None)").replace(
+        'kwargs.get("none")', "False").replace("network_alpha, kwargs", "network_alpha, dropout")  # fmt: skip
+    network = NetworkFactory(module(source)).create(4, 1, 0.2, models())
+    assert network.network.calls == [("create", 4, 1, 0.2)]
+
+
+FORMS = {
+    "iterator of parameters": "self.parameters()",
+    "list of parameters": "list(self.parameters())",
+    "groups": "[{'params': self.parameters(), 'lr': 0.5}]",
+    "groups and names": "([{'params': list(self.parameters()), 'lr': 0.5}], ['unet'])",
+    "groups and no names": "([{'params': list(self.parameters()), 'lr': 0.5}], None)",
+    "an empty group": "[{'params': []}, {'params': list(self.parameters()), 'lr': 0.5}]",
+}
+
+
+@pytest.mark.parametrize("rates", ["text_encoder_lr, unet_lr", "text_encoder_lr, unet_lr, default_lr=None", "*rates"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_optimizer_parameters(module, form, rates):
+    source = OLD_MODULE.replace("text_encoder_lr, unet_lr", rates).replace(
+        "return self.parameters()", f"return {FORMS[form]}"
+    )
+    network = NetworkFactory(module(source)).create(4, 1, None, models())
+    ((name, group),) = network.param_groups(None, 1e-4, 1e-3)
+    assert name == ("unet" if form == "groups and names" else None)
+    assert [id(p) for p in group["params"]] == [id(p) for p in network.network.parameters()]
+    assert group.get("lr") == (0.5 if "group" in form else None)
+
+
+def test_errors_inside_the_module_stay_visible(module):
+    """A TypeError of the module's own is not taken for an old signature."""
+    source = OLD_MODULE.replace("return self.parameters()", "raise TypeError('inside')")
+    network = NetworkFactory(module(source)).create(4, 1, None, models())
+    with pytest.raises(TypeError, match="inside"):
+        network.param_groups(None, None, 1e-3)
+
+
+def test_optional_methods(module):
+    source = OLD_MODULE.replace(
+        "def prepare_grad_etc",
+        """def prepare_network(self, args):
+            self.calls.append(("prepare", args.network_dim))
+
+        def on_step_start(self, text_encoder, unet):
+            self.calls.append(("step",))
+
+        def apply_max_norm_regularization(self, limit, device):
+            return 1, 2.0, limit
+
+        def prepare_grad_etc""",
+    )
+    network = NetworkFactory(module(source)).create(4, 1, None, models())
+    network.prepare({"network_dim": 4})
+    network.on_step_start(models())
+    assert network.network.calls[1:] == [("prepare", 4), ("step",)]
+    assert network.limit_norms(3.0, torch.device("cpu")) == (1, 2.0, 3.0)
+
+    silent = NetworkFactory(module(OLD_MODULE, "silent_network")).create(4, 1, None, models())
+    silent.prepare({})
+    silent.on_step_start(models())
+
+
+def test_several_text_encoders_go_as_a_list():
+    one, two = torch.nn.Identity(), torch.nn.Identity()
+    assert Models((one,), one, one).text_encoder is one
+    assert Models((one, two), one, one).text_encoder == [one, two]
+
+
+def test_a_foreign_network_changes_the_model(module):
+    parts = models()
+    network = NetworkFactory(module(OLD_MODULE)).create(4, 1, None, parts)
+    plain = outputs(parts.text_encoder, parts.unet)[1]
+    network.apply(parts, text=False, unet=True)
+    network.prepare_gradients(parts)
+    with torch.no_grad():
+        next(network.network.parameters()).fill_(2)
+    torch.testing.assert_close(outputs(parts.text_encoder, parts.unet)[1], plain + 2)
+    assert network.network.calls[1] == ("apply_to", False, True)

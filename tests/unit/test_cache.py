@@ -1,0 +1,325 @@
+"""Cached latents: what is stored, when it is trusted, when it is rebuilt."""
+
+import json
+import logging
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import avg_pool2d
+
+from library.data.buckets import Placement, crop_ltrb
+from library.data.cache import CacheItem, cache_file_names, fill_disk, fill_memory
+from library.data.headers import read_header
+from library.data.images import load_image, place, to_tensor
+from library.options import OptionError
+from tests.tiny_data import tiny_image
+
+PLACEMENT = Placement((64, 48), (64, 52))
+SIZE = (80, 65)
+
+
+class TinyEncoder:
+    """Averages 8x8 pixels and adds the noise; remembers how many images it saw at once."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, images_BCHW, noise_BCHW):
+        assert images_BCHW.dtype == torch.float32 and images_BCHW.abs().max() <= 1
+        self.batches.append(len(images_BCHW))
+        return avg_pool2d(images_BCHW, 8).mean(1, keepdim=True) + 0.1 * noise_BCHW
+
+    @property
+    def num_images(self):
+        return sum(self.batches)
+
+
+def make_item(path, *, flipped_too=False, placement=PLACEMENT, orientation=None, seed=0, size=SIZE):
+    options = {}
+    if orientation is not None:
+        options["exif"] = tiny_image((1, 1)).getexif()
+        options["exif"][0x0112] = orientation
+    if not path.exists():
+        tiny_image(size, seed=seed).save(path, **options)
+    header = read_header(str(path))
+    return CacheItem(
+        str(path), header.size_wh, header.orientation, placement, flipped_too, f"{os.path.splitext(path)[0]}.npz"
+    )
+
+
+def cached(items, encode=None, *, vae="vae", batch_size=2, **share):
+    encode = encode or TinyEncoder()
+    return fill_disk(items, encode, batch_size, vae_fingerprint=vae, **share), encode
+
+
+def mirrored_pixels(item):
+    return to_tensor(place(load_image(item.path, item.orientation), item.placement)[:, ::-1])
+
+
+# ---------------------------------------------------------------------------------------------- contents
+
+
+def test_the_file_has_the_keys_of_the_trade(tmp_path):
+    item = make_item(tmp_path / "a.png", flipped_too=True)
+    cached([item])
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert set(arrays) == {"latents", "latents_flipped", "original_size", "crop_ltrb", "fingerprint"}
+        assert arrays["latents"].shape == arrays["latents_flipped"].shape == (4, 6, 8)
+        assert arrays["latents"].dtype == arrays["latents_flipped"].dtype == np.float32
+        assert tuple(arrays["original_size"]) == SIZE
+        assert tuple(arrays["crop_ltrb"]) == crop_ltrb(SIZE, (64, 48))
+        assert json.loads(str(arrays["fingerprint"]))["vae"] == "vae"
+    assert sorted(os.listdir(tmp_path)) == ["a.npz", "a.png"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_memory_and_disk_agree_whatever_the_batch(tmp_path, batch_size):
+    items = [make_item(tmp_path / f"{n}.png", flipped_too=n % 2 == 0, seed=n) for n in range(5)]
+    items += [make_item(tmp_path / "wide.png", placement=Placement((96, 32), (96, 78)))]
+    on_disk, encode = cached(items, batch_size=batch_size)
+    in_memory = fill_memory(items, TinyEncoder(), 2)
+    assert in_memory.in_memory and not on_disk.in_memory
+    assert encode.num_images == 9 and max(encode.batches) <= batch_size
+    assert set(in_memory.latents) == {(64, 48), (96, 32)}
+    assert in_memory.latents[64, 48].shape == (8, 4, 6, 8) and in_memory.latents[64, 48].dtype == torch.float32
+    for index, item in enumerate(items):
+        for flipped in (False, True) if item.flipped_too else (False,):
+            assert torch.equal(on_disk.load(index, flipped=flipped), in_memory.load(index, flipped=flipped))
+
+
+def test_mirrored_latents_are_of_the_mirrored_image_and_only_where_asked(tmp_path):
+    items = [make_item(tmp_path / "a.png", flipped_too=True), make_item(tmp_path / "b.png", seed=1)]
+    on_disk, encode = cached(items, lambda images, noise: avg_pool2d(images, 8)[:, [0, 0, 0, 0]])
+    assert torch.equal(on_disk.load(0, flipped=True)[0], avg_pool2d(mirrored_pixels(items[0]), 8)[0])
+    with np.load(items[1].npz) as arrays:
+        assert "latents_flipped" not in arrays
+
+
+def test_the_noise_is_the_images_own(tmp_path):
+    """Equal pixels give equal latents in any run, in any order, under any name."""
+    items = [make_item(tmp_path / "a.png"), make_item(tmp_path / "b.png", seed=1)]
+    shutil.copy(tmp_path / "a.png", tmp_path / "copy.png")
+    on_disk, _ = cached([*items, make_item(tmp_path / "copy.png")])
+    again = fill_memory(items[::-1], TinyEncoder(), 1)
+    assert torch.equal(on_disk.load(0, flipped=False), again.load(1, flipped=False))
+    assert torch.equal(on_disk.load(0, flipped=False), on_disk.load(2, flipped=False))
+    assert not torch.equal(on_disk.load(0, flipped=False), on_disk.load(1, flipped=False))
+
+
+def test_non_finite_latents_name_the_image(tmp_path):
+    items = [make_item(tmp_path / f"{name}.png", seed=seed) for seed, name in enumerate(("well", "bad", "fine"))]
+    target = avg_pool2d(to_tensor(place(load_image(items[1].path), PLACEMENT)), 8).mean()
+
+    def encode(images, noise):
+        is_bad = (images.mean((1, 2, 3)) - target).abs() < 1e-5
+        return noise + torch.where(is_bad, torch.nan, 0.0)[:, None, None, None]
+
+    for fill in (lambda: fill_memory(items, encode, 3), lambda: cached(items, encode, batch_size=3)):
+        with pytest.raises(OptionError) as caught:
+            fill()
+        assert "bad.png" in str(caught.value) and "--no_half_vae" in str(caught.value)
+        assert "well.png" not in str(caught.value) and "fine.png" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- validity
+
+
+def changed_image(item):
+    tiny_image(SIZE, seed=99).save(item.path)
+    return item
+
+
+def touched_image(item):
+    os.utime(item.path, (1, 1))
+    return item
+
+
+def other_placement(item):
+    return make_item_like(item, placement=Placement((48, 64), (79, 64)))
+
+
+def other_resize(item):
+    return make_item_like(item, placement=Placement((64, 48), (80, 65)))
+
+
+def wanting_mirrored(item):
+    return make_item_like(item, flipped_too=True)
+
+
+def broken_file(item):
+    with open(item.npz, "r+b") as file:
+        file.truncate(100)
+    return item
+
+
+def rewritten(item, *, without=(), **arrays):
+    with np.load(item.npz) as found:
+        kept = {key: found[key] for key in found if key not in without}
+    np.savez(item.npz, **{**kept, **arrays})
+    return item
+
+
+def make_item_like(item, **changes):
+    from dataclasses import replace
+
+    return replace(item, **changes)
+
+
+def older_code(item):
+    with np.load(item.npz) as found:
+        fingerprint = json.loads(str(found["fingerprint"]))
+    return rewritten(item, fingerprint=np.array(json.dumps({**fingerprint, "code": 0})))
+
+
+STALE = {
+    changed_image: "1 image changed",
+    other_placement: "1 other size",
+    other_resize: "1 other size",
+    wanting_mirrored: "1 without mirrored latents",
+    broken_file: "1 unreadable",
+    older_code: "1 older code",
+    lambda item: rewritten(item, without=["latents"]): "1 not a latent cache",
+}
+
+
+@pytest.mark.parametrize("change", STALE)
+def test_a_stale_file_is_rebuilt_and_said(tmp_path, caplog, change):
+    items = [make_item(tmp_path / "a.png"), make_item(tmp_path / "b.png", seed=1)]
+    cached(items)
+    items[0] = change(items[0])
+    with caplog.at_level(logging.INFO):
+        _, encode = cached(items)
+    assert encode.num_images == (2 if items[0].flipped_too else 1)
+    assert f"latents: 1 stale cache files are rebuilt ({STALE[change]})" in caplog.text
+    assert "latents: 1 of 2 cached before, 0 new" in caplog.text
+    _, encode = cached(items)
+    assert encode.num_images == 0
+
+
+def test_another_vae_rebuilds_everything(tmp_path, caplog):
+    items = [make_item(tmp_path / "a.png"), make_item(tmp_path / "b.png")]
+    cached(items)
+    with caplog.at_level(logging.INFO):
+        _, encode = cached(items, vae="another")
+    assert encode.num_images == 2 and "2 stale cache files are rebuilt (2 other VAE)" in caplog.text
+
+
+def test_a_touched_or_copied_image_stays_valid(tmp_path):
+    item = make_item(tmp_path / "a.png")
+    cached([item])
+    assert cached([touched_image(item)])[1].num_images == 0
+
+
+FOREIGN = ["fingerprint"]
+
+
+def foreign(item, **arrays):
+    """The file as a program of the trade writes it."""
+    return rewritten(item, without=FOREIGN, **arrays)
+
+
+def test_a_file_of_the_trade_is_used_and_said_once(tmp_path, caplog):
+    items = [foreign(item) for item in build_two(tmp_path)]
+    with caplog.at_level(logging.INFO):
+        store, encode = cached(items)
+    assert encode.num_images == 0 and store.load(0, flipped=False).shape == (4, 6, 8)
+    assert caplog.text.count("2 cache files of another program used") == 1
+
+
+def build_two(tmp_path):
+    items = [make_item(tmp_path / "a.png"), make_item(tmp_path / "b.png")]
+    cached(items)
+    return items
+
+
+@pytest.mark.parametrize(
+    "arrays", [{"latents": np.zeros((4, 8, 6), np.float32)}, {"original_size": np.array(SIZE[::-1])}]
+)
+def test_a_file_of_the_trade_with_other_sizes_is_rebuilt(tmp_path, caplog, arrays):
+    first, second = build_two(tmp_path)
+    foreign(first, **arrays)
+    with caplog.at_level(logging.INFO):
+        _, encode = cached([first, second])
+    assert encode.num_images == 1 and "(1 other size)" in caplog.text
+
+
+def test_a_file_of_the_trade_older_than_its_image_is_rebuilt(tmp_path):
+    first, second = build_two(tmp_path)
+    foreign(first)
+    os.utime(first.npz, (1, 1))
+    assert cached([first, second])[1].num_images == 1
+
+
+def test_a_file_of_the_trade_for_a_rotated_image_is_rebuilt(tmp_path, caplog):
+    item = make_item(tmp_path / "a.jpg", orientation=3)
+    cached([item])
+    foreign(item)
+    with caplog.at_level(logging.INFO):
+        assert cached([item])[1].num_images == 1
+    assert "(1 not rotated)" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_names_are_those_of_the_trade_where_they_can_be():
+    other = Placement((48, 64), (79, 64))
+    larger = Placement((64, 48), (80, 65))
+    names = cache_file_names(
+        [
+            ("d/a.png", PLACEMENT), ("d/a.png", PLACEMENT),  # in two datasets of equal size
+            ("d/b.png", PLACEMENT), ("d/b.jpg", PLACEMENT),  # two images of one stem
+            ("d/c.png", PLACEMENT), ("d/c.png", other),  # one image at two sizes
+            ("d/e.png", PLACEMENT), ("d/e.png", larger),  # one image, equal buckets, differently cut
+            ("d/f.1.png", PLACEMENT),
+        ]
+    )  # fmt: skip
+    assert names == [
+        "d/a.npz", "d/a.npz",
+        "d/b.png.npz", "d/b.jpg.npz",
+        "d/c.png.64x48.npz", "d/c.png.48x64.npz",
+        "d/e.png.64x48.64x52.npz", "d/e.png.64x48.80x65.npz",
+        "d/f.1.npz",
+    ]  # fmt: skip
+
+
+def test_processes_share_the_work(tmp_path):
+    items = [make_item(tmp_path / f"{n}.png", seed=n) for n in range(5)]
+    counts = [cached(items, process_index=index, num_processes=2)[1].num_images for index in range(2)]
+    assert counts == [3, 2]
+    store, encode = cached(items)
+    assert encode.num_images == 0 and all(store.load(n, flipped=False).isfinite().all() for n in range(5))
+
+
+def test_an_interrupted_run_keeps_what_it_had_and_leaves_no_pieces(tmp_path):
+    items = [make_item(tmp_path / f"{n}.png", seed=n) for n in range(4)]
+    encode = TinyEncoder()
+
+    def stopping(images, noise):
+        if encode.num_images == 3:
+            raise KeyboardInterrupt
+        return encode(images, noise)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(items, stopping, batch_size=1)
+    assert sorted(name for name in os.listdir(tmp_path) if not name.endswith("png")) == ["0.npz", "1.npz", "2.npz"]
+    assert cached(items)[1].num_images == 1
+
+
+def test_a_file_that_can_not_be_written(tmp_path):
+    item = make_item(tmp_path / "a.png")
+    os.mkdir(item.npz)  # a folder is in the way
+    with pytest.raises(OptionError, match=r"^--cache_latents_to_disk: can't write .*a.npz .*in memory"):
+        cached([item])
+    assert sorted(os.listdir(tmp_path)) == ["a.npz", "a.png"]
+
+
+def test_an_image_that_breaks_after_the_scan_is_named(tmp_path):
+    item = make_item(tmp_path / "a.png")
+    with open(item.path, "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(OptionError, match=r"a.png can't be read \(.*mend or remove it"):
+        cached([item])

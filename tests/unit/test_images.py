@@ -1,0 +1,158 @@
+"""Headers against Pillow, and the way from a file to training pixels."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.data.buckets import Placement
+from library.data.headers import BadImage, Header, read_header
+from library.data.images import augment_color, find_broken, load_image, place, resize, to_tensor
+from tests.tiny_data import tiny_image
+
+FORMATS = {"png": {}, "jpg": {"quality": 95}, "webp": {"lossless": True}, "webp_lossy.webp": {"quality": 95}, "bmp": {}}
+
+
+def written(folder, name="picture.png", size=(40, 24), orientation=None, **options):
+    path = folder / name
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    tiny_image(size).save(path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_header_of_every_format(tmp_path, kind):
+    path = written(tmp_path, f"picture.{kind}", (41, 24), **FORMATS[kind])
+    assert read_header(path) == Header((41, 24), 1)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "webp_lossy.webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_as_pillow_applies_it(tmp_path, kind, orientation):
+    from PIL import ImageOps
+
+    path = written(tmp_path, f"picture.{kind}", orientation=orientation, **FORMATS[kind])
+    header = read_header(path)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert header.orientation == orientation
+    loaded = load_image(path, header.orientation)
+    assert header.size_wh == (loaded.shape[1], loaded.shape[0])
+    assert np.array_equal(loaded, upright)
+
+
+def test_orientation_in_xmp(tmp_path):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    path = written(tmp_path, "picture.jpg", xmp=xmp)
+    assert read_header(path) == Header((24, 40), 6)
+
+
+def test_size_behind_a_long_first_part(tmp_path):
+    path = written(tmp_path, "picture.jpg", icc_profile=b"x" * 200_000, orientation=8)
+    assert read_header(path) == Header((24, 40), 8)
+
+
+def test_progressive_grey_and_formats_left_to_pillow(tmp_path):
+    tiny_image((30, 20)).convert("L").save(tmp_path / "grey.jpg", progressive=True)
+    tiny_image((30, 20)).save(tmp_path / "really_a_tiff.png", format="TIFF")
+    tiny_image((30, 20)).save(tmp_path / "really_a_jpeg.png", format="JPEG")
+    for name in ("grey.jpg", "really_a_tiff.png", "really_a_jpeg.png"):
+        assert read_header(str(tmp_path / name)).size_wh == (30, 20)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "bmp"])
+def test_every_cut_is_noticed_by_header_or_check(tmp_path, kind):
+    whole = open(written(tmp_path, f"whole.{kind}", (64, 64)), "rb").read()
+    cut = str(tmp_path / f"cut.{kind}")
+    for length in (0, 1, 9, 20, 30, len(whole) // 2, len(whole) - 40):
+        with open(cut, "wb") as file:
+            file.write(whole[:length])
+        try:
+            read_header(cut)
+        except BadImage as error:
+            assert str(error)
+        else:
+            assert list(find_broken([cut])) == [cut], length
+
+
+def test_damaged_bytes_inside_a_png(tmp_path):
+    path = written(tmp_path, "picture.png", (64, 64))
+    content = bytearray(open(path, "rb").read())
+    content[len(content) // 2] ^= 0xFF
+    with open(path, "wb") as file:
+        file.write(content)
+    assert read_header(path).size_wh == (64, 64)
+    assert list(find_broken([path, written(tmp_path, "well.png")])) == [path]
+
+
+def test_no_image_and_no_file(tmp_path):
+    (tmp_path / "text.png").write_text("this is not an image")
+    with pytest.raises(BadImage, match="not an image"):
+        read_header(str(tmp_path / "text.png"))
+    with pytest.raises(BadImage, match="No such file"):
+        read_header(str(tmp_path / "nowhere.png"))
+
+
+def saved(image, **options):
+    stream = io.BytesIO()
+    image.save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+def test_transparent_parts_become_white():
+    rgba = Image.new("RGBA", (3, 1), (200, 0, 0, 255))
+    rgba.putpixel((1, 0), (200, 0, 0, 0))
+    rgba.putpixel((2, 0), (0, 0, 0, 51))
+    assert load_image(saved(rgba))[0].tolist() == [[200, 0, 0], [255, 255, 255], [204, 204, 204]]
+
+
+def test_transparent_palette_and_colour_key():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert load_image(saved(palette, transparency=1))[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+    keyed = Image.new("RGB", (1, 1), (9, 9, 9))
+    assert load_image(saved(keyed, transparency=(9, 9, 9)))[0].tolist() == [[255, 255, 255]]
+
+
+def test_sixteen_bits_of_grey_keep_their_range():
+    values = np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)
+    assert load_image(saved(Image.fromarray(values)))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_shrinking_averages_and_enlarging_is_smooth():
+    checks = np.indices((8, 8)).sum(0) % 2 * 255
+    checks = np.repeat(checks[..., None], 3, axis=2).astype(np.uint8)
+    assert set(resize(checks, (4, 4)).ravel().tolist()) <= {127, 128}
+    steps = np.repeat(np.array([[[0] * 3, [255] * 3]], dtype=np.uint8), 2, axis=0)
+    assert len(set(resize(steps, (16, 16))[0, :, 0].tolist())) > 4  # by area there would be only two values
+    assert resize(checks, (8, 8)) is checks
+
+
+def test_crop_in_the_centre_and_at_random():
+    image = np.arange(10 * 12 * 3, dtype=np.uint8).reshape(10, 12, 3)
+    placement = Placement((9, 10), (12, 10))
+    assert np.array_equal(place(image, placement), image[:, 1:10])
+    crops = {place(image, placement, random.Random(seed))[0, 0, 0] for seed in range(40)}
+    assert crops == {0, 3, 6, 9}
+
+
+def test_tensor_range_and_order():
+    pixels = to_tensor(np.array([[[0, 127, 255]]], dtype=np.uint8))
+    assert pixels.shape == (3, 1, 1)
+    assert pixels.flatten().tolist() == pytest.approx([-1, -0.00392157, 1])
+
+
+def test_colour_augmentation_is_slight_rare_and_true_to_rgb():
+    orange = np.full((8, 8, 3), (240, 120, 20), dtype=np.uint8)
+    results = [augment_color(orange, random.Random(seed)) for seed in range(300)]
+    changed = [result for result in results if not np.array_equal(result, orange)]
+    assert 60 < len(changed) < 130
+    for result in changed:  # still an orange: a shift of hue in BGR order would turn it towards blue
+        red, green, blue = result[0, 0].tolist()
+        assert red > green > blue - 40 and abs(red - 240) < 80 and blue < 80

@@ -1,0 +1,107 @@
+"""LoRA files in every variant that the trade has written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.options import OptionError
+from networks.lora import create_network, create_network_from_weights
+from tests.tiny_networks import perturb, tiny_parts
+
+
+def saved(tmp_path, dtype=None, **arguments):
+    """A saved, perturbed network of the tiny model: (parts, network, file)."""
+    parts = tiny_parts()
+    network = create_network(1.0, 4, 2.0, None, *parts, **arguments)
+    perturb(network)
+    network.save_weights(tmp_path / "lora.safetensors", dtype, {"ss_network_dim": "4"})
+    return parts, network, tmp_path / "lora.safetensors"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16])
+def test_save_precision_applies_to_every_tensor(tmp_path, dtype):
+    from safetensors.torch import load_file
+
+    _, network, file = saved(tmp_path, dtype)
+    tensors = load_file(file)
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype or torch.float32}
+    assert set(tensors) == set(network.state_dict())
+
+
+def test_load_weights_takes_over_the_files_alpha(tmp_path):
+    parts, network, file = saved(tmp_path)
+    other = create_network(1.0, 4, 16.0, None, *parts)
+    assert {module.scale for module in other.adapters} == {4.0}
+    info = other.load_weights(file)
+    assert not info.missing_keys and not info.unexpected_keys
+    assert {module.scale for module in other.adapters} == {0.5}
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor(2), torch.tensor([2.0], dtype=torch.float16), torch.tensor(2.0).bfloat16()]
+)
+def test_alpha_of_any_type(tmp_path, alpha):
+    parts, network, _ = saved(tmp_path)
+    tensors = {key: (alpha if key.endswith("alpha") else value) for key, value in network.state_dict().items()}
+    other, _ = create_network_from_weights(1.0, "f", None, *parts, weights_sd=tensors)
+    assert {module.scale for module in other.adapters} == {0.5}
+    other.load_state_dict(tensors, False)
+    assert {module.scale for module in other.adapters} == {0.5}
+
+
+def test_absent_alpha_means_the_rank(tmp_path):
+    parts, network, _ = saved(tmp_path)
+    tensors = {key: value for key, value in network.state_dict().items() if not key.endswith("alpha")}
+    other, _ = create_network_from_weights(1.0, "f", None, *parts, weights_sd=tensors)
+    assert {module.scale for module in other.adapters} == {1.0}
+    loaded = create_network(1.0, 4, 1.0, None, *parts)
+    loaded.load_state_dict(tensors, False)
+    assert {module.scale for module in loaded.adapters} == {1.0}
+
+
+@pytest.mark.parametrize(("made", "used"), [("sd1", "sd2"), ("sd2", "sd1")])
+def test_projections_are_read_in_both_ranks(made, used):
+    """SD 2.x files of other trainers have 1x1 convolutions where the model has Linear, and the reverse."""
+    unet = tiny_parts(used)[1]
+    network = create_network(1.0, 4, 1.0, None, None, unet)
+    perturb(network)
+    tensors = dict(network.state_dict())
+    projections = [key for key in tensors if "_proj_in.lora" in key or "_proj_out.lora" in key]
+    for key in projections:
+        flat = tensors[key].flatten(1)
+        assert tensors[key].ndim == (2 if used == "sd2" else 4)
+        tensors[key] = flat if used == "sd1" else flat[:, :, None, None]
+    other, _ = create_network_from_weights(1.0, "f", None, None, unet, weights_sd=tensors)
+    info = other.load_state_dict(tensors, strict=True)
+    assert not info.missing_keys
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in network.state_dict().items())
+
+
+def test_other_ranks_are_refused_with_the_way_out(tmp_path):
+    parts, _, file = saved(tmp_path)
+    with pytest.raises(OptionError, match=r"shape \[4, \d+\] where the network has \[8, \d+\]; .*--dim_from_weights"):
+        create_network(1.0, 8, 1.0, None, *parts).load_weights(file)
+
+
+def test_from_weights_keeps_dropouts_for_training_only(tmp_path):
+    parts, _, file = saved(tmp_path, conv_dim="2")
+    arguments = {"dropout": 0.1, "rank_dropout": "0.2", "module_dropout": "0.3"}
+    network, _ = create_network_from_weights(1, file, None, *parts, **arguments)
+    settings = network.adapters[0].settings
+    assert (settings.dropout, settings.rank_dropout, settings.module_dropout) == (0.1, 0.2, 0.3)
+    network, _ = create_network_from_weights(1, file, None, *parts, for_inference=True, **arguments)
+    assert network.adapters[0].settings.dropout == 0
+    assert {module.rank for module in network.adapters} == {2, 4}
+
+
+def test_files_that_are_no_lora(tmp_path):
+    parts = tiny_parts()
+    with pytest.raises(OptionError, match="holds no LoRA in the usual format .it has lora_unet_x.hada_w1_a"):
+        create_network_from_weights(1, "f", None, *parts, weights_sd={"lora_unet_x.hada_w1_a": torch.ones(1)})
+    tensors = {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(4, 8)}
+    with pytest.raises(OptionError, match="made for SDXL"):
+        create_network_from_weights(1, "f", None, *parts, weights_sd=tensors)
+    with pytest.raises(OptionError, match="does not exist"):
+        create_network_from_weights(1, tmp_path / "missing.safetensors", None, *parts)

@@ -1,0 +1,108 @@
+"""Folders: which images are found, which captions belong to them, what is said about it."""
+
+import logging
+
+import pytest
+
+from library.data.sources import image_extensions, report_broken, report_captions, scan_folder
+from library.options import OptionError
+from tests.tiny_data import tiny_image, tiny_images
+
+
+def scan(folder, extension=".caption", tokens=None):
+    return scan_folder(folder, caption_extension=extension, class_tokens=tokens)
+
+
+def captions(contents):
+    return [image.caption for image in contents.images]
+
+
+def report(contents, extension=".caption", tokens=None):
+    report_captions([(contents, extension, tokens)])
+
+
+def test_images_are_sorted_and_of_every_case(tmp_path):
+    for name in ("b.PNG", "a.Jpg", "c.webp", "notes.txt", "d.gif"):
+        tiny_image((8, 8)).save(tmp_path / name, format="PNG")
+    (tmp_path / "folder.png").mkdir()
+    assert [image.path.rpartition("/")[2] for image in scan(tmp_path).images] == ["a.Jpg", "b.PNG", "c.webp"]
+    assert {".png", ".jpg", ".jpeg", ".webp", ".bmp"} <= image_extensions()
+
+
+def test_the_extension_asked_for_wins(tmp_path):
+    tiny_images(tmp_path, 2, captions=["from txt"], extension=".txt")
+    tiny_images(tmp_path, 1, captions=["from caption"], extension=".caption")
+    assert captions(scan(tmp_path)) == ["from caption", ""]
+    assert captions(scan(tmp_path, ".txt")) == ["from txt", "from txt"]
+
+
+@pytest.mark.parametrize(("asked", "there"), [(".caption", ".txt"), (".txt", ".caption"), (".tags", ".txt")])
+def test_other_captions_are_used_when_none_has_the_extension(tmp_path, caplog, asked, there):
+    tiny_images(tmp_path, 2, captions=["one", "two"], extension=there)
+    contents = scan(tmp_path, asked)
+    with caplog.at_level(logging.INFO):
+        report(contents, asked)
+    assert captions(contents) == ["one", "two"]
+    assert [record.message for record in caplog.records] == [
+        f"captions: no {asked} files; using the {there} files that are there"
+    ]
+
+
+def test_missing_captions_are_told_in_one_line(tmp_path, caplog):
+    paths = tiny_images(tmp_path, 8, captions=[])
+    paths[0].with_suffix(".caption").write_text("a caption")
+    with caplog.at_level(logging.INFO):
+        report(scan(tmp_path))
+        report(scan(tmp_path, tokens="a dog"), tokens="a dog")
+    assert captions(scan(tmp_path, tokens="a dog"))[:2] == ["a caption", "a dog"]
+    without, with_class = (record.message for record in caplog.records)
+    assert without.startswith("captions: 7 images have none and use the empty caption: image_001.jpg, ")
+    assert without.endswith(" and 2 more")
+    assert "7 images have none and use their class tokens" in with_class
+
+
+@pytest.mark.parametrize(
+    ("raw", "caption"),
+    [
+        (b"\xef\xbb\xbfwith a mark \r\nsecond line", "with a mark"),
+        ("in utf-16".encode("utf-16"), "in utf-16"),
+        ("größe, 猫".encode(), "größe, 猫"),
+        (b"\n \n after blank lines\n", "after blank lines"),
+        (b"", ""),
+    ],
+)
+def test_caption_encodings(tmp_path, raw, caption):
+    (path,) = tiny_images(tmp_path, 1, captions=[])
+    path.with_suffix(".caption").write_bytes(raw)
+    assert captions(scan(tmp_path, tokens="class")) == [caption]
+
+
+def test_captions_that_are_not_text(tmp_path):
+    (path,) = tiny_images(tmp_path, 1, captions=[])
+    path.with_suffix(".caption").write_bytes("größe".encode("latin-1"))
+    with pytest.raises(OptionError, match="captions: not UTF-8: image_000.caption; save"):
+        report(scan(tmp_path))
+
+
+def test_a_face_position_in_the_name_may_be_missing_in_the_caption(tmp_path):
+    folder = tmp_path / "a_b_c_d_e"  # underscores of the folder don't count
+    folder.mkdir()
+    tiny_image((8, 8)).save(folder / "girl_at_sea_10_20_30_40.png")
+    tiny_image((8, 8)).save(folder / "plain.png")
+    (folder / "girl_at_sea.caption").write_text("sea")
+    assert captions(scan(folder)) == ["sea", ""]
+
+
+def test_every_broken_image_is_listed(tmp_path, caplog):
+    tiny_images(tmp_path, 2)
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_bytes(b"no image")
+    contents = scan(tmp_path)
+    assert len(contents.images) == 2
+    with pytest.raises(OptionError) as caught:
+        report_broken(contents.broken, "stop")
+    for part in ("2 broken images", "empty.png: is empty", "text.jpg: is not an image", "--on_bad_image skip"):
+        assert part in str(caught.value)
+    report_broken(contents.broken, "skip")
+    assert "2 broken images left out" in caplog.text and "text.jpg" in caplog.text
+    report_broken({}, "stop")
