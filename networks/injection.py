@@ -64,13 +64,13 @@ def text_encoder_prefixes(text_encoders: TextEncoders | None) -> list[tuple[str,
     return [(f"{TEXT_PREFIX}{number}", encoder) for number, encoder in enumerate(encoders, start=1)]
 
 
-def layer_size(layer: torch.nn.Module) -> tuple[int, int]:
+def layer_size(layer: Any) -> tuple[int, int]:
     """(inputs, outputs) of a layer's weight seen as a matrix; a convolution's inputs count its kernel."""
     weight = layer.weight
     return weight[0].numel(), weight.shape[0]
 
 
-def is_pointwise(layer: torch.nn.Module) -> bool:
+def is_pointwise(layer: Any) -> bool:
     """Whether a layer is a matrix per token or pixel: Linear or 1x1 Conv2d."""
     return type(layer).__name__ == "Linear" or tuple(layer.kernel_size) == (1, 1)
 

@@ -141,6 +141,7 @@ def build_network(multiplier: float, layers: ModelLayers, rule: RankRule, settin
 
 def check_ranks(network: LoRANetwork) -> None:
     """OptionError when a rank exceeds what its layer's matrix can have."""
+    module: Any
     for module in network.adapters:
         largest = min(layer_size(module.layer))
         if module.rank > largest:
@@ -168,6 +169,8 @@ def ranks_of_file(tensors: Mapping[str, torch.Tensor], file: str) -> dict[str, R
 
 class LoRAModule(Adapter):
     """One layer's low-rank change."""
+
+    alpha: torch.Tensor
 
     def __init__(
         self,
@@ -202,19 +205,21 @@ class LoRAModule(Adapter):
             return self._base_forward(x)
         if self.training and self._drops:
             return self._forward_with_dropout(x)
-        layer = self._layer[0]
+        layer: Any = self._layer[0]
         scale = self.multiplier * self.scale
         if not (self._can_fuse and self._base_is_plain) or layer.weight.requires_grad:
             return self._base_forward(x) + self._up(self._down(x)) * scale
-        fused = low_rank.linear if self._is_linear else low_rank.conv2d
-        return fused(x, layer, self.lora_down.weight, self.lora_up.weight, scale)
+        layer_with_change = low_rank.linear if self._is_linear else low_rank.conv2d
+        return layer_with_change(x, layer, self.lora_down.weight, self.lora_up.weight, scale)
 
     def _forward_with_dropout(self, x: torch.Tensor) -> torch.Tensor:
         settings = self.settings
         base = self._base_forward(x)
         if settings.module_dropout and torch.rand(()).item() < settings.module_dropout:  # CPU generator: no device sync
             return base
-        low = F.dropout(self._down(x), settings.dropout)
+        low = self._down(x)
+        if settings.dropout:
+            low = F.dropout(low, settings.dropout)
         scale = self.multiplier * self.scale
         if settings.rank_dropout:
             keep = torch.rand(low.shape[0], self.rank, device=low.device) > settings.rank_dropout
@@ -336,7 +341,8 @@ class LoRANetwork(Network):
         Returns (modules scaled, mean norm, largest norm), norms as they are afterwards, as scalar tensors: nothing
         waits for the device.
         """
-        by_shape: dict[tuple[Any, ...], list[LoRAModule]] = {}
+        by_shape: dict[tuple[Any, ...], list[Any]] = {}
+        module: Any
         for module in self.adapters:
             shape = (module.lora_down.weight.shape, module.lora_up.weight.shape, module.scale)
             by_shape.setdefault(shape, []).append(module)
@@ -346,7 +352,7 @@ class LoRANetwork(Network):
             norm_M = low_rank.frobenius_norms(downs, ups) * abs(scale)
             ratio_M = max_norm / norm_M.clamp(min=max_norm)
             root_M = ratio_M.sqrt()
-            torch._foreach_mul_([*downs, *ups], [*root_M.unbind(), *root_M.unbind()])
+            torch._foreach_mul_([*downs, *ups], [*root_M.unbind(), *root_M.unbind()])  # pyright: ignore
             norms.append(torch.stack([norm_M * ratio_M, ratio_M]))
         norm, ratio = torch.cat(norms, dim=1)
         return (ratio < 1).sum(), norm.mean(), norm.max()

@@ -40,7 +40,7 @@ class LoRASettings:
         for key in arguments:
             if key not in own and key not in BLOCK_KEYS:
                 raise OptionError(argument(key), "unknown name", did_you_mean(key, [*own, *BLOCK_KEYS]))
-        values = {key: number(arguments[key], key) for key in own if arguments.get(key) is not None}
+        values: dict[str, Any] = {key: number(arguments[key], key) for key in own if arguments.get(key) is not None}
         if neuron_dropout is not None:
             values["dropout"] = float(neuron_dropout)
         for key in ("dropout", "rank_dropout", "module_dropout"):

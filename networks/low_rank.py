@@ -75,7 +75,9 @@ class _LowRankLinear(torch.autograd.Function):
         grad_x = grad_down = grad_up = None
         if needs_up:
             grad_up = torch.addmm(up, grad_NO.t(), low_NR, beta=0, alpha=ctx.scale)
-        grad_low_NR = torch.addmm(low_NR, grad_NO, up, beta=0, alpha=ctx.scale) if needs_x or needs_down else None
+        if not (needs_x or needs_down):
+            return None, None, None, None, grad_up, None
+        grad_low_NR = torch.addmm(low_NR, grad_NO, up, beta=0, alpha=ctx.scale)
         if needs_down:
             grad_down = torch.mm(grad_low_NR.t(), x_NI)
         if needs_x:
@@ -103,7 +105,8 @@ class _LowRankConv(torch.autograd.Function):
     def backward(ctx: Any, grad):  # type: ignore[override]
         x, weight, down, up_OR, low = ctx.saved_tensors
         needs_x, _, _, needs_down, needs_up, _, _ = ctx.needs_input_grad
-        grad_x = grad_down = grad_up = None
+        grad_x: Any = None
+        grad_down = grad_up = None
         if needs_up:
             grad_up = _outer(grad, low, ctx.scale)[:, :, None, None]
         if not (needs_x or needs_down):
@@ -113,7 +116,8 @@ class _LowRankConv(torch.autograd.Function):
             grad_x = _conv_gradients(grad, x, weight, ctx.geometry, (True, False))[0]
         if not ctx.pointwise:
             grad_x_low, grad_down = _conv_gradients(grad_low, x, down, ctx.geometry, (needs_x, needs_down))
-            grad_x = grad_x.add_(grad_x_low) if needs_x else None
+            if needs_x:
+                grad_x.add_(grad_x_low)
         else:
             if needs_down:
                 grad_down = _outer(grad_low, x)[:, :, None, None]

@@ -124,6 +124,8 @@ def _context_width(inner: Shapes) -> int:
 
 def text_architecture(shapes: Shapes, kind: str) -> TextArchitecture:
     """SD's text encoder. SD 2.x files hold one layer more than is used, unless they were pruned to 23."""
+    if not _any_starts(shapes, "cond_stage_model."):
+        raise ArchitectureError("it has no text encoder")
     if _any_starts(shapes, OPENCLIP_PREFIX):
         inner = _below(shapes, OPENCLIP_PREFIX)
         embedding = _shape(inner, "token_embedding.weight")

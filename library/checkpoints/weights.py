@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.checkpoints.safetensors_io import Header, header_dtype, read_header
+from library.checkpoints.safetensors_io import DTYPES, Header, TensorInfo, header_dtype, read_header
 from library.options import OptionError
 
 if TYPE_CHECKING:
@@ -60,7 +61,11 @@ def is_safetensors(path: Path) -> bool:
 
 
 class SafetensorsWeights:
-    """A .safetensors file. Only the header is read until a tensor is asked for."""
+    """A .safetensors file, memory-mapped. Only the header is read until a tensor is asked for.
+
+    The pages of a tensor are handed back to the system when the next one is asked for, so that copying a whole model
+    out of its file takes no more memory than the copy. Its view stays valid as long as it is referred to.
+    """
 
     def __init__(self, path: Path, where: str = "") -> None:
         self.path = path
@@ -68,20 +73,40 @@ class SafetensorsWeights:
         self.shapes = {name: info.shape for name, info in self.header.tensors.items()}
         self.dtypes = {name: info.dtype for name, info in self.header.tensors.items()}
         self.metadata = self.header.metadata
-        self._handle: Any = None
+        self._map: mmap.mmap | None = None
+        self._touched: TensorInfo | None = None
 
     def tensor(self, name: str) -> torch.Tensor:
-        if self._handle is None:
-            from safetensors import safe_open
+        import torch
 
-            self._handle = safe_open(self.path, framework="pt")
-        return self._handle.get_tensor(name)
+        info = self.header.tensors[name]
+        width, torch_name = DTYPES[info.dtype]
+        dtype: torch.dtype = getattr(torch, torch_name)
+        if info.start == info.end:
+            return torch.empty(info.shape, dtype=dtype)
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._release()
+        self._touched = info
+        size = info.end - info.start
+        if info.start % width:  # old writers did not align
+            data = torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=info.start).clone().view(dtype)
+        else:
+            data = torch.frombuffer(self._map, dtype=dtype, count=size // width, offset=info.start)
+        return data.reshape(info.shape)
+
+    def _release(self) -> None:
+        if self._map is None or self._touched is None or not hasattr(self._map, "madvise"):
+            return
+        start = self._touched.start - self._touched.start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, start, self._touched.end - start)
 
     def __enter__(self) -> SafetensorsWeights:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._handle = None
+        self._map = self._touched = None
 
 
 class PickledWeights:
@@ -139,7 +164,7 @@ def _unpickle(path: Path, where: str) -> dict[str, Any]:
                 stack.enter_context(torch.serialization.safe_globals([(Inert, name) for name in foreign]))
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except DAMAGE as error:
-        if "Unsupported" in str(error):  # foreign objects, in the form of before PyTorch 1.6, which has no list of them
+        if "Unsupported global" in str(error):  # foreign objects, in the form of before PyTorch 1.6, which has no list of them
             problem = f"{subject} holds more than tensors, in an old form that can't be read safely"
             raise OptionError("", problem, "convert it to .safetensors") from None
         with path.open("rb") as file:

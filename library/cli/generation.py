@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import importlib
 import logging
-import platform
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.checkpoints.probe import probe, resolve_model
+from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
+from library.checkpoints.safetensors_io import read_header
 from library.cli import networks
+from library.cli.console import start_console
+from library.cli.ending import Ending
 from library.generate.options import CONFIG_GROUPS, GenerationConfig, PromptOptions, counted
 from library.generate.output import prepare_folder
 from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
 from library.generate.request import GenerationRequest, make_requests
-from library.options import OptionError, OptionParser, add_arguments, build, require
+from library.options import OptionParser, add_arguments, build, require
 
 logger = logging.getLogger(__name__)
 
 SDXL_SCRIPT = "sdxl_gen_img.py"  # named to those who bring an SDXL model
-USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 
 
 @dataclass(frozen=True)
@@ -47,22 +45,15 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 for a mistake of the user's, 130 when interrupted, 1 for anything else."""
     parser = build_parser(script.description)
     values = vars(parser.parse_strictly(argv))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    folder = None
-    try:
+    start_console()
+    with Ending(parser.prog, renamed={MODEL_FLAG: "--ckpt"}) as ending:
         config = GenerationConfig(**{name: build(group, values) for name, group in CONFIG_GROUPS.items()})
         requests = check(config)
         folder = prepare_folder(config.output.outdir, max(3 * item.width * item.height for item in requests))
+        ending.log_file = folder / f"{Path(parser.prog).stem}.log"
         paths = generate(script.family, config, requests, folder)
         logger.info("%s in %s", counted(len(paths), "picture"), folder)
-        return 0
-    except OptionError as error:
-        return _end(parser.prog, USER_MISTAKE, _in_words_of_generators(error))
-    except KeyboardInterrupt:
-        return _end(parser.prog, INTERRUPTED, f"stopped; finished pictures are in {folder}" if folder else "stopped")
-    except Exception as error:  # the last resort: one sentence on the screen, everything in the log
-        log = write_log(folder, argv)
-        return _end(parser.prog, FAILURE, f"{type(error).__name__}: {_first_line(error)}; the details are in {log}")
+    return ending.code
 
 
 def generate(
@@ -94,6 +85,8 @@ def check(config: GenerationConfig) -> list[GenerationRequest]:
         logger.info("--tokenizer_cache_dir has no effect: the CLIP vocabulary is part of this project")
     for file in config.networks.files:
         require(Path(file.path).is_file(), "--network_weights", f"{file.path} is no file", "check the path")
+        if file.path.endswith(".safetensors"):
+            read_header(file.path, "--network_weights")
     requests = make_requests(read_lines(config.prompts), config.prompts, config.picture)
     probe(str(config.checkpoint.ckpt), flag="--ckpt", sdxl_script=SDXL_SCRIPT, v2=config.checkpoint.v2)
     if config.checkpoint.vae:
@@ -108,28 +101,3 @@ def read_lines(prompts: PromptOptions) -> list[PromptLine]:
     if prompts.prompt is not None:
         logger.warning("--prompt has no effect beside --from_file")
     return read_prompt_file(prompts.from_file)
-
-
-def write_log(folder: Path | None, argv: Sequence[str] | None) -> Path:
-    """Write the current exception's traceback, with what was asked for, into a log file."""
-    import torch
-
-    path = (folder or Path(tempfile.gettempdir())) / f"error_{time.strftime('%Y%m%d%H%M%S')}.log"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
-    command = " ".join(sys.argv[1:] if argv is None else argv)
-    path.write_text(f"{command}\n{versions}\n\n{traceback.format_exc()}", encoding="utf-8")
-    return path
-
-
-def _in_words_of_generators(error: OptionError) -> str:
-    """Families speak of the option by which training names the model; here it is --ckpt."""
-    return str(error).replace("--pretrained_model_name_or_path", "--ckpt")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
-
-
-def _end(program: str, code: int, sentence: str) -> int:
-    sys.stderr.write(f"{program}: {sentence}\n")
-    return code

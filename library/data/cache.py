@@ -95,7 +95,7 @@ class DiskLatents:
         item = self.items[index]
         try:
             with np.load(item.npz) as arrays:
-                return torch.from_numpy(arrays["latents_flipped" if flipped else "latents"])
+                return torch.from_numpy(arrays["latents_flipped" if flipped else "latents"]).float()
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise OptionError("--cache_latents_to_disk", f"{item.npz} can't be read ({error})", "start again") from None
 
@@ -192,9 +192,10 @@ def _encoded(
     bar = tqdm(total=len(indices), desc="caching latents", unit="image", disable=not indices)
     with ThreadPoolExecutor(usable_cores()) as pool, bar:
         ahead: deque[list[Future[_Loaded]]] = deque()
+        depth = max(2, -(-2 * usable_cores() // batch_size))  # batches; keeps every core busy
         to_submit = iter(batches)
         for batch in batches:
-            while len(ahead) < 3 and (following := next(to_submit, None)):
+            while len(ahead) < depth and (following := next(to_submit, None)):
                 ahead.append([pool.submit(_load, items[index]) for index in following])
             loaded = [job.result() for job in ahead.popleft()]
             yield from _encode_batch(items, batch, loaded, encode)

@@ -101,7 +101,7 @@ def _from_file(path: Path, groups: Sequence[Any]) -> tuple[DatasetConfig, ...]:
     if not any(count_images(subset.image_dir) for config in configs for subset in config.subsets):
         folders = [subset.image_dir for config in configs for subset in config.subsets]
         tree = "".join(f"\n  {folder}{os.sep}: {_why_empty(folder)}" for folder in folders)
-        raise OptionError("--dataset_config", f"{path} leads to no training images:{tree}\n", "correct image_dir")
+        raise OptionError("--dataset_config", f"{path} leads to no training images; correct image_dir:{tree}")
     return configs
 
 
@@ -206,9 +206,8 @@ def _class_folders(base: str, flag: str) -> Iterator[FolderOptions]:
     own_images = count_images(path)
     used = [child for child in children if child.used and counts[child.path]]
     if not used and not own_images:
-        tree = _tree(path, children, counts)
         way_out = "name class folders <repeats>_<class>, for example 10_cat, or name the folder of images itself"
-        raise OptionError(flag, f"no images found:{tree}\n", way_out)
+        raise OptionError(flag, f"no images found; {way_out}; looked at:{_tree(path, children, counts)}")
     for child in children:
         if child.repeats is None or (child.used and not counts[child.path]):
             logger.info("%s passed over: %s", child.path, _why_passed_over(child, counts[child.path]))

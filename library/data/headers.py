@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
 HEAD_BYTES = 4096  # covers nearly every header, and a page of the disk is read in any case
 ORIENTATION_TAG = 0x0112
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:="|>)([1-8])""")
 JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 JPEG_BARE_MARKERS = frozenset((0x01, *range(0xD0, 0xD9)))
@@ -79,7 +81,7 @@ def _reader(view: _View) -> Callable[[_View], Stored]:
     head = view.head
     if not head:
         raise BadImage("is empty")
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    if head.startswith(PNG_SIGNATURE):
         return _png
     if head.startswith(b"\xff\xd8"):
         return _jpeg
@@ -103,6 +105,23 @@ def _read_with_pillow(path: str) -> Header:
         raise BadImage(f"can't be read ({error})") from None
     orientation = orientation if orientation in range(1, 9) else 1
     return _upright(size, orientation)
+
+
+def png_checksums_hold(content: bytes) -> bool:
+    """Whether the bytes are a PNG file whose parts are all there with the right checksums: whole without decoding."""
+    if not content.startswith(PNG_SIGNATURE):
+        return False
+    offset = len(PNG_SIGNATURE)
+    view = memoryview(content)
+    while offset + 12 <= len(content):
+        (length,) = struct.unpack_from(">I", content, offset)
+        end = offset + 8 + length
+        if end + 4 > len(content) or zlib.crc32(view[offset + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
+            return False
+        if content[offset + 4 : offset + 8] == b"IEND":
+            return True
+        offset = end + 4
+    return False
 
 
 # ---------------------------------------------------------------------------------------------- formats

@@ -160,7 +160,8 @@ def report_broken(broken: dict[str, str], on_bad_image: str) -> None:
     count = f"{len(broken)} broken image{'s' if len(broken) > 1 else ''}"
     table = "".join(f"\n  {path}: {reason}" for path, reason in sorted(broken.items()))
     if on_bad_image == "stop":
-        raise OptionError("training images", f"{count}{table}\n", "mend or remove them, or use --on_bad_image skip")
+        way_out = "mend or remove them, or use --on_bad_image skip"
+        raise OptionError("training images", f"{count}; {way_out}:{table}")
     logger.warning("%s left out:%s", count, table)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from library.data.buckets import Size, aspect_error
@@ -52,13 +52,12 @@ def report_lines(datasets: Sequence[LoadedDataset]) -> list[str]:
             lines.append(f"  {subset.image_dir}: {len(images)} images x {subset.folder.num_repeats}{reg}")
         if dataset.num_reg_per_epoch:
             lines.append(_regularisation_line(dataset))
-        cropped = Counter[Size]()
-        uses = Counter(image.placement.bucket_wh for image in dataset.images)
+        cropped: dict[Size, list[float]] = {}
         for image in dataset.images:
-            cropped[image.placement.bucket_wh] += round(1e6 * image.placement.cropped_share)
-        for (width, height), count in dataset.bucket_counts:
-            share = cropped[width, height] / uses[width, height] / 1e4
-            lines.append(f"  {width}x{height}: {count} per epoch, {share:.0f} % of the picture cut away on average")
+            cropped.setdefault(image.placement.bucket_wh, []).append(image.placement.cropped_share)
+        for bucket, count in dataset.bucket_counts:
+            lost = f"{mean(cropped[bucket]):.0%} of the picture cut away on average"
+            lines.append(f"  {bucket[0]}x{bucket[1]}: {count} per epoch, {lost}")
     lines += [f"caption: {caption}" for caption in _some_captions(datasets)]
     return lines
 

@@ -10,13 +10,24 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from library.options import OptionError, require
 
 if TYPE_CHECKING:
     import torch
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+class Scheduler(Protocol):
+    """What is used of diffusers' schedulers."""
+
+    timesteps: torch.Tensor
+    init_noise_sigma: float | torch.Tensor  # standard deviation of the noise that sampling starts from
+    step: Callable[..., Any]
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None: ...
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def check_steps(where: str, sampler: str, steps: int) -> None:
     require(row.least_steps <= steps <= row.most_steps, where, problem, f"use {row.least_steps} to {row.most_steps}")
 
 
-def make_scheduler(sampler: str, *, v_prediction: bool) -> SchedulerMixin:
+def make_scheduler(sampler: str, *, v_prediction: bool) -> Scheduler:
     """A fresh diffusers scheduler for one batch; raises OptionError when a package it needs is missing.
 
     `v_prediction`: the model predicts velocity (Salimans and Ho 2022) instead of noise.
@@ -106,7 +117,7 @@ def make_scheduler(sampler: str, *, v_prediction: bool) -> SchedulerMixin:
 
 
 def stepper(
-    scheduler: SchedulerMixin, generators: Sequence[torch.Generator]
+    scheduler: Scheduler, generators: Sequence[torch.Generator]
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """step(prediction_BCHW, timestep, latents_BCHW) -> the next latents_BCHW.
 

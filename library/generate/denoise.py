@@ -9,6 +9,7 @@ Shape letters: B pictures, C channels, h w latent pixels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -70,7 +71,8 @@ def start_noise(
 ) -> torch.Tensor:
     """(B, C, h, w) standard normal noise, float32 on the CPU, picture i from `generators[i]`."""
     height, width = (vae.latent_size(bundle.vae, pixels) for pixels in (requests[0].height, requests[0].width))
-    shape = (bundle.vae.config.latent_channels, height, width)
+    config: Any = bundle.vae.config
+    shape = (config.latent_channels, height, width)
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.generate.conditions import PromptEncoder
@@ -48,7 +47,7 @@ def generate(
     encoder = PromptEncoder(family, bundle)
     writer = PictureWriter(folder, config.output, model_name=Path(bundle.source.path).stem)
     progress = tqdm(total=len(requests), unit="picture", desc="pictures")
-    with logging_redirect_tqdm(), writer, progress:
+    with writer, progress:
         for batch in batches(requests, config.compute.batch_size, encoder.windows):
             with memory_explained(config.compute):
                 pictures = make_pictures(family, bundle, batch, encoder)

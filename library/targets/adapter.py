@@ -59,21 +59,26 @@ class NetworkFactory:
                 raise OptionError(FLAG, problem, WAY_OUT)
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
-        """Let the module check its arguments now, if it offers to."""
+        """Raise OptionError for arguments that have a flag of their own; let the module check the rest, if it can."""
+        for name in list(inspect.signature(self.module.create_network).parameters)[:6]:
+            if name in arguments:
+                raise OptionError(f"--network_args {name}", "is set by the program", f"use a flag such as --{name}")
         check = getattr(self.module, "check_arguments", None)
         if callable(check):
             check(**arguments)
 
-    def create(self, dim: int | None, alpha: float, dropout: float | None, models: Models, **arguments: Any) -> Adapted:
-        """A new network; `dropout` goes to neuron_dropout and, unless --network_args sets it, to dropout."""
+    def create(
+        self, dim: int | None, alpha: float, dropout: float | None, models: Models, /, **arguments: Any
+    ) -> Adapted:
+        """A new network; `dropout` goes to neuron_dropout and, unless `arguments` sets it, to dropout."""
         create = self.module.create_network
-        if _accepts(create, "neuron_dropout"):
-            arguments["neuron_dropout"] = dropout
         arguments.setdefault("dropout", dropout)
+        if _accepts(create, "neuron_dropout"):
+            arguments.setdefault("neuron_dropout", dropout)
         return self._adapted(create(1.0, dim, alpha, models.vae, models.text_encoder, models.unet, **arguments))
 
     def create_from_weights(
-        self, multiplier: float, file: str, models: Models, *, for_inference: bool = False, **arguments: Any
+        self, multiplier: float, file: str, models: Models, /, *, for_inference: bool = False, **arguments: Any
     ) -> tuple[Adapted, Mapping[str, torch.Tensor] | None]:
         """(network with the file's modules and ranks, the file's tensors or None)."""
         create = self.module.create_network_from_weights

@@ -88,11 +88,10 @@ class NetworkTarget(TrainTarget):
     def _create(self) -> Adapted:
         options, arguments = self.options, self.options.arguments
         if options.dim_from_weights:
-            arguments.setdefault("dropout", options.network_dropout)
+            arguments = {"dropout": options.network_dropout, **arguments}
             return self.factory.create_from_weights(1.0, str(options.network_weights), self.models, **arguments)[0]
-        return self.factory.create(
-            options.network_dim, options.network_alpha, options.network_dropout, self.models, **arguments
-        )
+        dim, alpha = options.network_dim, options.network_alpha
+        return self.factory.create(dim, alpha, options.network_dropout, self.models, **arguments)
 
     def _merge_base_weights(self, device: torch.device) -> None:
         """Merge each --base_weights file, in float32; every weight of the model keeps its dtype and device."""

@@ -226,7 +226,7 @@ class RunConfig:
         warnings = []
         if self.noise.zero_terminal_snr and not v_prediction:
             warnings.append(
-                "--zero_terminal_snr: noise prediction learns nothing at the last timestep; it is meant for v-prediction"
+                "--zero_terminal_snr: noise prediction learns nothing at the last timestep; use it with v-prediction"
             )
         if self.model.v2 and self.text.clip_skip:
             warnings.append(

@@ -37,7 +37,8 @@ def plan_rows(
         ),
     )
     accumulation = f" (each of {plan.accumulation} batches)" if plan.accumulation > 1 else ""
-    yield "steps", f"{plan.steps} in {plan.epochs} epochs of {plan.steps_per_epoch}{accumulation}"
+    epochs = "1 epoch" if plan.epochs == 1 else f"{plan.epochs} epochs"
+    yield "steps", f"{plan.steps} in {epochs} of {plan.steps_per_epoch}{accumulation}"
     if start_step:
         yield "goes on after step", str(start_step)
 

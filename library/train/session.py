@@ -125,7 +125,7 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise OptionError(
             "--output_dir",
-            f"{folder} has {free / 2**20:.0f} MiB free; a saved file with its state takes {needed_bytes / 2**20:.0f} MiB",
+            f"{folder} has {free / 2**20:.0f} MiB free; one file with its state takes {needed_bytes / 2**20:.0f} MiB",
             "free some space or choose another folder",
         )
 

@@ -310,7 +310,10 @@ def test_any_number_of_workers_gives_the_same_weights(options, tmp_path):
 
 def test_two_processes_equal_one(options, tmp_path):
     """2 processes x batch 2 = 1 process x batch 4: the same losses to 1e-5, the same steps and rates."""
+    # plain SGD: AdamW divides by the size of a gradient, and would turn rounding of tiny ones into large steps
     options |= {"max_train_steps": 5, "lr_scheduler": "linear", "lr_warmup_steps": 2}
+    options |= {"optimizer_type": "SGDNesterov", "learning_rate": 0.1, "max_grad_norm": 1.0}
+    options |= {"resolution": 256, "max_bucket_reso": 256}  # at 64 px a group norm sees two numbers: all rounding
     one = {**options, "train_batch_size": 4, "logging_dir": tmp_path / "log1", "output_dir": tmp_path / "one"}
     assert train_network(**one) == 0
     two = {**options, "train_batch_size": 2, "logging_dir": tmp_path / "log2", "output_dir": tmp_path / "two"}
@@ -327,7 +330,9 @@ def test_two_processes_equal_one(options, tmp_path):
     for tag in ("lr/unet", "lr/textencoder"):
         assert logged(tmp_path / "log1", tag) == logged(tmp_path / "log2", tag)
     first, second = (load_file(tmp_path / name / "net.safetensors") for name in ("one", "two"))
-    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    distance = sum((first[name] - second[name]).square().sum() for name in first).sqrt()
+    length = sum(first[name].square().sum() for name in first if "lora_up" in name).sqrt()
+    assert 0 < distance < 1e-4 * length, "the same training up to rounding"
     steps = [metadata_of(tmp_path / name / "net.safetensors")["ss_steps"] for name in ("one", "two")]
     assert steps == ["5", "5"]
 

@@ -124,6 +124,13 @@ def test_arguments_arrive_as_texts_with_dropout(module):
     assert network.network.calls[0][3] == {"neuron_dropout": 0.1, "dropout": "0.5"}
 
 
+def test_arguments_with_a_flag_of_their_own(module):
+    with pytest.raises(
+        OptionError, match="--network_args network_dim: is set by the program; use a flag such as --netw"
+    ):
+        NetworkFactory(module(OLD_MODULE)).check_arguments({"network_dim": "4"})
+
+
 def test_modules_older_than_neuron_dropout(module):
     source = OLD_MODULE.replace("unet, **kwargs)", "unet, dropout=None)").replace(
         'kwargs.get("none")', "False").replace("network_alpha, kwargs", "network_alpha, dropout")  # fmt: skip

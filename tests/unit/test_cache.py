@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,8 +164,6 @@ def rewritten(item, *, without=(), **arrays):
 
 
 def make_item_like(item, **changes):
-    from dataclasses import replace
-
     return replace(item, **changes)
 
 

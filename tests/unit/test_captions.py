@@ -27,7 +27,10 @@ def test_prefix_and_suffix_leave_the_spacing():
 
 
 def test_prefix_counts_as_a_kept_part():
-    results = [processed("a,b , c,d", seed=seed, caption_prefix="P,", keep_tokens=1, shuffle_caption=True) for seed in range(30)]
+    results = [
+        processed("a,b , c,d", seed=seed, caption_prefix="P,", keep_tokens=1, shuffle_caption=True)
+        for seed in range(30)
+    ]
     assert all(result.startswith("P, ") and sorted(result[3:].split(", ")) == list("abcd") for result in results)
     assert len(set(results)) > 10
 
@@ -75,7 +78,9 @@ def test_shuffling_keeps_every_part_and_the_first_in_place(caption, keep, seed):
     assert sorted(result) == sorted(parts)
 
 
-@given(st.lists(st.text(alphabet="ab ", min_size=1).filter(str.strip), min_size=1), st.floats(1e-9, 1), st.integers(0, 4))
+@given(
+    st.lists(st.text(alphabet="ab ", min_size=1).filter(str.strip), min_size=1), st.floats(1e-9, 1), st.integers(0, 4)
+)
 def test_tag_dropout_gives_an_ordered_selection(parts, rate, keep):
     stripped = [part.strip() for part in parts]
     result = processed(",".join(parts), caption_tag_dropout_rate=rate, keep_tokens=keep)

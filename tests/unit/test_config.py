@@ -61,9 +61,16 @@ def test_the_nearest_level_wins(tmp_path, images):
             {
                 "keep_tokens": 2,
                 "batch_size": 2,
-                "subsets": [{"image_dir": images, "keep_tokens": 3, "shuffle_caption": False}, {"image_dir": f"{images}/."}],
+                "subsets": [
+                    {"image_dir": images, "keep_tokens": 3, "shuffle_caption": False},
+                    {"image_dir": f"{images}/."},
+                ],
             },
-            {"resolution": [64, 96], "flip_aug": 1, "subsets": [{"image_dir": images, "num_repeats": 7, "is_reg": True}]},
+            {
+                "resolution": [64, 96],
+                "flip_aug": 1,
+                "subsets": [{"image_dir": images, "num_repeats": 7, "is_reg": True}],
+            },
         ],
     }
     content["datasets"][0]["subsets"].pop()
@@ -93,13 +100,17 @@ def test_a_false_in_the_file_beats_the_switch(tmp_path, images):
 
 def test_json_and_null(tmp_path, images):
     path = tmp_path / "d.JSON"
-    path.write_text(json.dumps({"datasets": [{"resolution": None, "subsets": [{"image_dir": images, "class_tokens": "a cat"}]}]}))
+    path.write_text(
+        json.dumps({"datasets": [{"resolution": None, "subsets": [{"image_dir": images, "class_tokens": "a cat"}]}]})
+    )
     (config,) = load(SourceOptions(dataset_config=path))
     assert config.bucket.resolution == (64, 64) and config.subsets[0].folder.class_tokens == "a cat"
 
 
 def test_extensions_get_their_dot_and_whole_numbers_pass_as_rates(tmp_path, images):
-    content = {"datasets": [{"subsets": [{"image_dir": images, "caption_extension": "txt", "caption_dropout_rate": 1}]}]}
+    content = {
+        "datasets": [{"subsets": [{"image_dir": images, "caption_extension": "txt", "caption_dropout_rate": 1}]}]
+    }
     (config,) = load_file(tmp_path / "d.toml", content)
     assert config.subsets[0].caption.caption_extension == ".txt"
     assert config.subsets[0].caption.caption_dropout_rate == 1.0
@@ -107,7 +118,13 @@ def test_extensions_get_their_dot_and_whole_numbers_pass_as_rates(tmp_path, imag
 
 def test_doubles_and_zero_repeats_are_passed_over(tmp_path, images, caplog):
     subset = {"image_dir": images}
-    content = {"datasets": [{"subsets": [subset, {**subset, "num_repeats": 2}]}, {"subsets": [{**subset, "num_repeats": 0}]}, {"subsets": [subset]}]}
+    content = {
+        "datasets": [
+            {"subsets": [subset, {**subset, "num_repeats": 2}]},
+            {"subsets": [{**subset, "num_repeats": 0}]},
+            {"subsets": [subset]},
+        ]
+    }
     with caplog.at_level(logging.INFO):
         configs = load_file(tmp_path / "d.toml", content)
     assert [[subset.folder.num_repeats for subset in config.subsets] for config in configs] == [[1], [1]]
@@ -132,7 +149,12 @@ SUBSET = "datasets[0].subsets[0]"
     [
         ("subset", "num_repeat", 2, f"{SUBSET}.num_repeat: unknown key; did you mean num_repeats?"),
         ("subset", "num_repeats", "2", f"{SUBSET}.num_repeats: '2' is not a whole number"),
-        ("subset", "resolution", 64, f"{SUBSET}.resolution: unknown at this level; move it to [[datasets]] or [general]"),
+        (
+            "subset",
+            "resolution",
+            64,
+            f"{SUBSET}.resolution: unknown at this level; move it to [[datasets]] or [general]",
+        ),
         ("subset", "caption_dropout_rate", 1.5, f"{SUBSET}.caption_dropout_rate: 1.5 is out of range; use 0 to 1"),
         ("subset", "metadata_file", "m.json", f"{SUBSET}.metadata_file: a dataset of a metadata file is not supported"),
         ("dataset", "image_dir", "x", "datasets[0].image_dir: unknown at this level; move it to [[datasets.subsets]]"),
@@ -141,7 +163,12 @@ SUBSET = "datasets[0].subsets[0]"
         ("dataset", "batch_size", 0, "datasets[0].batch_size: 0 is no batch size; use 1 or more"),
         ("dataset", "train_batch_size", 2, "datasets[0].train_batch_size: unknown key"),
         ("general", "shuffle_captions", True, "general.shuffle_captions: unknown key; did you mean shuffle_caption?"),
-        ("general", "face_crop_aug_range", [2, 4], "general.face_crop_aug_range: cutting around faces is not supported"),
+        (
+            "general",
+            "face_crop_aug_range",
+            [2, 4],
+            "general.face_crop_aug_range: cutting around faces is not supported",
+        ),
         ("general", "keep_tokens", True, "general.keep_tokens: True is not a whole number"),
         ("file", "dataset", {}, "dataset: unknown key; did you mean datasets?"),
     ],
@@ -157,7 +184,10 @@ def test_a_wrong_key_is_named_with_its_place(tmp_path, images, where, key, value
 
 
 def test_rules_between_merged_values_name_where_the_value_stands(tmp_path, images):
-    content = {"general": {"enable_bucket": True, "min_bucket_reso": 96}, "datasets": [{"subsets": [{"image_dir": images}]}]}
+    content = {
+        "general": {"enable_bucket": True, "min_bucket_reso": 96},
+        "datasets": [{"subsets": [{"image_dir": images}]}],
+    }
     with pytest.raises(OptionError, match=r"^general.min_bucket_reso: 96 is above"):
         load_file(tmp_path / "d.toml", content)
     del content["general"]["min_bucket_reso"]
@@ -191,7 +221,9 @@ def test_windows_paths_get_a_hint(tmp_path):
         load_file(tmp_path / "d.toml", '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "C:\\pictures"\n')
 
 
-@pytest.mark.parametrize(("name", "sentence"), [("d.yaml", "neither .toml nor .json"), ("missing.toml", "can't be read")])
+@pytest.mark.parametrize(
+    ("name", "sentence"), [("d.yaml", "neither .toml nor .json"), ("missing.toml", "can't be read")]
+)
 def test_files_that_can_not_be_read(tmp_path, name, sentence):
     (tmp_path / "d.yaml").write_text("")
     with pytest.raises(OptionError, match=f"^--dataset_config: .*{sentence}"):
@@ -207,7 +239,11 @@ def test_a_file_that_leads_to_no_image(tmp_path):
     assert "no images, but 2 in deeper/" in str(caught.value) and "b/: empty" in str(caught.value)
 
 
-KNOWN = {"general": DATASET_KEYS | INHERITED_KEYS, "dataset": DATASET_KEYS | INHERITED_KEYS | {"subsets"}, "subset": SUBSET_KEYS}
+KNOWN = {
+    "general": DATASET_KEYS | INHERITED_KEYS,
+    "dataset": DATASET_KEYS | INHERITED_KEYS | {"subsets"},
+    "subset": SUBSET_KEYS,
+}
 NAMES = st.one_of(st.sampled_from(sorted(DATASET_KEYS | SUBSET_KEYS)), st.from_regex(r"[a-z_]{1,20}", fullmatch=True))
 
 
@@ -222,7 +258,14 @@ def test_any_key_is_either_known_at_its_level_or_named(tmp_path_factory, level, 
     place = {"general": "general", "dataset": "datasets[0]", "subset": SUBSET}[level]
     if key in KNOWN[level]:
         content = read(path)
-        assert key in {"general": content.general, "dataset": content.datasets[0].own, "subset": content.datasets[0].subsets[0]}[level].values
+        assert (
+            key
+            in {
+                "general": content.general,
+                "dataset": content.datasets[0].own,
+                "subset": content.datasets[0].subsets[0],
+            }[level].values
+        )
     else:
         with pytest.raises(OptionError) as caught:
             read(path)
@@ -293,14 +336,15 @@ def test_no_images_shows_what_was_looked_at(tmp_path):
     with pytest.raises(OptionError) as caught:
         load_folder(tmp_path)
     message = str(caught.value)
-    assert message.startswith(f"--train_data_dir: no images found:\n  {tmp_path}/: no images directly in it\n")
+    assert message.startswith("--train_data_dir: no images found; name class folders <repeats>_<class>, ")
+    assert f"looked at:\n  {tmp_path}/: no images directly in it\n" in message
     for line in (
         "dog/: 2 images, but the name does not begin with the repeats; rename it, for example to 10_dog",
         "0_off/: 1 images, but 0 repeats",
         "5_deep/: no images, but 4 in inner/; only one level is looked at",
         "7_text/: 1 files, none of them an image",
     ):
-        assert f"\n    {line}\n" in message
+        assert f"\n    {line}\n" in f"{message}\n"
 
 
 def test_missing_folders_and_settings(tmp_path):

@@ -2,10 +2,11 @@
 
 import io
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from library.data.buckets import Placement
 from library.data.headers import BadImage, Header, read_header
@@ -34,8 +35,6 @@ def test_header_of_every_format(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "webp_lossy.webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_as_pillow_applies_it(tmp_path, kind, orientation):
-    from PIL import ImageOps
-
     path = written(tmp_path, f"picture.{kind}", orientation=orientation, **FORMATS[kind])
     header = read_header(path)
     with Image.open(path) as image:
@@ -67,7 +66,7 @@ def test_progressive_grey_and_formats_left_to_pillow(tmp_path):
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "bmp"])
 def test_every_cut_is_noticed_by_header_or_check(tmp_path, kind):
-    whole = open(written(tmp_path, f"whole.{kind}", (64, 64)), "rb").read()
+    whole = Path(written(tmp_path, f"whole.{kind}", (64, 64))).read_bytes()
     cut = str(tmp_path / f"cut.{kind}")
     for length in (0, 1, 9, 20, 30, len(whole) // 2, len(whole) - 40):
         with open(cut, "wb") as file:
@@ -82,10 +81,9 @@ def test_every_cut_is_noticed_by_header_or_check(tmp_path, kind):
 
 def test_damaged_bytes_inside_a_png(tmp_path):
     path = written(tmp_path, "picture.png", (64, 64))
-    content = bytearray(open(path, "rb").read())
+    content = bytearray(Path(path).read_bytes())
     content[len(content) // 2] ^= 0xFF
-    with open(path, "wb") as file:
-        file.write(content)
+    Path(path).write_bytes(content)
     assert read_header(path).size_wh == (64, 64)
     assert list(find_broken([path, written(tmp_path, "well.png")])) == [path]
 

@@ -1,0 +1,171 @@
+"""safetensors files: layout equal to the library's, atomic writing, hashes, damaged files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save
+
+from library.checkpoints import safetensors_io as io
+from library.options import OptionError
+
+NETWORK = {
+    "m.alpha": torch.tensor(4.0),
+    "m.lora_down.weight": torch.arange(6.0).reshape(2, 3),
+    "m.lora_up.weight": torch.ones(5, 2),
+}
+DTYPES = [
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32, torch.float32,
+    torch.float64, torch.int64, torch.float8_e5m2, torch.float8_e4m3fn, torch.uint16, torch.uint32, torch.uint64,
+    torch.complex64,
+]  # fmt: skip
+
+
+def test_file_is_byte_equal_to_the_safetensors_library(tmp_path: Path):
+    tensors = {f"t{i}": torch.ones(3, 2).to(dtype) for i, dtype in enumerate(DTYPES)}
+    tensors |= {'a "é"': torch.tensor(4.0), "empty": torch.empty(0), "transposed": torch.arange(6.0).reshape(2, 3).T}
+    io.save_file(tensors, tmp_path / "x.safetensors", {"title": 'ü "quoted" \n'})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert (tmp_path / "x.safetensors").read_bytes() == save(contiguous, {"title": 'ü "quoted" \n'})
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from(DTYPES)),
+        max_size=6,
+    )
+)
+def test_any_tensors_survive(tmp_path_factory: pytest.TempPathFactory, content: dict):
+    path = tmp_path_factory.mktemp("any") / "x.safetensors"
+    tensors = {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in content.items()}
+    io.save_file(tensors, path, {"k": "v"})
+    read = io.load_tensors(path)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+        assert bytes(io.raw_bytes(read[name])) == bytes(io.raw_bytes(tensor))
+
+
+def test_header_without_reading_tensors(tmp_path: Path):
+    io.save_file(NETWORK, tmp_path / "x.safetensors", {"ss_v2": "False"})
+    header = io.read_header(tmp_path / "x.safetensors")
+    assert header.metadata == {"ss_v2": "False"}
+    info = header.tensors["m.lora_down.weight"]
+    assert (info.dtype, info.shape, info.end - info.start) == ("F32", (2, 3), 24)
+    assert header.data_start % 8 == 0
+
+
+def test_unaligned_file_of_an_old_writer_is_read(tmp_path: Path):
+    data = save(NETWORK)
+    length = int.from_bytes(data[:8], "little")
+    odd = (length + 3).to_bytes(8, "little") + data[8 : 8 + length] + b"   " + data[8 + length :]
+    (tmp_path / "odd.safetensors").write_bytes(odd)
+    read = io.load_tensors(tmp_path / "odd.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in NETWORK.items())
+
+
+# ------------------------------------------------------------------------------------------------ hashes
+
+
+def test_network_hashes_of_the_conformance_vector():
+    for metadata in ({}, {"ss_x": "1", "other": "2"}):
+        assert io.sshs_hashes(NETWORK, metadata) == (
+            "38f2a3f035b648366c9f78dce294db56885a5fca449eb04b1130666a2ef77a87",
+            "e3b0c442",
+        )
+
+
+def test_network_hashes_follow_their_definition_on_a_large_file():
+    generator = torch.Generator().manual_seed(1)
+    tensors = {f"t{i}": torch.randn(300, 400 + i, generator=generator).half() for i in range(6)}
+    tensors["b"] = torch.randn(9, generator=generator)
+    metadata = {"ss_a": "1", "modelspec.title": "not counted"}
+    whole = save(tensors, {"ss_a": "1"})
+    start = 8 + int.from_bytes(whole[:8], "little")
+    assert io.sshs_model_hash(tensors, metadata) == hashlib.sha256(whole[start:]).hexdigest()
+    assert io.sshs_legacy_hash(tensors, metadata) == hashlib.sha256(whole[0x100000:0x110000]).hexdigest()[:8]
+
+
+def test_model_hashes(tmp_path: Path):
+    content = bytes(range(256)) * 5000
+    (tmp_path / "m").write_bytes(content)
+    assert io.legacy_model_hash(tmp_path / "m") == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    assert io.file_sha256(tmp_path / "m") == hashlib.sha256(content).hexdigest()
+    assert io.legacy_model_hash(tmp_path / "none") == "NOFILE"
+    assert io.legacy_model_hash(tmp_path) == "IsADirectory"
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def test_not_finite_is_never_saved_and_the_old_file_stays(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    io.save_file(NETWORK, path)
+    before = path.read_bytes()
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            bad = {"a": torch.ones(100), "b": torch.tensor([1.0, value, 2.0]).to(dtype)}
+            with pytest.raises(io.NonFiniteError, match="b holds NaN or infinity"):
+                io.save_file(bad, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_full_disk_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(OptionError, match="0.00 GB free"):
+        io.save_file(NETWORK, tmp_path / "x.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match="can't be written"):
+        io.save_file(NETWORK, tmp_path / "file" / "x.safetensors")
+
+
+def test_interrupted_write_leaves_no_trace(tmp_path: Path):
+    def interrupted() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    entries = [io.entry_of("a", torch.ones(3)), io.Entry("b", "F32", (2,), interrupted)]
+    with pytest.raises(KeyboardInterrupt):
+        io.write_entries(entries, tmp_path / "x.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("cut", [4, 60, -5])
+def test_truncated_file(tmp_path: Path, cut: int):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save(NETWORK)[:cut])
+    with pytest.raises(OptionError, match="--flag: .*x.safetensors is (truncated|no safetensors file)"):
+        io.read_header(path, "--flag")
+
+
+def test_foreign_and_missing_files(tmp_path: Path):
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html>not found</html>" * 100)
+    (tmp_path / "empty.safetensors").write_text("")
+    for name in ("page", "empty"):
+        with pytest.raises(OptionError, match="is no safetensors file"):
+            io.read_header(tmp_path / f"{name}.safetensors")
+    with pytest.raises(OptionError, match="does not exist; check the path"):
+        io.read_header(tmp_path / "none.safetensors")
+    with pytest.raises(OptionError, match="is no file"):
+        io.read_header(tmp_path)
+
+
+def test_written_files_have_the_usual_permissions(tmp_path: Path):
+    (tmp_path / "plain").write_text("")
+    io.save_file(NETWORK, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert load_file(tmp_path / "x.safetensors")["m.alpha"] == 4
