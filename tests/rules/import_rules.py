@@ -43,7 +43,7 @@ def imports_point_downwards(files: Sequence[SourceFile]) -> list[str]:
         if not within(file.module, ("library", "networks")) or file.is_tool:
             continue
         allowed = (file.room, *EVERYWHERE, *BELOW.get(file.room, ()))
-        for item in file.imports():
+        for item in file.imports:
             if within(item.module, ("library", "networks")) and not within(item.module, allowed):
                 breaches.append(f"{file.path}:{item.line} {file.room} imports {item.module}")
     return breaches
@@ -56,7 +56,7 @@ def library_never_names_networks(files: Sequence[SourceFile]) -> list[str]:
         if file.room.partition(".")[0] != "library":
             continue
         breaches += [
-            f"{file.path}:{i.line} imports {i.module}" for i in file.imports() if within(i.module, ("networks",))
+            f"{file.path}:{i.line} imports {i.module}" for i in file.imports if within(i.module, ("networks",))
         ]
         breaches += [
             f"{file.path}:{call.lineno} imports {ast.unparse(call.args[0])} by name"
@@ -75,7 +75,7 @@ def nobody_imports_entry_scripts(files: Sequence[SourceFile]) -> list[str]:
         f"{file.path}:{item.line} imports {item.module}"
         for file in files
         if not file.is_test
-        for item in file.imports()
+        for item in file.imports
         if within(item.module, not_for_scripts if file.is_entry_script else scripts)
     ]
 
@@ -85,7 +85,7 @@ def only_command_lines_import_argparse(files: Sequence[SourceFile]) -> list[str]
         f"{file.path}:{item.line} imports argparse"
         for file in files
         if not (file.is_tool or file.is_test or within(file.module, ("library.cli", "library.options")))
-        for item in file.imports()
+        for item in file.imports
         if within(item.module, ("argparse",))
     ]
 
@@ -105,7 +105,7 @@ def command_lines_start_without_torch(files: Sequence[SourceFile]) -> list[str]:
 
 def _chain_to_heavy(file: SourceFile, by_module: dict[str, SourceFile], seen: frozenset[str]) -> list[str]:
     """How importing `file` comes to import a heavy package: paths, then the package; empty where it does not."""
-    for item in file.imports():
+    for item in file.imports:
         if not item.at_import:
             continue
         if within(item.module, HEAVY):

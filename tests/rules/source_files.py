@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class SourceFile:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield node
 
+    @functools.cached_property
     def imports(self) -> list[Import]:
         """Every import; `from a.b import c` counts as a.b.c, which names the module where c is one."""
         found: list[Import] = []
@@ -96,9 +98,10 @@ def repository_paths() -> list[Path]:
     return [path for path in (ROOT / name for name in sorted(filter(None, names))) if path.is_file()]
 
 
-def repository_sources() -> list[SourceFile]:
-    return [
+@functools.cache
+def repository_sources() -> tuple[SourceFile, ...]:
+    return tuple(
         SourceFile(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
         for path in repository_paths()
         if path.suffix == ".py"
-    ]
+    )

@@ -224,7 +224,7 @@ def test_each_mistake_is_one_sentence(tiny_sd1_path: Path, tmp_path: Path, capsy
         ([*model, "--prompt", "a", *lora, "a", "--network_mul", 1, 2], "--network_mul: 2 values for 1 network"),
         ([*model, "--prompt", "a", *lora, "a", "--network_args", "dim"], "--network_args: 'dim' is not of the form"),
         ([*model, "--prompt", "a", "--sampler", "pndm", "--steps", 3], "--steps: 3 is out of range for the sampler"),
-        ([*model, "--prompt", "a", *lora, tmp_path / "broken.safetensors"], f"--network_weights: {tmp_path / 'broken.s'}"),
+        ([*model, "--prompt", "a", *lora, tmp_path / "broken.safetensors"], f"--network_weights: {tmp_path}/broken"),
         (
             [*model, "--prompt", "a", "--network_module", "networks.lorra", "--network_weights", tiny_sd1_path],
             "--network_module: there is no Python module 'networks.lorra'; did you mean networks.lora?",

@@ -57,7 +57,7 @@ def test_autocast_does_not_reach_the_vae(bundle: ModelBundle):
 @torch.no_grad()
 def test_float16_overflow_is_computed_again_in_float32(bundle: ModelBundle, caplog: pytest.LogCaptureFixture):
     model = bundle.vae
-    model.encoder.conv_in.weight.mul_(1e4)  # activations beyond 65504; the norm behind it makes up for the scale
+    model.encoder.conv_in.weight.mul_(1e5)  # activations beyond 65504; the norm behind it makes up for the scale
     model.encoder.conv_in.bias.zero_()
     pictures, noise = images(1, 3, 64, 64), torch.zeros(1, 4, 8, 8)
     model.half()
@@ -135,7 +135,7 @@ def test_sliced_attention_trains(bundle: ModelBundle, monkeypatch: pytest.Monkey
         attention.apply(bundle.unet, bundle.vae, kind)
         loss = bundle.unet(noised, timesteps, context).sample.square().sum()
         gradients += torch.autograd.grad(loss, [weight])
-    assert torch.allclose(*gradients, atol=1e-5)
+    assert (gradients[1] - gradients[0]).abs().max() < 1e-4 * gradients[0].abs().max()
 
 
 def test_gradient_checkpointing_of_the_unet(bundle: ModelBundle):

@@ -1,0 +1,131 @@
+"""What train_network.py says when something is wrong."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.runs import ROOT, flags, script, train_network
+
+
+def poisoned(path: Path, source: Path) -> Path:
+    """A checkpoint whose U-Net gives NaN for every input."""
+    tensors = load_file(source)
+    tensors["model.diffusion_model.out.2.bias"] = torch.full_like(tensors["model.diffusion_model.out.2.bias"], math.nan)
+    save_file(tensors, path)
+    return path
+
+
+def test_a_run_without_finite_losses_stops_and_says_why(options, tmp_path, tiny_sd1_path, capfd):
+    options |= {"pretrained_model_name_or_path": poisoned(tmp_path / "nan.safetensors", tiny_sd1_path)}
+    assert train_network(**{**options, "max_train_steps": 50}, max_nonfinite_steps=4) == 1
+    messages = capfd.readouterr().err
+    assert "step 1: loss or gradient is not finite" in messages and "image_00" in messages
+    assert "4 updates in a row without a finite loss" in messages.splitlines()[-1]
+    (saved,) = (tmp_path / "out").glob("net-step*.safetensors")
+    assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"network_dim": 0}, ["--network_dim", "0"]),
+        ({"network_dim": 100000}, ["--network_dim", "100000"]),
+        ({"resolution": 100}, ["--resolution", "100", "8"]),
+        ({"train_data_dir": "no/such/folder"}, ["--train_data_dir", "no/such/folder"]),
+        ({"pretrained_model_name_or_path": "missing.safetensors"}, ["missing.safetensors", "does not exist"]),
+        ({"v2": True}, ["--v2", "SD 1.x"]),
+        ({"network_module": "networks.lorra"}, ["--network_module", "networks.lorra"]),
+        ({"network_module": None}, ["--network_module", "networks.lora"]),
+        ({"network_args": ["conv_dimm=4"]}, ["conv_dimm", "conv_dim"]),
+        ({"resume": "nowhere"}, ["--resume", "nowhere"]),
+        ({"cache_latents": True, "random_crop": True}, ["--random_crop", "--cache_latents"]),
+        ({"lr_scheduler": "cosin"}, ["--lr_scheduler", "cosine"]),
+        ({"optimizer_type": "AdmaW"}, ["--optimizer_type", "AdamW"]),
+        ({"max_train_steps": 0}, ["--max_train_steps", "0"]),
+        ({"xformers": True, "sdpa": True}, ["--xformers", "--sdpa"]),
+        ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, ["--network_train_unet_only"]),
+        ({"output_name": "a/b"}, ["--output_name", "a/b", "--output_dir"]),
+        ({"mixed_precision": "fp16"}, ["--mixed_precision", "fp16", "GPU"]),
+    ],
+)
+def test_mistakes_are_one_sentence(options, capfd, change, words):
+    assert train_network(**{**options, **change}) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert all(word in last for word in words), last
+
+
+def test_wrong_kinds_of_model_files(options, tmp_path, tiny_sd1_path, capfd):
+    empty, text, cut = (tmp_path / name for name in ("empty.safetensors", "text.safetensors", "cut.safetensors"))
+    empty.touch()
+    text.write_text("hello, I am no model " * 50)
+    cut.write_bytes(tiny_sd1_path.read_bytes()[:100_000])
+    for path in (empty, text, cut):
+        assert train_network(**{**options, "pretrained_model_name_or_path": path}) == 2
+        last = capfd.readouterr().err.strip().splitlines()[-1]
+        assert path.name in last and "--pretrained_model_name_or_path" in last, last
+
+
+def test_a_file_where_the_output_folder_should_be(options, tmp_path, capfd):
+    (tmp_path / "file").touch()
+    assert train_network(**{**options, "output_dir": tmp_path / "file" / "x"}) == 2
+    assert "--output_dir" in capfd.readouterr().err
+
+
+def test_broken_configuration_files_name_line_or_key(options, tmp_path, capfd):
+    cases = {
+        "resolution = \n": ["not valid TOML", "line 1"],
+        "[a]\nresolutoin = '64'": ["resolutoin", "resolution"],
+        "network_dim = 'four'": ["network_dim", "'four'"],
+        "mixed_precision = 'fp17'": ["mixed_precision", "'fp17'"],
+    }
+    for content, words in cases.items():
+        (tmp_path / "run.toml").write_text(content)
+        assert train_network(config_file=tmp_path / "run.toml", **options) == 2
+        last = capfd.readouterr().err.strip().splitlines()[-1]
+        assert all(word in last for word in words), last
+
+
+def test_help_and_mistakes_do_not_load_torch(options):
+    """What can be said without torch is said without it: help, typos, wrong files, wrong folders."""
+    probe = (
+        "import sys; sys.argv[0] = 'train_network.py'\n"
+        "import train_network\nfrom library.cli.training import run\n"
+        "try: code = run(train_network.SCRIPT)\nexcept SystemExit as stop: code = stop.code\n"
+        "print(code, 'torch' in sys.modules)"
+    )
+    for words, code in (
+        (["--help"], 0),
+        (["--no_such_flag"], 2),
+        (flags(**{**options, "v2": True}), 2),
+        (flags(**{**options, "train_data_dir": "nowhere"}), 2),
+        (flags(**{**options, "network_dim": 0}), 2),
+    ):
+        done = subprocess.run([sys.executable, "-c", probe, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.split("\n")[-2] == f"{code} False", done.stdout + done.stderr
+
+
+def test_an_unexpected_error_is_one_sentence_with_the_traceback_in_the_log(options, tmp_path, capfd, monkeypatch):
+    from library.train import session
+
+    monkeypatch.setattr(session, "train", lambda run: 1 / 0)
+    assert train_network(**options) == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "ZeroDivisionError" in last and "net.log" in last and "Traceback" not in last
+    assert "Traceback" in (tmp_path / "out" / "net.log").read_text()
+
+
+def test_as_users_start_it(options, tmp_path):
+    done = script("train_network.py", *flags(**options))
+    assert done.returncode == 0, done.stderr
+    assert "model saved." in done.stderr and "100%" in done.stderr
+    assert (tmp_path / "out" / "net.safetensors").exists()

@@ -1,0 +1,167 @@
+"""train_network.py stopped, killed and resumed; split over workers and processes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.runs import ENVIRONMENT, ROOT, equal_files, flags, logged, metadata_of, train_network
+
+
+def test_resume_in_mid_epoch_ends_in_the_same_weights(options, tmp_path):
+    options |= {
+        "max_train_steps": 9,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler": "cosine",
+        "network_dropout": 0.1,
+    }
+    options |= {"shuffle_caption": True, "flip_aug": True, "caption_dropout_rate": 0.3}
+    assert train_network(**options, save_every_n_steps=2, save_state=True) == 0
+    whole = tmp_path / "out" / "net.safetensors"
+    for step in (2, 4):
+        state = tmp_path / "out" / f"net-step{step:08d}-state"
+        again = {**options, "output_dir": tmp_path / f"again{step}"}
+        assert train_network(**again, resume=state) == 0
+        assert equal_files(whole, tmp_path / f"again{step}" / "net.safetensors")
+
+
+def test_a_state_holds_only_what_is_trained(options, tmp_path, tiny_sd1_path):
+    assert train_network(**options, save_state=True) == 0
+    state = tmp_path / "out" / "net-state"
+    size = sum(path.stat().st_size for path in state.iterdir())
+    trained = (tmp_path / "out" / "net.safetensors").stat().st_size
+    assert size < 5 * trained, "weights and two moments, nothing of the frozen model"
+
+
+def test_resume_with_other_settings_says_which(options, tmp_path, capfd):
+    assert train_network(**options, save_state=True) == 0
+    capfd.readouterr()
+    state = tmp_path / "out" / "net-state"
+    assert train_network(**{**options, "learning_rate": 5e-4, "network_dim": 2}, resume=state) == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert "--learning_rate was 0.001 and is 0.0005" in message and "--network_dim was 4 and is 2" in message
+
+
+def test_resume_with_other_images_is_refused(options, tmp_path, images, capfd):
+    assert train_network(**options, save_state=True) == 0
+    copied = tmp_path / "more"
+    shutil.copytree(images, copied)
+    first = sorted((copied / "2_disc").glob("*.txt"))[0]
+    first.write_text("another caption")
+    again = {**options, "train_data_dir": copied, "resume": tmp_path / "out" / "net-state"}
+    capfd.readouterr()
+    assert train_network(**again) == 2
+    assert "train_data_dir" in capfd.readouterr().err  # the path differs, said first
+    shutil.copytree(copied, images.parent / "same", dirs_exist_ok=True)
+
+
+def test_resume_latest(options, tmp_path, capfd):
+    options |= {"save_every_n_steps": 2, "save_state": True, "max_train_steps": 5, "resume": "latest"}
+    assert train_network(**options) == 0
+    assert "there is no state of this run yet" in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "out" / "net-state")
+    first = (tmp_path / "out" / "net.safetensors").read_bytes()
+    assert train_network(**options) == 0
+    assert "going on after step 4" in capfd.readouterr().err
+    del first
+    assert train_network(**{**options, "output_dir": tmp_path / "b", "resume": None}) == 0
+    assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "b" / "net.safetensors")
+
+
+def test_kill_at_random_steps_and_resume_ends_in_the_same_weights(options, tmp_path):
+    """Three times SIGKILL while it runs, each time resumed from the newest complete state: bit for bit the same."""
+    options |= {"max_train_steps": 24, "save_every_n_steps": 3, "save_state": True, "lr_scheduler": "linear"}
+    assert train_network(**options) == 0
+    whole = tmp_path / "out" / "net.safetensors"
+    options |= {"output_dir": tmp_path / "killed", "resume": "latest"}
+    draw = random.Random(3)
+    for _ in range(3):
+        target = f"net-step{3 * draw.randrange(1, 3) + _progress(tmp_path / 'killed'):08d}-state"
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "train_network.py", *flags(**options)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+        )
+        _wait_for(tmp_path / "killed" / target, process)
+        time.sleep(draw.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed" / "net.safetensors").exists(), "killed too late to show anything"
+    assert train_network(**options) == 0
+    assert equal_files(whole, tmp_path / "killed" / "net.safetensors")
+
+
+def _progress(folder: Path) -> int:
+    steps = [int(path.name.split("step")[1][:8]) for path in folder.glob("net-step*-state")]
+    return max(steps, default=0)
+
+
+def _wait_for(path: Path, process: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end and process.poll() is None, f"{path.name} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(options, tmp_path, number, code):
+    options |= {"max_train_steps": 5000, "max_data_loader_n_workers": 1}
+    command = [sys.executable, ROOT / "train_network.py", *flags(**options, save_every_n_steps=2)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    _wait_for(tmp_path / "out" / "net-step00000002.safetensors", process)
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == code
+    (state,) = (tmp_path / "out").glob("net-step*-state")
+    assert f'--resume "{state}"' in messages and "Traceback" not in messages
+    step = int(state.name.split("step")[1][:8])
+    assert (tmp_path / "out" / f"net-step{step:08d}.safetensors").exists()
+    assert train_network(**{**options, "max_train_steps": step + 1}, resume=state) == 0
+
+
+# ---------------------------------------------------------------------------------------------- equalities
+
+
+def test_any_number_of_workers_gives_the_same_weights(options, tmp_path):
+    options |= {"max_train_steps": 5, "flip_aug": True, "shuffle_caption": True, "random_crop": True}
+    files = []
+    for workers in (0, 1, 4):
+        folder = tmp_path / str(workers)
+        assert train_network(**{**options, "output_dir": folder, "max_data_loader_n_workers": workers}) == 0
+        files.append(folder / "net.safetensors")
+    assert equal_files(files[0], files[1]) and equal_files(files[0], files[2])
+
+
+def test_two_processes_equal_one(options, tmp_path):
+    """2 processes x batch 2 = 1 process x batch 4: the same losses to 1e-5, the same steps and rates."""
+    # plain SGD: AdamW divides by the size of a gradient, and would turn rounding of tiny ones into large steps
+    options |= {"max_train_steps": 5, "lr_scheduler": "linear", "lr_warmup_steps": 2}
+    options |= {"optimizer_type": "SGDNesterov", "learning_rate": 0.1, "max_grad_norm": 1.0}
+    options |= {"resolution": 256, "max_bucket_reso": 256}  # at 64 px a group norm sees two numbers: all rounding
+    one = {**options, "train_batch_size": 4, "logging_dir": tmp_path / "log1", "output_dir": tmp_path / "one"}
+    assert train_network(**one) == 0
+    two = {**options, "train_batch_size": 2, "logging_dir": tmp_path / "log2", "output_dir": tmp_path / "two"}
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "train_network.py", *flags(**two),
+    ]  # fmt: skip
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert logged(tmp_path / "log1", "loss/current") == pytest.approx(
+        logged(tmp_path / "log2", "loss/current"), abs=1e-5
+    )
+    for tag in ("lr/unet", "lr/textencoder"):
+        assert logged(tmp_path / "log1", tag) == logged(tmp_path / "log2", tag)
+    first, second = (load_file(tmp_path / name / "net.safetensors") for name in ("one", "two"))
+    distance = sum((first[name] - second[name]).square().sum() for name in first).sqrt()
+    length = sum(first[name].square().sum() for name in first if "lora_up" in name).sqrt()
+    assert 0 < distance < 1e-4 * length, "the same training up to rounding"
+    steps = [metadata_of(tmp_path / name / "net.safetensors")["ss_steps"] for name in ("one", "two")]
+    assert steps == ["5", "5"]
