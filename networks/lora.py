@@ -140,13 +140,15 @@ def build_network(multiplier: float, layers: ModelLayers, rule: RankRule, settin
 
 
 def check_ranks(network: LoRANetwork) -> None:
-    """OptionError when a rank exceeds what its layer's matrix can have."""
-    module: Any
-    for module in network.adapters:
-        largest = min(layer_size(module.layer))
-        if module.rank > largest:
-            where = "--network_dim" if is_pointwise(module.layer) else argument("conv_dim")
-            raise OptionError(where, f"{module.rank} is larger than {module.name} allows", f"use {largest} or less")
+    """OptionError when a rank exceeds what its layer's matrix can have; names the narrowest such layer."""
+    modules: list[Any] = network.adapters
+    too_large = [module for module in modules if module.rank > min(layer_size(module.layer))]
+    if not too_large:
+        return
+    module = min(too_large, key=lambda module: min(layer_size(module.layer)))
+    where = "--network_dim" if is_pointwise(module.layer) else argument("conv_dim")
+    way_out = f"use {min(layer_size(module.layer))} or less"
+    raise OptionError(where, f"{module.rank} is larger than {module.name} allows", way_out)
 
 
 def ranks_of_file(tensors: Mapping[str, torch.Tensor], file: str) -> dict[str, Rank]:

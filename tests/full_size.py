@@ -1,4 +1,4 @@
-"""Full-size Stable Diffusion single files with random weights, written tensor by tensor: 2.1 GB (SD 1.5), 2.6 GB (2.1)."""
+"""Full-size Stable Diffusion single files with random weights, written one by one: 2.1 GB (SD 1.5), 2.6 GB (2.1)."""
 
 from __future__ import annotations
 
@@ -71,11 +71,16 @@ def _openclip_extras(start: int, pool: torch.Tensor) -> list[Entry]:
 
 
 def _random_entry(name: str, shape: tuple[int, ...], pool: torch.Tensor, index: int) -> Entry:
-    """Numbers from the pool, from another place for each tensor."""
+    """Numbers from the pool (deviation 0.02), from another place for each tensor."""
 
     def produce() -> torch.Tensor:
         start, count = 1009 * index % BLOCK, math.prod(shape)
         block = pool[start : start + BLOCK]
-        return (block.repeat(-(-count // BLOCK)) if count > BLOCK else block)[:count].reshape(shape)
+        numbers = (block.repeat(-(-count // BLOCK)) if count > BLOCK else block)[:count].reshape(shape)
+        if len(shape) == 1 and name.endswith("weight"):
+            return 1 + numbers  # a norm
+        if len(shape) > 1:  # keeps the size of activations through the layers, so that pictures are alive
+            return numbers * (50 / math.prod(shape[1:]) ** 0.5)
+        return numbers
 
     return Entry(name, header_dtype(pool.dtype), shape, produce)

@@ -168,6 +168,11 @@ def vae_architecture(shapes: Shapes, prefix: str = VAE_PREFIX) -> VaeArchitectur
     )
 
 
+def vae_prefix(keys: Iterable[str]) -> str:
+    """Where a file holds its VAE: a checkpoint under a prefix, a file of a VAE alone without one."""
+    return VAE_PREFIX if f"{VAE_PREFIX}encoder.conv_in.weight" in keys else ""
+
+
 def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
 

@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from library.checkpoints.architecture import ArchitectureError, model_kind, text_architecture, unet_architecture
+from library.checkpoints.architecture import (
+    ArchitectureError,
+    model_kind,
+    text_architecture,
+    unet_architecture,
+    vae_architecture,
+    vae_prefix,
+)
 from library.checkpoints.source import ModelSource
 from library.checkpoints.weights import open_weights
 from library.options import OptionError
 
+VAE_FLAG = "--vae"
 MODEL_FLAG = "--pretrained_model_name_or_path"
 SDXL_SCRIPT = "sdxl_train_network.py"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -40,11 +48,37 @@ def resolve_model(path: str, flag: str = MODEL_FLAG) -> Path:
     found = Path(path).expanduser()
     if found.exists():
         return found.resolve()
-    if HUB_ID.fullmatch(path) and found.suffix.lower() not in (".safetensors", ".ckpt", ".pt", ".bin"):
+    if _may_be_hub_id(path):
         from library.checkpoints.hub import fetch_model
 
         return fetch_model(path, flag)
     raise OptionError(flag, f"{path} does not exist", "check the path")
+
+
+def check_vae(path: str, flag: str = VAE_FLAG) -> Path:
+    """The file or folder of an external VAE; raises OptionError naming `flag` for what is none. Headers only."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        if not _may_be_hub_id(path):
+            raise OptionError(flag, f"{path} does not exist", "check the path")
+        from library.checkpoints.hub import fetch_vae
+
+        found = fetch_vae(path, flag)
+    if found.is_dir():
+        folder = found if (found / "config.json").is_file() else found / "vae"
+        read_config(folder / "config.json", flag)
+        return folder
+    with open_weights(found, flag) as weights:
+        try:
+            vae_architecture(weights.shapes, vae_prefix(weights.shapes))
+        except ArchitectureError as error:
+            raise OptionError(flag, f"{path} is no VAE of Stable Diffusion: {error}") from None
+    return found
+
+
+def _may_be_hub_id(path: str) -> bool:
+    is_file_name = Path(path).suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
+    return HUB_ID.fullmatch(path) is not None and not is_file_name
 
 
 # -------------------------------------------------------------------------------------------- one file

@@ -229,20 +229,20 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
+def atomic_file(path: Path | str, size: int | None = None, *, at_least: int = 0) -> Iterator[BinaryIO]:
     """A file that appears under `path` when the block ends, flushed to disk, and leaves no trace when it fails.
 
-    `size` in bytes, if known, is checked against the free disk space first and against the file afterwards.
+    `size` in bytes, if known, is checked against the free disk space first and against the file afterwards; `at_least`
+    is the space to look for where the size is only estimated.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if size is not None:
-            require_disk_space(path.parent, size)
+        require_disk_space(path.parent, size or at_least)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
         raise OptionError("", f"{path} can't be written: {error.strerror}", "choose another output folder") from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.architecture import vae_prefix
 from library.checkpoints.keymaps import (
     CLIP_PREFIX,
     OPENCLIP_PREFIX,
@@ -56,8 +57,7 @@ def part_slots(part: str, keys: Iterable[str], *, kind: str, file_keys: Iterable
     if part == "unet":
         return unet_slots(keys)
     if part == "vae":
-        bare = "encoder.conv_in.weight" in file_keys and f"{VAE_PREFIX}encoder.conv_in.weight" not in file_keys
-        return vae_slots(keys, "" if bare else VAE_PREFIX)
+        return vae_slots(keys, vae_prefix(file_keys) if "encoder.conv_in.weight" in file_keys else VAE_PREFIX)
     if any(key.startswith(OPENCLIP_PREFIX) for key in file_keys) or (kind == "sd2" and not file_keys):
         return openclip_slots(keys)
     slots = clip_slots(keys)
@@ -117,7 +117,7 @@ def save_single_file(
         tensor = entry.produce()
         require_finite(entry, tensor)
         content["state_dict"][entry.name] = tensor
-    with atomic_file(path) as file:
+    with atomic_file(path, at_least=sum(entry.nbytes for entry in entries)) as file:
         torch.save(content, file)
 
 
@@ -205,6 +205,4 @@ def _unused_openclip_entries(model: ModelState, dtype: torch.dtype | None) -> li
 
 def single_file_state(model: ModelState) -> dict[str, torch.Tensor]:
     """The tensors of a single file for a model that comes from no file."""
-    return {
-        entry.name: entry.produce() for entry in (*model_entries(model, None), *_source_entries(model, None, None))
-    }
+    return {entry.name: entry.produce() for entry in (*model_entries(model, None), *_source_entries(model, None, None))}

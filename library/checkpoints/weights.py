@@ -30,9 +30,16 @@ DAMAGE = (
 class Weights(Protocol):
     """Named tensors of one or several files; a context manager that closes them."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]  # as a safetensors header names them: "F16", "F32", ...
-    metadata: Mapping[str, str]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """As a safetensors header names them: "F16", "F32", ..."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
 
     def tensor(self, name: str) -> torch.Tensor:
         """A CPU tensor that may share memory with the file."""
@@ -164,7 +171,9 @@ def _unpickle(path: Path, where: str) -> dict[str, Any]:
                 stack.enter_context(torch.serialization.safe_globals([(Inert, name) for name in foreign]))
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except DAMAGE as error:
-        if "Unsupported global" in str(error):  # foreign objects, in the form of before PyTorch 1.6, which has no list of them
+        if "Unsupported global" in str(
+            error
+        ):  # foreign objects, in the form of before PyTorch 1.6, which has no list of them
             problem = f"{subject} holds more than tensors, in an old form that can't be read safely"
             raise OptionError("", problem, "convert it to .safetensors") from None
         with path.open("rb") as file:

@@ -6,13 +6,20 @@ edition; JPEG: ITU-T T.81 with Exif 2.32; WebP: RFC 9649); everything else, and 
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import os
 import re
 import struct
 import zlib
 from collections.abc import Callable
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PLUGINS = (("pillow_avif", "pillow_avif"), ("pillow_jxl", "pillow_jxl"), ("jxlpy", "jxlpy.JXLImagePlugin"))
 HEAD_BYTES = 4096  # covers nearly every header, and a page of the disk is read in any case
 ORIENTATION_TAG = 0x0112
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -92,11 +99,26 @@ def _reader(view: _View) -> Callable[[_View], Stored]:
     raise _Unknown
 
 
+def open_image(source: str | BinaryIO) -> Image:
+    """Pillow's image, not yet decoded, with the plug-ins for AVIF and JPEG XL that are installed."""
+    from PIL import Image
+
+    _register_plugins()
+    return Image.open(source)
+
+
+@functools.cache
+def _register_plugins() -> None:
+    for package, module in PLUGINS:
+        if importlib.util.find_spec(package):
+            importlib.import_module(module)
+
+
 def _read_with_pillow(path: str) -> Header:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             orientation = image.getexif().get(ORIENTATION_TAG, 1)
             size = image.size
     except UnidentifiedImageError:

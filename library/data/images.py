@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.data.buckets import Placement
-from library.data.headers import BadImage, png_checksums_hold
+from library.data.headers import BadImage, open_image, png_checksums_hold
 
 UPRIGHT = {  # Exif orientation -> how the stored picture becomes upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,7 +41,7 @@ def load_image(source: str | bytes, orientation: int = 1) -> np.ndarray:
     Raises BadImage with the reason.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             rgb = _to_rgb(image)
             return np.asarray(rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb)
     except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error ...
@@ -125,7 +125,7 @@ def _why_broken(path: str) -> str | None:
             content = file.read()
         if png_checksums_hold(content):
             return None
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             # a JPEG decoded at an eighth of its size is read to the end as well, at half the cost
             image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()

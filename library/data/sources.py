@@ -10,13 +10,15 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from library.data.headers import BadImage, read_header
+from library.data.headers import BadImage, Header, read_header
 from library.options import OptionError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,12 @@ logger = logging.getLogger(__name__)
 CAPTION_FALLBACKS = (".txt", ".caption")  # what people have when nothing has the extension asked for
 FACE_PIECES = 4  # "name_cx_cy_w_h": a face position in the file name, which the caption's name may lack
 NAMES_SHOWN = 5
+READ_TOGETHER = 256  # images between two looks at how slow the disk is
+SLOW_SECONDS = 0.0005  # of waiting per image, not of work: more means a slow disk
+SLOW_DISK_THREADS = 32
+
+ReadTask = tuple[str, str | None]  # image, caption file
+ReadResult = tuple[Header | BadImage, str | None | UnicodeDecodeError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +91,49 @@ def scan_folder(folder: Path, *, caption_extension: str, class_tokens: str | Non
     names = sorted(name for name in files if is_image(name))
     extension = _extension_in_use(names, files, caption_extension)
     base = os.path.join(folder, "")
+    files_of = [(base + name, _caption_name(name, files, extension)) for name in names]
+    tasks = [(path, base + caption if caption else None) for path, caption in files_of]
     images, broken, uncaptioned, unreadable = [], {}, [], []
-    for name in tqdm(names, desc=f"reading {folder.name}", leave=False, delay=2, unit="image"):
-        path = base + name
-        try:
-            header = read_header(path)
-        except BadImage as error:
-            broken[path] = str(error)
-            continue
-        caption_name = _caption_name(name, files, extension)
-        if caption_name is None:
-            uncaptioned.append(path)
-            caption = class_tokens or ""
+    for (path, caption_path), (header, caption) in zip(tasks, _read_all(tasks, folder.name), strict=True):
+        if isinstance(header, BadImage):
+            broken[path] = str(header)
+        elif isinstance(caption, UnicodeDecodeError):
+            unreadable.append(caption_path)
         else:
-            try:
-                caption = read_caption(base + caption_name)
-            except UnicodeDecodeError:
-                unreadable.append(base + caption_name)
-                continue
-        images.append(ImageRecord(path, header.size_wh, header.orientation, caption))
+            text = (class_tokens or "") if caption is None else caption
+            images.append(ImageRecord(path, header.size_wh, header.orientation, text))
+            uncaptioned += [] if caption_path else [path]
     return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable))
+
+
+def _read_all(tasks: Sequence[ReadTask], name: str) -> Iterator[ReadResult]:
+    """Read image by image; in threads where files answer slowly, as over a network.
+
+    From memory or a fast disk one thread is faster than many, which would take turns at the interpreter.
+    """
+    bar = tqdm(total=len(tasks), desc=f"reading {name}", leave=False, delay=2, unit="image")
+    with bar, ThreadPoolExecutor(SLOW_DISK_THREADS) as pool:
+        waited = 0.0
+        for start in range(0, len(tasks), READ_TOGETHER):
+            chunk = tasks[start : start + READ_TOGETHER]
+            before = time.perf_counter() - time.thread_time()
+            is_slow = waited > SLOW_SECONDS * READ_TOGETHER
+            yield from [*(pool.map if is_slow else map)(_read, chunk)]
+            if not is_slow:
+                waited = time.perf_counter() - time.thread_time() - before
+            bar.update(len(chunk))
+
+
+def _read(task: ReadTask) -> ReadResult:
+    image_path, caption_path = task
+    try:
+        header = read_header(image_path)
+    except BadImage as error:
+        return error, None
+    try:
+        return header, read_caption(caption_path) if caption_path else None
+    except UnicodeDecodeError as error:
+        return header, error
 
 
 def read_caption(path: str) -> str:

@@ -12,7 +12,7 @@ class ModelOptions:
     """The base model."""
 
     pretrained_model_name_or_path: str | None = opt(
-        help="base model: a .safetensors or .ckpt file, a Diffusers folder, or a hub id (the only case that uses the network)"
+        help="base model: a .safetensors or .ckpt file, a Diffusers folder, or a hub id (only this uses the network)"
     )
     v2: bool = opt(False, help="assert that the model is Stable Diffusion 2.x (found from the file in any case)")
     v_parameterization: bool = opt(

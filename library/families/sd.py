@@ -94,18 +94,22 @@ class StableDiffusion:
         What a single-file source holds beside the model goes along unchanged. In a .ckpt, `ss_epoch` and `ss_steps` of
         `metadata` are added to the source's counters.
         """
-        (text_encoder,) = bundle.text_encoders
-        parts = (bundle.unet, text_encoder, bundle.vae)
-        model = ModelState(bundle.source.kind, *(part.state_dict() for part in parts))
+        unet, (text_encoder,), vae = bundle.unet, bundle.text_encoders, bundle.vae
+        model = ModelState(bundle.source.kind, unet.state_dict(), text_encoder.state_dict(), vae.state_dict())
         with _source_weights(bundle.source) as source:
-            if as_diffusers:
-                save_diffusers_folder(
-                    model, tuple(part.config for part in parts), path, source=source, dtype=dtype,
-                    v_prediction=bundle.source.v_prediction, template=_folder_of(bundle.source),
-                )  # fmt: skip
-            else:
-                counters = tuple(int(metadata.get(key, 0)) for key in ("ss_epoch", "ss_steps"))
+            if not as_diffusers:
+                counters = int(metadata.get("ss_epoch", 0)), int(metadata.get("ss_steps", 0))
                 save_single_file(model, path, source=source, dtype=dtype, metadata=metadata, counters=counters)
+                return
+            save_diffusers_folder(
+                model,
+                (unet.config, text_encoder.config, vae.config),
+                path,
+                source=source,
+                dtype=dtype,
+                v_prediction=bundle.source.v_prediction,
+                template=_folder_of(bundle.source),
+            )
 
     def describe(self, bundle: ModelBundle) -> dict[str, Any]:
         """ss_v2 and ss_base_model_version, and the kind and prediction type that modelspec asks for."""

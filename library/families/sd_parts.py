@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from library.checkpoints.architecture import (
     ArchitectureError,
@@ -15,49 +16,48 @@ from library.checkpoints.architecture import (
     text_architecture,
     unet_architecture,
     vae_architecture,
+    vae_prefix,
 )
 from library.checkpoints.keymaps import VAE_PREFIX, classic_text_key, modern_vae_key
-from library.checkpoints.probe import HUB_ID, read_config
+from library.checkpoints.probe import VAE_FLAG, check_vae, read_config
 from library.checkpoints.sd import part_reader
 from library.checkpoints.weights import Weights, open_component, open_weights
 from library.families.base import LoadPlan
-from library.models.build import build_text_encoder, build_unet, build_vae, fill
+from library.models.build import build_from_config, build_text_encoder, build_unet, build_vae, fill
 from library.options import OptionError
 
-VAE_FLAG = "--vae"
 Parts = tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]  # U-Net, text encoder, VAE
 
 
 def load_from_file(path: Path, kind: str, vae: torch.nn.Module | None, plan: LoadPlan, flag: str) -> Parts:
-    """The parts of a single file; `vae` replaces the file's own."""
+    """The parts of a single file; `vae` replaces the file's own. Missing tensors are found before any is read."""
     with open_weights(path, flag) as weights:
-        subject = f"{flag}: {path}"
-
-        def part(name: str, module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-            reader = part_reader(name, module.state_dict(), weights, kind=kind, subject=subject)
-            return fill(module, reader, dtype=dtype, device=plan.device)
-
+        modules: dict[str, torch.nn.Module] = {}
         try:
             with torch.device("meta"):
-                unet = build_unet(unet_architecture(weights.shapes, kind))
-                text_encoder = build_text_encoder(text_architecture(weights.shapes, kind))
-                own_vae = None if vae else build_vae(vae_architecture(weights.shapes))
+                modules["unet"] = build_unet(unet_architecture(weights.shapes, kind))
+                modules["text_encoder"] = build_text_encoder(text_architecture(weights.shapes, kind))
+                if vae is None:
+                    modules["vae"] = build_vae(vae_architecture(weights.shapes))
         except ArchitectureError as error:
             way_out = "name a VAE with --vae" if VAE_PREFIX in str(error) else "use a complete checkpoint"
             raise OptionError(flag, f"{path} is incomplete: {error}", way_out) from None
-        part("unet", unet, plan.unet)
-        part("text_encoder", text_encoder, plan.text_encoders)
-        return unet, text_encoder, vae or part("vae", own_vae, plan.vae)
+        readers = {
+            part: part_reader(part, module.state_dict(), weights, kind=kind, subject=f"{flag}: {path}")
+            for part, module in modules.items()
+        }
+        dtypes = {"unet": plan.unet, "text_encoder": plan.text_encoders, "vae": plan.vae}
+        for part, module in modules.items():
+            fill(module, readers[part], dtype=dtypes[part], device=plan.device)
+    return modules["unet"], modules["text_encoder"], vae or modules["vae"]
 
 
 def load_from_folder(folder: Path, vae: torch.nn.Module | None, plan: LoadPlan, flag: str) -> Parts:
     """The parts of a Diffusers folder."""
     unet_config, text_config = (read_config(folder / part / "config.json", flag) for part in ("unet", "text_encoder"))
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
-        text_encoder = build_text_encoder(
-            _text_architecture(read_config(folder / "text_encoder" / "config.json", flag))
-        )
+        unet = build_from_config(UNet2DConditionModel, unet_config)
+        text_encoder = build_text_encoder(_text_architecture(text_config))
     _fill_from_folder(unet, folder / "unet", "diffusion_pytorch_model", plan.unet, plan.device, flag)
     _fill_from_folder(
         text_encoder, folder / "text_encoder", "model", plan.text_encoders, plan.device, flag, classic_text_key
@@ -67,37 +67,22 @@ def load_from_folder(folder: Path, vae: torch.nn.Module | None, plan: LoadPlan, 
 
 def load_vae(path: str, plan: LoadPlan) -> torch.nn.Module:
     """An external VAE: a Diffusers folder (itself or its "vae"), a file in either layout, a checkpoint, a hub id."""
-    found = Path(path).expanduser()
-    if not found.exists():
-        if not HUB_ID.fullmatch(path) or found.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin"):
-            raise OptionError(VAE_FLAG, f"{path} does not exist", "check the path")
-        from library.checkpoints.hub import fetch_vae
-
-        found = fetch_vae(path, VAE_FLAG)
+    found = check_vae(path)
     if found.is_dir():
-        inner = found / "vae"
-        return _load_vae_folder(found if (found / "config.json").is_file() else inner, plan, VAE_FLAG)
+        return _load_vae_folder(found, plan, VAE_FLAG)
     with open_weights(found, VAE_FLAG) as weights:
-        return _vae_of_file(found, weights, plan)
-
-
-def _vae_of_file(path: Path, weights: Weights, plan: LoadPlan) -> torch.nn.Module:
-    prefix = VAE_PREFIX if f"{VAE_PREFIX}encoder.conv_in.weight" in weights.shapes else ""
-    try:
         with torch.device("meta"):
-            vae = build_vae(vae_architecture(weights.shapes, prefix))
-    except ArchitectureError as error:
-        raise OptionError(VAE_FLAG, f"{path} is no VAE of Stable Diffusion: {error}") from None
-    if any(".down_blocks." in key for key in weights.shapes):
-        reader = _named_reader(vae, weights, f"{VAE_FLAG}: {path}", modern_vae_key)
-    else:
-        reader = part_reader("vae", vae.state_dict(), weights, kind="", subject=f"{VAE_FLAG}: {path}")
-    return fill(vae, reader, dtype=plan.vae, device=plan.device)
+            vae = build_vae(vae_architecture(weights.shapes, vae_prefix(weights.shapes)))
+        if any(".down_blocks." in key for key in weights.shapes):
+            reader = _named_reader(vae, weights, f"{VAE_FLAG}: {found}", modern_vae_key)
+        else:
+            reader = part_reader("vae", vae.state_dict(), weights, kind="", subject=f"{VAE_FLAG}: {found}")
+        return fill(vae, reader, dtype=plan.vae, device=plan.device)
 
 
 def _load_vae_folder(folder: Path, plan: LoadPlan, flag: str) -> torch.nn.Module:
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(read_config(folder / "config.json", flag))
+        vae = build_from_config(AutoencoderKL, read_config(folder / "config.json", flag))
     _fill_from_folder(vae, folder, "diffusion_pytorch_model", plan.vae, plan.device, flag, modern_vae_key)
     return vae
 

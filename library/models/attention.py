@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from library.options import OptionError
 
 SLICE_ELEMENTS = 1 << 24  # attention scores held at a time by the sliced kernel
 
 
-def apply(unet: torch.nn.Module, vae: torch.nn.Module, kind: str) -> None:
-    """Let both models use `kind`: "sdpa" (PyTorch's own), "xformers", or "sliced" (least memory, slow)."""
+def apply(unet: Any, vae: Any, kind: str) -> None:
+    """Let both models, of diffusers, use `kind`: "sdpa" (PyTorch's own), "xformers" or "sliced" (least memory)."""
     if kind == "xformers":
         _require_xformers()
         for model in (unet, vae):
-            model.enable_xformers_memory_efficient_attention()
+            try:
+                model.enable_xformers_memory_efficient_attention()
+            except (ValueError, NotImplementedError) as error:
+                raise OptionError("--xformers", f"xformers does not run here ({error})", "use --sdpa") from None
         return
     processor = {"sdpa": AttnProcessor2_0, "sliced": SlicedAttention}[kind]
     for model in (unet, vae):
@@ -31,7 +35,7 @@ def _require_xformers() -> None:
             "--xformers", "the package xformers is not installed", "use --sdpa, which is as fast, or install it"
         )
     try:
-        import xformers.ops  # noqa: F401
+        importlib.import_module("xformers.ops")
     except (ImportError, OSError) as error:
         problem = f"the package xformers can't be loaded ({error})"
         raise OptionError("--xformers", problem, "use --sdpa, or install a build for this version of PyTorch") from None
@@ -45,7 +49,7 @@ class SlicedAttention:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,  # diffusers.models.attention_processor.Attention
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,

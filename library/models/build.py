@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from library.checkpoints.architecture import TextArchitecture, UNetArchitecture, VaeArchitecture
 from library.models.text_encoder import TextEncoder
@@ -16,7 +19,7 @@ VAE_SCALE = 0.18215
 def build_unet(architecture: UNetArchitecture, *, sample_size: int = 64) -> UNet2DConditionModel:
     """diffusers' U-Net of these sizes; `sample_size` in latent pixels is only recorded."""
     has_attention = [depth > 0 for depth in architecture.transformer_depths]
-    return UNet2DConditionModel(
+    sizes: dict[str, Any] = dict(
         sample_size=sample_size,
         in_channels=architecture.in_channels,
         out_channels=architecture.out_channels,
@@ -30,12 +33,13 @@ def build_unet(architecture: UNetArchitecture, *, sample_size: int = 64) -> UNet
         use_linear_projection=architecture.linear_projection,
         upcast_attention=architecture.upcast_attention,
     )
+    return UNet2DConditionModel(**sizes)
 
 
 def build_vae(architecture: VaeArchitecture, *, sample_size: int = 512) -> AutoencoderKL:
     """diffusers' VAE of these sizes."""
     levels = len(architecture.channels)
-    return AutoencoderKL(
+    sizes: dict[str, Any] = dict(
         in_channels=architecture.image_channels,
         out_channels=architecture.image_channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -46,11 +50,18 @@ def build_vae(architecture: VaeArchitecture, *, sample_size: int = 512) -> Autoe
         sample_size=sample_size,
         scaling_factor=VAE_SCALE,
     )
+    return AutoencoderKL(**sizes)
 
 
 def build_text_encoder(architecture: TextArchitecture) -> TextEncoder:
     """A CLIP text encoder of these sizes."""
     return TextEncoder(architecture)
+
+
+def build_from_config(model_class: type[torch.nn.Module], config: Mapping[str, Any]) -> torch.nn.Module:
+    """A diffusers model of the sizes its config.json states; entries of other versions are left aside."""
+    known = inspect.signature(model_class.__init__).parameters
+    return model_class(**{name: value for name, value in config.items() if name in known})
 
 
 def fill(

@@ -9,6 +9,7 @@ Shape letters: B samples, N windows of text, T = 77 tokens of a window, D featur
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,8 @@ class TextEncoder(torch.nn.Module):
 
     The layers are transformers' own; only the path to them, the loop over them and gradient checkpointing are here.
     """
+
+    text_model: Any  # embeddings, encoder.layers, final_layer_norm
 
     def __init__(self, architecture: TextArchitecture) -> None:
         super().__init__()
@@ -89,7 +92,7 @@ class TextEncoder(torch.nn.Module):
 
 def clip_config(architecture: TextArchitecture) -> CLIPTextConfig:
     """The configuration other programs read from a Diffusers folder; token ids are the trade's (they are not used)."""
-    return CLIPTextConfig(
+    config = CLIPTextConfig(
         vocab_size=architecture.vocabulary,
         hidden_size=architecture.width,
         intermediate_size=architecture.mlp_width,
@@ -102,8 +105,9 @@ def clip_config(architecture: TextArchitecture) -> CLIPTextConfig:
         bos_token_id=0,
         eos_token_id=2,
         pad_token_id=1,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
+    return config
 
 
 def encode_windows(encoder: torch.nn.Module, token_ids_BNT: torch.Tensor, clip_skip: int | None) -> torch.Tensor:

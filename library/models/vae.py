@@ -4,7 +4,7 @@ Latents here are unscaled VAE samples: the family's `latent_scale` is applied by
 the VAE computes in the precision of its weights. float16 overflows in some VAEs; where the result is not finite the
 same input is computed again in float32. bfloat16 has float32's range and needs no such care.
 
-Shape letters: B images, C channels, H W pixels or latent pixels.
+`vae` is diffusers' AutoencoderKL everywhere. Shape letters: B images, C channels, H W pixels or latent pixels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from library.checkpoints.safetensors_io import raw_bytes
 logger = logging.getLogger(__name__)
 
 
-def encode(vae: torch.nn.Module, images_BCHW: torch.Tensor, noise_BCHW: torch.Tensor) -> torch.Tensor:
+def encode(vae: Any, images_BCHW: torch.Tensor, noise_BCHW: torch.Tensor) -> torch.Tensor:
     """Unscaled float32 latents, mean + std * noise, of images in [-1, 1].
 
     `noise_BCHW` is N(0, 1) of the latents' shape; H and W must be multiples of the VAE's factor (8).
@@ -35,19 +36,19 @@ def encode(vae: torch.nn.Module, images_BCHW: torch.Tensor, noise_BCHW: torch.Te
     return mean + std * noise_BCHW.to(mean)
 
 
-def decode(vae: torch.nn.Module, latents_BCHW: torch.Tensor) -> torch.Tensor:
+def decode(vae: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
     """float32 images in [-1, 1] (clamped) of unscaled latents."""
     (images,) = _robust(vae, lambda latents: (vae.decode(latents).sample,), latents_BCHW)
     return images.clamp(-1, 1)
 
 
-def set_memory_savers(vae: torch.nn.Module, *, slicing: bool = False, tiling: bool = False) -> None:
+def set_memory_savers(vae: Any, *, slicing: bool = False, tiling: bool = False) -> None:
     """`slicing`: one image at a time; `tiling`: large images in overlapping tiles (results differ a little)."""
     (vae.enable_slicing if slicing else vae.disable_slicing)()
     (vae.enable_tiling if tiling else vae.disable_tiling)()
 
 
-def fingerprint(vae: torch.nn.Module) -> str:
+def fingerprint(vae: Any) -> str:
     """A hash of what makes latents: names, precision and values of the encoder's weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in vae.state_dict().items():
@@ -57,18 +58,18 @@ def fingerprint(vae: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def latent_size(vae: torch.nn.Module, pixels: int) -> int:
+def latent_size(vae: Any, pixels: int) -> int:
     """Latent pixels of `pixels` along one side."""
     return pixels // downscaling(vae)
 
 
-def downscaling(vae: torch.nn.Module) -> int:
+def downscaling(vae: Any) -> int:
     """Pixels per latent pixel along one side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _robust(
-    vae: torch.nn.Module, compute: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], inputs: torch.Tensor
+    vae: Any, compute: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], inputs: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """The float32 results of `compute`, in the VAE's precision, or in float32 where float16 overflows."""
     weight = next(vae.parameters())
@@ -83,7 +84,7 @@ def _robust(
 
 
 @contextlib.contextmanager
-def _in_float32(vae: torch.nn.Module) -> Iterator[None]:
+def _in_float32(vae: Any) -> Iterator[None]:
     dtype = next(vae.parameters()).dtype
     vae.to(torch.float32)
     try:

@@ -62,7 +62,7 @@ class NetworkOptions:
         require(limit is None or limit > 0, "--scale_weight_norms", f"{limit} must be above 0")
         spare = len(self.base_weights_multiplier or ()) - len(self.base_weights or ())
         require(spare <= 0, "--base_weights_multiplier", "has more values than --base_weights has files")
-        self.arguments  # checks the form of --network_args
+        assert self.arguments is not None  # reading them checks their form
 
     @property
     def arguments(self) -> dict[str, str]:

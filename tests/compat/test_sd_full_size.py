@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,16 @@ def load(path: Path) -> ModelBundle:
     return StableDiffusion().load(ModelOptions(str(path)), AttentionOptions(), plan)
 
 
+@pytest.fixture()
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is emptied at once: pytest would keep gigabytes of several runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_round_trip_through_diffusers(kind: str, tmp_path: Path):
-    source = write_full_size(tmp_path / "source.safetensors", kind, FULL)
+def test_round_trip_through_diffusers(kind: str, scratch: Path):
+    source = write_full_size(scratch / "source.safetensors", kind, FULL)
     names = SafetensorsWeights(source).shapes
     for prefix, count in PARTS.items():
         assert sum(name.startswith(prefix) for name in names) == count
@@ -37,14 +46,14 @@ def test_round_trip_through_diffusers(kind: str, tmp_path: Path):
     assert bundle.source.kind == kind
     parts = (bundle.unet, bundle.text_encoders[0])
     assert PARAMETERS[kind] == tuple(sum(p.numel() for p in part.parameters()) for part in parts)
-    StableDiffusion().save(bundle, tmp_path / "folder", dtype=None, metadata={}, as_diffusers=True)
+    StableDiffusion().save(bundle, scratch / "folder", dtype=None, metadata={}, as_diffusers=True)
     del bundle, parts
-    source.rename(tmp_path / "moved.safetensors")  # the way back must not need it
+    source.rename(scratch / "moved.safetensors")  # the way back must not need it
 
     StableDiffusion().save(
-        load(tmp_path / "folder"), tmp_path / "back.safetensors", dtype=None, metadata={}, as_diffusers=False
+        load(scratch / "folder"), scratch / "back.safetensors", dtype=None, metadata={}, as_diffusers=False
     )
-    before, after = (SafetensorsWeights(tmp_path / f"{name}.safetensors") for name in ("moved", "back"))
+    before, after = (SafetensorsWeights(scratch / f"{name}.safetensors") for name in ("moved", "back"))
     assert after.shapes == before.shapes and after.dtypes == before.dtypes
     for name in names:
         assert torch.equal(before.tensor(name), after.tensor(name)), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +16,6 @@ from library.cli import generation
 from networks.lora import create_network
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ROOT / "tests" / "data" / "cli_gen_img_diffusers.json"  # the trade's declarations of the flags we have
-OWN_FLAGS = {"--no_half_vae"}  # the trade has it since 2026, after the table was made
 SMALL = ["--W", "64", "--H", "64", "--steps", "2", "--sampler", "euler"]
 
 
@@ -38,23 +35,6 @@ def difference(one: Path, other: Path) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- the command line
-
-
-def test_flags_are_the_trades() -> None:
-    parser = generation.build_parser("")
-    actions = {flag: action for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
-    expected = json.loads(FLAGS.read_text(encoding="utf-8"))
-    assert set(actions) == set(expected) | OWN_FLAGS | {"--help"}
-    for flag, declared in expected.items():
-        action = actions[flag]
-        if declared.get("action") == "store_true":
-            assert (action.nargs, action.const, action.default) == (0, True, False), flag
-            continue
-        assert action.type.__name__ == declared["type"], flag
-        assert action.default == declared.get("default"), flag
-        assert action.nargs == declared.get("nargs"), flag
-        choices = declared.get("choices")
-        assert action.choices == (choices and tuple(choices)), flag
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from library.checkpoints.probe import probe
+from library.checkpoints.probe import check_vae, probe
 from library.checkpoints.weights import open_weights
 from library.families.base import LoadPlan
 from library.families.options import ModelOptions
@@ -68,7 +70,7 @@ def test_v_prediction_from_metadata(metadata: dict | None, is_v: bool, tiny_sd1_
 
 def test_probe_of_a_safetensors_file_imports_no_torch(tiny_sd1_path: Path):
     code = (
-        "import sys; from library.checkpoints.probe import probe; "
+        "import sys; from library.checkpoints.probe import check_vae, probe; "
         f"assert probe({str(tiny_sd1_path)!r}).kind == 'sd1'; assert 'torch' not in sys.modules"
     )
     root = Path(__file__).resolve().parents[2]
@@ -183,6 +185,22 @@ def test_folder_that_is_no_model(tmp_path: Path, tiny_sd1_path: Path):
     assert "config.json is missing" in refusal(folder)
 
 
+def test_nothing_touches_the_network(tiny_sd1_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = folder_of(tiny_sd1_path, tmp_path / "folder")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for path in (tiny_sd1_path, folder):
+        bundle = load(path, vae=str(tiny_sd1_path))
+        StableDiffusion().tokenize(bundle.tokenizers, ["a cat"], 1)
+        StableDiffusion().save(bundle, tmp_path / "out", dtype=None, metadata={}, as_diffusers=True)
+
+
 def test_hub_id_without_a_network():
     """The test session is offline; an id that is nowhere on this machine gets one sentence."""
     assert "nobody/no-such-model is no file or folder here" in refusal("nobody/no-such-model")
@@ -200,11 +218,17 @@ def test_hub_id_that_is_in_the_hub_cache(tiny_sd1_path: Path, tmp_path: Path, mo
 
 
 def test_bad_vae(tiny_sd1_path: Path, tmp_path: Path):
-    with pytest.raises(OptionError, match="^--vae: .*none.pt does not exist"):
-        load(tiny_sd1_path, vae=str(tmp_path / "none.pt"))
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(OptionError, match="^--vae: .*x.safetensors is no VAE of Stable Diffusion"):
-        load(tiny_sd1_path, vae=str(tmp_path / "x.safetensors"))
+    refusals = {
+        "none.pt": "^--vae: .*none.pt does not exist",
+        "x.safetensors": "^--vae: .*x.safetensors is no VAE of Stable Diffusion",
+        ".": "^--vae: .*config.json is missing",
+    }
+    for name, sentence in refusals.items():
+        with pytest.raises(OptionError, match=sentence):
+            check_vae(str(tmp_path / name))
+        with pytest.raises(OptionError, match=sentence):
+            load(tiny_sd1_path, vae=str(tmp_path / name))
 
 
 # -------------------------------------------------------------------------------------------- pickles

@@ -212,7 +212,9 @@ def test_old_and_new_spellings_of_diffusers_folders(tiny_sd1_path: Path, tmp_pat
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     content = load_file(vae)
     for new_name, old_name in old.items():
-        content = {name.replace(f"attentions.0.{new_name}.", f"attentions.0.{old_name}."): t for name, t in content.items()}
+        content = {
+            name.replace(f"attentions.0.{new_name}.", f"attentions.0.{old_name}."): t for name, t in content.items()
+        }
     vae.unlink()
     torch.save(content, folder / "vae" / "diffusion_pytorch_model.bin")
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"

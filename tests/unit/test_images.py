@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from library.data.buckets import Placement
 from library.data.headers import BadImage, Header, read_header
 from library.data.images import augment_color, find_broken, load_image, place, resize, to_tensor
+from library.data.sources import is_image
 from tests.tiny_data import tiny_image
 
 FORMATS = {"png": {}, "jpg": {"quality": 95}, "webp": {"lossless": True}, "webp_lossy.webp": {"quality": 95}, "bmp": {}}
@@ -62,6 +63,14 @@ def test_progressive_grey_and_formats_left_to_pillow(tmp_path):
     tiny_image((30, 20)).save(tmp_path / "really_a_jpeg.png", format="JPEG")
     for name in ("grey.jpg", "really_a_tiff.png", "really_a_jpeg.png"):
         assert read_header(str(tmp_path / name)).size_wh == (30, 20)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif(tmp_path):
+    path = written(tmp_path, "picture.avif", orientation=6)
+    header = read_header(path)
+    assert header == Header((24, 40), 6) and load_image(path, 6).shape == (40, 24, 3)
+    assert is_image(path) and not find_broken([path])
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "bmp"])

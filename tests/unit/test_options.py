@@ -42,7 +42,7 @@ def test_defaults():
 
 
 def test_command_line_values():
-    got = parse(*"--switch --count 5 --rate 1 --names a b --scales 1 2.5 --kind bee --folder p/q --size 3,4".split())
+    got = parse(*["--switch", "--count", "5", "--rate", "1", "--names", "a", "b", "--scales", "1", "2.5", "--kind", "bee", "--folder", "p/q", "--size", "3,4"])
     assert got == Sample(True, 5, 1.0, ("a", "b"), (1.0, 2.5), "bee", Path("p/q"), (3, 4))
 
 

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from library.data import sources
 from library.data.sources import image_extensions, report_broken, report_captions, scan_folder
 from library.options import OptionError
 from tests.tiny_data import tiny_image, tiny_images
@@ -91,6 +92,17 @@ def test_a_face_position_in_the_name_may_be_missing_in_the_caption(tmp_path):
     tiny_image((8, 8)).save(folder / "plain.png")
     (folder / "girl_at_sea.caption").write_text("sea")
     assert captions(scan(folder)) == ["sea", ""]
+
+
+def test_a_slow_disk_is_read_in_threads_to_the_same_end(tmp_path, monkeypatch):
+    tiny_images(tmp_path, 9)
+    (tmp_path / "image_004.png").write_bytes(b"")
+    (tmp_path / "image_005.txt").write_bytes(b"\xff")
+    expected = scan(tmp_path)
+    monkeypatch.setattr(sources, "READ_TOGETHER", 2)
+    monkeypatch.setattr(sources, "SLOW_SECONDS", -1.0)  # any disk counts as slow
+    assert scan(tmp_path) == expected
+    assert len(expected.images) == 7 and len(expected.broken) == len(expected.unreadable_captions) == 1
 
 
 def test_every_broken_image_is_listed(tmp_path, caplog):

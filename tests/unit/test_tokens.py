@@ -28,7 +28,16 @@ def content(count: int) -> list[int]:
 
 
 def test_known_ids():
-    assert ClipTokenizer().windows(["a photo of a cat"], 1)[0, 0, :8].tolist() == [BOS, 320, 1125, 539, 320, 2368, EOS, EOS]
+    assert ClipTokenizer().windows(["a photo of a cat"], 1)[0, 0, :8].tolist() == [
+        BOS,
+        320,
+        1125,
+        539,
+        320,
+        2368,
+        EOS,
+        EOS,
+    ]
     assert ClipTokenizer("zero").windows(["a photo of a cat"], 1)[0, 0, 5:9].tolist() == [2368, EOS, 0, 0]
 
 

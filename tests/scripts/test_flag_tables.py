@@ -1,0 +1,52 @@
+"""The flags of every script are declared as the trade declares them: name, type, default, choices, nargs.
+
+tests/data/cli_<script>.json holds the trade's declarations of the flags that the script has; a default that is not
+listed there is one of None, 0, False and the empty text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+import gen_img_diffusers
+import train_network
+from library.cli import generation, training
+
+DATA = Path(__file__).parents[1] / "data"
+PARSERS = {
+    "train_network": lambda: training.build_parser(train_network.SCRIPT),
+    "gen_img_diffusers": lambda: generation.build_parser(gen_img_diffusers.__doc__ or ""),
+}
+OWN = {
+    "train_network": {"--on_bad_image", "--max_nonfinite_steps"},
+    "gen_img_diffusers": {"--no_half_vae"},  # in later versions of the trade's generator
+}
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {flag: action for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_flags_are_declared_as_the_trade_declares_them(script):
+    actions = flags_of(PARSERS[script]())
+    declared = json.loads((DATA / f"cli_{script}.json").read_text(encoding="utf-8"))
+    assert set(actions) == set(declared) | OWN[script] | {"--help"}
+    for flag, facts in declared.items():
+        action = actions[flag]
+        if facts.get("action") == "store_true":
+            assert (action.nargs, action.const, action.default) == (0, True, False), flag
+            continue
+        assert getattr(action.type, "__name__", None) == facts["type"], flag
+        assert (action.default or None) == (facts.get("default") or None), flag
+        assert action.nargs == facts.get("nargs"), flag
+        assert (list(action.choices) if action.choices else None) == facts.get("choices"), flag
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_every_flag_has_a_help_text(script):
+    assert all(action.help for action in flags_of(PARSERS[script]()).values())
