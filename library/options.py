@@ -126,7 +126,7 @@ def _scalar(option: Option, value: Any, where: str) -> Any:
     if kind is Path and isinstance(value, (str, Path)):
         return Path(value)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return value  # a whole number stays one: metadata shows values as they were given
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):

@@ -138,8 +138,11 @@ class TrainingData:
     # ------------------------------------------------------------------------------------------ batches
 
     def loader(self, *, start: Position, workers: int, **run: Any) -> Iterator[tuple[Position, Batch]]:
-        """The run's batches from `start` on, made by up to `workers` processes; `run` are the fields of RunFacts."""
-        workers = min(workers, usable_cores())
+        """The run's batches from `start` on, made by up to `workers` processes; `run` are the fields of RunFacts.
+
+        Latents in memory need none: taking them costs less than handing them over.
+        """
+        workers = 0 if self.latents_in_memory else min(workers, usable_cores())
         return load_batches(self._samples, self._store, RunFacts(**run), start=start, workers=workers)
 
 

@@ -236,5 +236,6 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(_index: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which still needs its batches
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the main process, which still needs its batches
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)  # one worker, one core; and OpenCV's threads don't survive a fork

@@ -215,14 +215,6 @@ class RunConfig:
             "no training images given",
             "name a folder, or a data set file with --dataset_config",
         )
-        cached = self.cache.cache_latents or self.cache.cache_latents_to_disk
-        for name in ("random_crop", "color_aug"):
-            require(
-                not (cached and getattr(self.augment, name)),
-                f"--{name}",
-                "changes the pictures at every step, so their latents can't be cached",
-                f"leave out --{name} or --cache_latents",
-            )
         warnings = []
         if self.noise.zero_terminal_snr and not v_prediction:
             warnings.append(

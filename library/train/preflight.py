@@ -8,9 +8,9 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from library.checkpoints.probe import probe
+from library.checkpoints.probe import check_vae, probe
 from library.checkpoints.source import ModelSource
-from library.data.config import DatasetConfig, load_configs
+from library.data.config import DatasetConfig, check_cacheable, load_configs
 from library.options import OptionError
 from library.train.options import RunConfig
 from library.train.resume import FileNames, RunState, check_same_settings, find_state, read_state, settings_that_matter
@@ -36,9 +36,12 @@ def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
     model = config.model
     assert model.pretrained_model_name_or_path is not None
     config = as_found(config, probe(model.pretrained_model_name_or_path, v2=model.v2, sdxl_script=sdxl_script))
+    if model.vae:
+        check_vae(model.vae)
     for warning in config.check():
         logger.warning(warning)
     datasets = load_configs(config.source, config.bucket, config.caption, config.augment, config.loader)
+    check_cacheable(datasets, config.cache)
     names = FileNames.of(config.saving)
     folder = find_state(config.saving.resume, names) if config.saving.resume else None
     state = read_state(folder) if folder else None

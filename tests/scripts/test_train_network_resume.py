@@ -148,8 +148,9 @@ def test_two_processes_equal_one(options, tmp_path):
     assert train_network(**one) == 0
     two = {**options, "train_batch_size": 2, "logging_dir": tmp_path / "log2", "output_dir": tmp_path / "two"}
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "train_network.py", *flags(**two),
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        ROOT / "train_network.py", *flags(**two),
     ]  # fmt: skip
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)

@@ -42,7 +42,8 @@ def test_defaults():
 
 
 def test_command_line_values():
-    got = parse(*["--switch", "--count", "5", "--rate", "1", "--names", "a", "b", "--scales", "1", "2.5", "--kind", "bee", "--folder", "p/q", "--size", "3,4"])
+    words = ["--switch", "--count", "5", "--rate", "1", "--names", "a", "b", "--scales", "1", "2.5"]
+    got = parse(*words, "--kind", "bee", "--folder", "p/q", "--size", "3,4")
     assert got == Sample(True, 5, 1.0, ("a", "b"), (1.0, 2.5), "bee", Path("p/q"), (3, 4))
 
 
@@ -67,8 +68,8 @@ def test_mistakes_are_one_sentence_with_exit_code_2(capsys, argv, words):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("switch", 0, False), ("switch", 1, True), ("count", 4.0, 4), ("rate", 2, 2.0), ("names", "one", ("one",)),
-        ("names", [], ()), ("scales", [1, 2], (1.0, 2.0)), ("folder", "x", Path("x")), ("rate", None, None),
+        ("switch", 0, False), ("switch", 1, True), ("count", 4.0, 4), ("rate", 2, 2), ("names", "one", ("one",)),
+        ("names", [], ()), ("scales", [1, 2], (1, 2)), ("folder", "x", Path("x")), ("rate", None, None),
     ],
 )  # fmt: skip
 def test_toml_values(name, value, expected):
