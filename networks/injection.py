@@ -21,10 +21,10 @@ from library.checkpoints.safetensors_io import (
     NonFiniteError,
     atomic_file,
     is_finite,
-    load_tensors,
     save_file,
     sshs_hashes,
 )
+from library.checkpoints.weights import load_tensors
 from library.options import OptionError
 
 logger = logging.getLogger(__name__)

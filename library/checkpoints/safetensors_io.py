@@ -136,14 +136,6 @@ def read_header(path: Path | str, where: str = "") -> Header:
     return Header(metadata, tensors, data_start)
 
 
-def load_tensors(path: Path | str, where: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a .safetensors file, or of a pickle (.pt, .ckpt, .bin) through torch's weights-only reader."""
-    from library.checkpoints.weights import open_weights
-
-    with open_weights(path, where) as weights:
-        return {name: weights.tensor(name).clone() for name in weights.shapes}
-
-
 # ---------------------------------------------------------------------------------------------- writing
 
 

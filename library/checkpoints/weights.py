@@ -58,6 +58,12 @@ def open_weights(path: Path | str, where: str = "") -> Weights:
     return PickledWeights(path, where)
 
 
+def load_tensors(path: Path | str, where: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a .safetensors file, or of a pickle (.pt, .ckpt, .bin) through torch's weights-only reader."""
+    with open_weights(path, where) as weights:
+        return {name: weights.tensor(name).clone() for name in weights.shapes}
+
+
 def is_safetensors(path: Path) -> bool:
     """By the extension, as the trade decides, or else by the first bytes."""
     if path.suffix.lower() == ".safetensors" or not path.is_file():

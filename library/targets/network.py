@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from library.checkpoints.safetensors_io import NonFiniteError, is_finite, load_tensors, read_header, require_disk_space
+from library.checkpoints.safetensors_io import NonFiniteError, is_finite, read_header, require_disk_space
+from library.checkpoints.weights import load_tensors
 from library.families.base import ModelBundle, ModelFamily
 from library.families.options import TextOptions
 from library.options import OptionError

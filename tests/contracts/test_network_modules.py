@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from library.checkpoints.safetensors_io import load_tensors, read_header
+from library.checkpoints.safetensors_io import read_header
+from library.checkpoints.weights import load_tensors
 from library.options import OptionError
 from library.targets.adapter import Adapted, Models, NetworkFactory
 from tests.tiny_networks import outputs, perturb, tiny_parts

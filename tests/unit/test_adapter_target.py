@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from library.checkpoints.safetensors_io import NonFiniteError, load_tensors, read_header
+from library.checkpoints.safetensors_io import NonFiniteError, read_header
+from library.checkpoints.weights import load_tensors
 from library.families.base import LoadPlan, ModelBundle
 from library.families.options import ModelOptions, TextOptions
 from library.families.sd import StableDiffusion

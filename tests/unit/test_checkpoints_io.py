@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from library.checkpoints import safetensors_io as io
+from library.checkpoints.weights import load_tensors
 from library.options import OptionError
 
 NETWORK = {
@@ -49,7 +50,7 @@ def test_any_tensors_survive(tmp_path_factory: pytest.TempPathFactory, content: 
     path = tmp_path_factory.mktemp("any") / "x.safetensors"
     tensors = {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in content.items()}
     io.save_file(tensors, path, {"k": "v"})
-    read = io.load_tensors(path)
+    read = load_tensors(path)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
@@ -70,7 +71,7 @@ def test_unaligned_file_of_an_old_writer_is_read(tmp_path: Path):
     length = int.from_bytes(data[:8], "little")
     odd = (length + 3).to_bytes(8, "little") + data[8 : 8 + length] + b"   " + data[8 + length :]
     (tmp_path / "odd.safetensors").write_bytes(odd)
-    read = io.load_tensors(tmp_path / "odd.safetensors")
+    read = load_tensors(tmp_path / "odd.safetensors")
     assert all(torch.equal(read[name], tensor) for name, tensor in NETWORK.items())
 
 
