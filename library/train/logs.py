@@ -89,7 +89,7 @@ def start_trackers(accelerator: Accelerator, options: LoggingOptions, default_na
         return
     if trackers(options) in ("wandb", "all"):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise OptionError(
                 "--log_with", "wandb is not installed", "pip install wandb, or use --log_with tensorboard"

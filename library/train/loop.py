@@ -17,7 +17,7 @@ from library.models import vae
 from library.randomness import seed_global_generators
 from library.train.guard import TrainingDiverged, apply_if_finite
 from library.train.logs import StepRecord
-from library.train.placement import to_device
+from library.train.placement import reduced, to_device
 from library.train.run import Run
 
 
@@ -26,7 +26,7 @@ def train(run: Run) -> int:
     batches = run.batches()
     step = run.start_step
     with run.stop.listening():
-        while step < run.plan.steps and not run.stop_requested():
+        while step < run.plan.steps and not run.stop_requested(step):
             epoch = run.plan.epoch_of(step + 1)
             if run.plan.position_after(step).batch_index == 0 or step == run.start_step:
                 run.target.on_epoch_start(epoch)
@@ -56,7 +56,7 @@ def update(run: Run, batches: Iterator[Batch], step: int) -> StepRecord:
             run.accelerator.backward(loss / num_batches)
         losses.append(loss.detach())
         names.extend(batch.image_names)
-    loss = run.accelerator.reduce(torch.stack(losses).mean(), "mean")
+    loss = reduced(run.accelerator, torch.stack(losses).mean(), "mean")
     grad_norm = clip_gradients(run)
     is_finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | run.has_gradient_scaler)
     apply_if_finite(run.optimizer, is_finite)
@@ -82,6 +82,7 @@ def latents_of(run: Run, batch: Batch) -> torch.Tensor:
     """Scaled latents (B, C, H, W) in float32: from the cache, or sampled from the VAE."""
     latents_BCHW = batch.latents_BCHW
     if latents_BCHW is None:
+        assert batch.images_BCHW is not None and batch.posterior_noise_BCHW is not None
         latents_BCHW = vae.encode(run.bundle.vae, batch.images_BCHW, batch.posterior_noise_BCHW)
     return latents_BCHW.float() * run.family.latent_scale
 
@@ -89,4 +90,6 @@ def latents_of(run: Run, batch: Batch) -> torch.Tensor:
 def clip_gradients(run: Run) -> torch.Tensor:
     """The global gradient norm, a scalar tensor; gradients are scaled down to --max_grad_norm unless that is 0."""
     limit = run.config.optimizer.max_grad_norm or float("inf")
-    return run.accelerator.clip_grad_norm_(run.parameters, limit)
+    norm = run.accelerator.clip_grad_norm_(run.parameters, limit)
+    assert norm is not None
+    return norm

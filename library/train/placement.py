@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -61,9 +62,11 @@ def load_plan(config: RunConfig, device: torch.device) -> LoadPlan:
 
 def enable_gradient_checkpointing(bundle: ModelBundle) -> None:
     """Recompute activations in the backward pass, in every part that can have gradients."""
-    bundle.unet.enable_gradient_checkpointing()
+    unet: Any = bundle.unet
+    unet.enable_gradient_checkpointing()
     for text_encoder in bundle.text_encoders:
-        text_encoder.gradient_checkpointing_enable()
+        encoder: Any = text_encoder
+        encoder.gradient_checkpointing_enable()
 
 
 class StepModule(torch.nn.Module):
@@ -72,14 +75,19 @@ class StepModule(torch.nn.Module):
     def __init__(self, family: ModelFamily, bundle: ModelBundle, target: TrainTarget, text: TextOptions) -> None:
         super().__init__()
         self.family, self.bundle, self.target, self.text = family, bundle, target, text
-        self.trained = target.trained_module()
-        self.unet = bundle.unet
-        self.text_encoders = torch.nn.ModuleList(bundle.text_encoders)
+        self.parts = torch.nn.ModuleList([target.trained_module(), bundle.unet, *bundle.text_encoders])
 
     def forward(self, noised_BCHW: torch.Tensor, batch: Batch, trains_text: bool) -> torch.Tensor:
         with torch.set_grad_enabled(trains_text):
-            conditioning = self.family.encode_text(self.text_encoders, batch.token_ids, self.text)
+            conditioning = self.family.encode_text(self.bundle.text_encoders, batch.token_ids, self.text)
         return self.target.predict(self.family, self.bundle, noised_BCHW, conditioning, batch)
+
+
+def reduced(accelerator: Accelerator, tensor: torch.Tensor, how: str) -> torch.Tensor:
+    """The "mean" or "sum" of a tensor over all processes, on each of them."""
+    result = accelerator.reduce(tensor, how)
+    assert isinstance(result, torch.Tensor)
+    return result
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -110,17 +110,17 @@ class Run:
                 rates[LOG_NAMES.get(name, f"lr/group{index}")] = float(group["lr"])
         return rates
 
-    def stop_requested(self) -> bool:
-        """Whether to stop after this step; several processes agree on it every few steps."""
+    def stop_requested(self, step: int) -> bool:
+        """Whether to stop before update `step` + 1; several processes agree on it every few steps."""
         if self.accelerator.num_processes == 1:
             return bool(self.stop)
-        self._asked = getattr(self, "_asked", -1) + 1
-        if self._asked % STOP_CHECK_EVERY:
+        if step % STOP_CHECK_EVERY:
             return False
-        number = torch.tensor([self.stop.signal_number or 0], device=self.device)
-        highest = int(self.accelerator.gather(number).max())
-        self.stop.signal_number = highest or None
-        return bool(highest)
+        asked = torch.tensor([self.stop.signal_number or 0], device=self.device)
+        numbers = self.accelerator.gather(asked)
+        assert isinstance(numbers, torch.Tensor)
+        self.stop.signal_number = int(numbers.max()) or None
+        return bool(self.stop)
 
     # ------------------------------------------------------------------------------------------ log
 

@@ -137,7 +137,7 @@ def _seed(checked: CheckedRun, accelerator: Accelerator) -> int:
     if checked.resume_state is not None:
         return int(checked.resume_state.settings["seed"])
     drawn = random.SystemRandom().randrange(2**31) if accelerator.is_main_process else 0
-    seed = int(accelerator.reduce(torch.tensor([drawn], device=accelerator.device), "sum"))
+    seed = int(placement.reduced(accelerator, torch.tensor([drawn], device=accelerator.device), "sum"))
     logger.info("--seed not given: %d was drawn", seed)
     return seed
 
