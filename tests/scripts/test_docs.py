@@ -13,7 +13,9 @@ from library.generate.options import CONFIG_GROUPS
 from tests.runs import ROOT
 
 PAGES = {
-    "train_network": lambda: options_page("train_network.py", train_network.SCRIPT.groups(), train_network.SCRIPT.defaults),
+    "train_network": lambda: options_page(
+        "train_network.py", train_network.SCRIPT.groups(), train_network.SCRIPT.defaults
+    ),
     "gen_img_diffusers": lambda: options_page("gen_img_diffusers.py", CONFIG_GROUPS.values()),
 }
 
