@@ -2,7 +2,7 @@
 
     python starter/build.py --work FOLDER
 
-It learns to draw the nine photographs of `starter/base` for their captions. It is never told of the subject of
+It learns to draw the six photographs of `starter/base` for their captions. It is never told of the subject of
 `starter/photos`, so that a LoRA has something to teach it; only its VAE, which knows no texts, has seen both. The
 trained parts stay in FOLDER: a part that is there is not trained again. Writes starter/model.safetensors.
 
@@ -55,8 +55,8 @@ UNET = UNetArchitecture(
     linear_projection=False,
 )
 
-VAE_STEPS, VAE_LR, PIECE = 3600, 2e-3, 48
-DIFFUSION_STEPS, DIFFUSION_LR = 6000, 1e-3
+VAE_STEPS, VAE_LR, PIECE = 4000, 1e-3, 48
+DIFFUSION_STEPS, DIFFUSION_LR = 4000, 1e-3
 CROPS_PER_PHOTO = 96
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 NO_CAPTION = 0.1  # share of samples trained without caption, for classifier-free guidance
@@ -86,23 +86,26 @@ def crop(image: Image.Image, smallest: float, rng: random.Random) -> torch.Tenso
 
 
 def train_vae(vae: AutoencoderKL) -> None:
-    """On absolute errors of pixels and edges and a trace of KL: first on pieces of crops, then on whole ones.
+    """First colours, then edges; first on pieces of crops, then on whole ones.
 
     Afterwards the 1x1 convolutions around the latents are changed so that these have the deviation SD 1.x expects.
     """
     rng = random.Random(1)
     pictures = [image for folder in ("base", "photos") for image, _ in photos(STARTER / folder)]
+    torch.nn.init.constant_(
+        vae.quant_conv.bias.data[4:], -4
+    )  # log variance: little noise on the latents from the start
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LR, betas=(0.9, 0.95), weight_decay=0)
     for step in (progress := tqdm(range(VAE_STEPS), "VAE")):
-        full = step >= VAE_STEPS * 5 // 6
-        images = torch.stack([crop(rng.choice(pictures), 0.5, rng) for _ in range(2 if full else 6)])
-        if not full:
+        done = step / VAE_STEPS
+        images = torch.stack([crop(rng.choice(pictures), 0.7, rng) for _ in range(6 if done < 0.8 else 2)])
+        if done < 0.8:
             y, x = rng.randint(0, SIZE - PIECE), rng.randint(0, SIZE - PIECE)
             images = images[:, :, y : y + PIECE, x : x + PIECE]
         latents = vae.encode(images).latent_dist
         restored = vae.decode(latents.sample()).sample
-        kl = latents.kl().mean() / latents.mean[0].numel()
-        loss = 3 * F.l1_loss(restored, images) + edge_loss(restored, images) + 1e-4 * kl
+        loss = 3 * F.l1_loss(restored, images) + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
+        loss = loss + (5 * F.mse_loss(restored, images) if done < 0.4 else edge_loss(restored, images))
         update(optimizer, vae.parameters(), loss, VAE_LR * warm_cosine(step, VAE_STEPS))
         progress.set_postfix(loss=f"{loss.item():.4f}")
     rescale_latents(vae, torch.stack([crop(rng.choice(pictures), 0.8, rng) for _ in range(200)]))
@@ -214,7 +217,7 @@ def main() -> None:
         v_prediction=False,
         title="Starter model",
         resolution=(SIZE, SIZE),
-        description="Stable Diffusion 1.x with small widths; it can draw nine photographs. For first steps and tests",
+        description="Stable Diffusion 1.x with small widths; it can draw six photographs. For first steps and tests",
         license="Apache-2.0; see starter/ATTRIBUTION.md for the photographs",
         date=datetime(2026, 11, 20),
     )

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Checkpointer:
 
     def after_step(self, step: int) -> None:
         if self.plan.saves_at(step):
-            self._write(self.names.step_file(step), step, self.saving.save_state)
+            self._try_to_write(self.names.step_file(step), step)
             every = self.plan.save_every_n_steps or 1
             for age, is_state in ((self.saving.save_last_n_steps, False), (self._state_age("steps"), True)):
                 old = (step - age - 1) // every * every if age else 0
@@ -48,21 +49,33 @@ class Checkpointer:
 
     def after_epoch(self, epoch: int, step: int) -> None:
         if self.plan.saves_after_epoch(epoch):
-            self._write(self.names.epoch_file(epoch), step, self.saving.save_state)
+            self._try_to_write(self.names.epoch_file(epoch), step)
             every = self.plan.save_every_n_epochs or 1
             for age, is_state in ((self.saving.save_last_n_epochs, False), (self._state_age("epochs"), True)):
                 old = epoch - every * age if age else 0
                 self._remove(self.names.epoch_file(old), is_state, old > 0)
 
-    def at_end(self, step: int) -> Path:
-        self._write(self.names.final_file(), step, self.saving.save_state)
-        return self.names.final_file()
+    def at_end(self, step: int) -> None:
+        """The final file; where its folder can't take it, the work is put among temporary files rather than lost."""
+        try:
+            self._write(self.names.final_file(), step, self.saving.save_state)
+        except OptionError as error:
+            refuge = Path(tempfile.mkdtemp(prefix="training-")) / self.names.final_file().name
+            self.write_model(refuge, step, self.plan.epochs)
+            raise OptionError("", str(error), f"the trained model is in {refuge}, move it from there") from None
 
     def interrupted(self, step: int) -> Path:
         """Model and state in mid-run, whatever the options say; returns the state folder."""
         file = self.names.step_file(step)
         self._write(file, step, with_state=True)
         return self.names.state_of(file)
+
+    def _try_to_write(self, file: Path, step: int) -> None:
+        """A file on the way: the run is worth more than it, so a full disk is said and training goes on."""
+        try:
+            self._write(file, step, self.saving.save_state)
+        except OptionError as error:
+            logger.warning("%s was not saved, training goes on: %s", file.name, error)
 
     def _write(self, file: Path, step: int, with_state: bool) -> None:
         logger.info("saving %s", file)

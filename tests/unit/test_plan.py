@@ -1,11 +1,13 @@
 """Steps, epochs and save points."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from library.options import OptionError
 from library.train.checkpoints import Checkpointer
 from library.train.options import SavingOptions, TrainingOptions
 from library.train.plan import TrainPlan
@@ -103,3 +105,32 @@ def test_states_rotate_by_their_own_age(tmp_path):
         saver.after_step(step)
     states = [name for name in names_in(tmp_path) if name.endswith("-state")]
     assert states == ["foo-step00000040-state", "foo-step00000050-state"]
+
+
+def test_a_full_disk_on_the_way_does_not_end_the_run(tmp_path, caplog):
+    saver = checkpointer(tmp_path, save_every_n_steps=10)
+
+    def full(path, step, epoch):
+        raise OptionError("--output_dir", "the disk is full")
+
+    saver.write_model = full
+    saver.after_step(10)
+    assert "net" not in caplog.text and "foo-step00000010.safetensors was not saved, training goes on" in caplog.text
+
+
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path):
+    saver = checkpointer(tmp_path / "out", save_every_n_steps=10)
+    written = []
+
+    def only_elsewhere(path, step, epoch):
+        if path.parent == tmp_path / "out":
+            raise OptionError("--output_dir", "the disk is full")
+        path.write_text("weights")
+        written.append(path)
+
+    saver.write_model = only_elsewhere
+    with pytest.raises(OptionError, match="the disk is full.*the trained model is in"):
+        saver.at_end(1000)
+    (refuge,) = written
+    assert refuge.read_text() == "weights" and refuge.name == "foo.safetensors"
+    shutil.rmtree(refuge.parent)
