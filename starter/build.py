@@ -92,9 +92,7 @@ def train_vae(vae: AutoencoderKL) -> None:
     """
     rng = random.Random(1)
     pictures = [image for folder in ("base", "photos") for image, _ in photos(STARTER / folder)]
-    torch.nn.init.constant_(
-        vae.quant_conv.bias.data[4:], -4
-    )  # log variance: little noise on the latents from the start
+    vae.quant_conv.bias.data[4:] = -4  # log variance: little noise at first
     optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LR, betas=(0.9, 0.95), weight_decay=0)
     for step in (progress := tqdm(range(VAE_STEPS), "VAE")):
         done = step / VAE_STEPS

@@ -52,7 +52,7 @@ def test_files_and_metadata(options, tmp_path, images, tiny_sd1_path):
     assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in tensors.values())
     expected = {
         "ss_steps": "3", "ss_epoch": "1", "ss_max_train_steps": "3", "ss_network_module": "networks.lora",
-        "ss_network_dim": "4", "ss_network_alpha": "1.0", "ss_learning_rate": "0.001", "ss_unet_lr": "None",
+        "ss_network_dim": "4", "ss_network_alpha": "1", "ss_learning_rate": "0.001", "ss_unet_lr": "None",
         "ss_num_train_images": "12", "ss_num_reg_images": "0", "ss_resolution": "(64, 64)", "ss_v2": "False",
         "ss_base_model_version": "sd_v1", "ss_seed": "1", "ss_training_comment": "hello", "ss_lr_scheduler": "cosine",
         "ss_optimizer": "torch.optim.adamw.AdamW", "ss_caption_tag_dropout_rate": "0.5", "ss_mixed_precision": "no",
