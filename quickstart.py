@@ -222,7 +222,7 @@ def draw(how: str, folder: str, weights: Path | None = None) -> None:
     size = ["--W", str(SIZE), "--H", str(SIZE), "--steps", str(SAMPLING_STEPS), "--scale", str(GUIDANCE)]
     source = ["--ckpt", "starter/model.safetensors", "--from_file", "starter/prompts.txt"]
     network = [] if weights is None else ["--network_module", "networks.lora", "--network_weights", weights]
-    output = ["--outdir", OUTPUT / folder, "--sequential_file_name", "--sampler", "euler_a"]
+    output = ["--outdir", OUTPUT / folder, "--sequential_file_name", "--sampler", "euler_a", "--batch_size", "4"]
     run([PYTHON, "gen_img_diffusers.py", *source, *network, *size, *output], "drawing")
 
 

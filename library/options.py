@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import math
 import sys
 import types
 import typing
@@ -112,10 +113,7 @@ def convert(option: Option, value: Any, where: str) -> Any:
         return tuple(_scalar(option, item, where) for item in values)
     value = _scalar(option, value, where)
     if option.choices is not None and value not in option.choices:
-        allowed = ", ".join(str(choice) for choice in option.choices if choice is not None)
-        raise OptionError(
-            where, f"{value!r} is not one of {allowed}", did_you_mean(str(value), map(str, option.choices))
-        )
+        raise OptionError(where, not_one_of(value, option.choices))
     return value
 
 
@@ -125,7 +123,7 @@ def _scalar(option: Option, value: Any, where: str) -> Any:
         return bool(value)
     if kind is Path and isinstance(value, (str, Path)):
         return Path(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return value  # a whole number stays one: metadata shows values as they were given
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -142,6 +140,34 @@ def build(group: type[Group], values: Mapping[str, Any], where: Callable[[str], 
         if option.name in values
     }
     return group(**known)
+
+
+def named_values(items: Sequence[str] | None, where: str) -> dict[str, str]:
+    """Texts of the form name=value by name; the value may contain "=". OptionError names `where`."""
+    values: dict[str, str] = {}
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise OptionError(where, f"{item!r} is not of the form name=value")
+        if name in values:
+            raise OptionError(where, f"{name} is given twice", "keep one of them")
+        values[name] = value
+    return values
+
+
+def path_of(value: Any) -> Path:
+    """For `opt(parse=...)`: a path from a text."""
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError("is not a path")
+    return Path(value)
+
+
+def not_one_of(value: Any, choices: Iterable[Any]) -> str:
+    """ "'x' is not one of a, b; did you mean b?"."""
+    known = [str(choice) for choice in choices if choice is not None]
+    hint = did_you_mean(str(value), known)
+    return f"{value!r} is not one of {', '.join(known)}" + (f"; {hint}" if hint else "")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -166,6 +192,10 @@ class OptionParser(argparse.ArgumentParser):
         for prefix in ("argument ", "unrecognized arguments: "):
             message = message.removeprefix(prefix)
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, not_one_of(value, action.choices))
 
     def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse; an unknown flag is an error that names the nearest known one."""
@@ -208,7 +238,10 @@ def _escaped(text: str) -> str:
 def _command_line_type(kind: type) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
-            return kind(text)
+            value = kind(text)
+            if kind is float and not math.isfinite(value):
+                raise ValueError
+            return value
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {WORDS.get(kind, kind.__name__)}") from None
 

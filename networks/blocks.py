@@ -100,14 +100,13 @@ def parse_weights(text: str | float, key: str) -> Weights:
     preset, plus, base = text.partition("+")
     if preset.strip() in PRESETS:
         return Curve(preset.strip(), number(base, key) if plus else 0.0)
-    try:
-        return Curve("zeros", float(text))
-    except ValueError:
+    if not _reads_as_number(text):
         known = ", ".join(PRESETS)
         hint = (
             did_you_mean(preset, PRESETS) or f"use comma-separated numbers, or one of {known}, with +number if wanted"
         )
-        raise OptionError(argument(key), f"{text!r} is neither numbers nor a preset", hint) from None
+        raise OptionError(argument(key), f"{text!r} is neither numbers nor a preset", hint)
+    return Curve("zeros", number(text, key))
 
 
 def _expanded(weights: Weights, count: int, key: str) -> tuple[float, ...]:
@@ -204,7 +203,7 @@ def parse_blocks(arguments: Mapping[str, str | float | None]) -> BlockSettings:
         elif key in LIST_KEYS:
             given[key] = _numbers(given[key], key)
         else:
-            given[key] = number(given[key], key)
+            given[key] = not_negative(number(given[key], key), key)
     return BlockSettings(**given)
 
 
@@ -216,15 +215,29 @@ def argument(key: str) -> str:
 def _numbers(text: str | float, key: str) -> tuple[float, ...]:
     values = tuple(number(item, key) for item in str(text).split(","))
     if not key.endswith("dims"):
-        return values
+        return tuple(not_negative(value, key) for value in values)
     if any(value < 0 or value != int(value) for value in values):
         raise OptionError(argument(key), f"{text!r} must be whole numbers of 0 or more")
     return tuple(int(value) for value in values)
 
 
 def number(value: str | float, key: str) -> float:
-    """A network argument's value as a number; OptionError names the argument."""
+    """A network argument's value as a finite number; OptionError names the argument."""
+    if not _reads_as_number(value) or not math.isfinite(float(value)):
+        raise OptionError(argument(key), f"{str(value).strip()!r} is not a number")
+    return float(value)
+
+
+def not_negative(value: float, key: str) -> float:
+    """The value of a network argument that can't be below 0."""
+    if value < 0:
+        raise OptionError(argument(key), f"{value:g} is negative", "use 0 or more")
+    return value
+
+
+def _reads_as_number(value: str | float) -> bool:
     try:
-        return float(value)
+        float(value)
     except (TypeError, ValueError):
-        raise OptionError(argument(key), f"{str(value).strip()!r} is not a number") from None
+        return False
+    return True

@@ -1,15 +1,12 @@
-"""What all networks share: finding the layers of a model, naming and hooking them, files of weights, merging.
+"""What all networks share: hooking the layers of a model, merging into them, files of weights.
 
 A network is a set of adapters, each hooked to one layer by replacing the `forward` of that instance, so it survives
 gradient checkpointing and wrappers around the model, and no weight of the model moves.
-
-Class names and paths here are part of the file format: a layer is a module whose class is called exactly "Linear" or
-"Conv2d" inside a container of a listed class, and its file key is the path with "_" for "." behind a prefix:
-`lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,53 +23,11 @@ from library.checkpoints.safetensors_io import (
 )
 from library.checkpoints.weights import load_tensors
 from library.options import OptionError
+from networks.layers import TEXT_PREFIX, UNET_PREFIX, TextEncoders
 
 logger = logging.getLogger(__name__)
 
-TEXT_CONTAINERS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
-TRANSFORMER_CONTAINERS = ("Transformer2DModel",)
-CONV_CONTAINERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
-LEAVES = ("Linear", "Conv2d")
-
-UNET_PREFIX = "lora_unet"
-TEXT_PREFIX = "lora_te"
-
-TextEncoders = torch.nn.Module | Sequence[torch.nn.Module]
-
-
-# ---------------------------------------------------------------------------------------------- finding layers
-
-
-def find_layers(root: torch.nn.Module, prefix: str, containers: Iterable[str]) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, layer) of every Linear and Conv2d inside the containers, in order of `named_modules`."""
-    wanted = frozenset(containers)
-    for path, module in root.named_modules():
-        if type(module).__name__ not in wanted:
-            continue
-        for leaf_path, leaf in module.named_modules():
-            if type(leaf).__name__ in LEAVES:
-                yield ".".join(part for part in (prefix, path, leaf_path) if part).replace(".", "_"), leaf
-
-
-def text_encoder_prefixes(text_encoders: TextEncoders | None) -> list[tuple[str, torch.nn.Module]]:
-    """(prefix, encoder): lora_te for one encoder; lora_te1, lora_te2 for a list of more."""
-    if text_encoders is None:
-        return []
-    encoders = [text_encoders] if isinstance(text_encoders, torch.nn.Module) else list(text_encoders)
-    if len(encoders) == 1:
-        return [(TEXT_PREFIX, encoders[0])]
-    return [(f"{TEXT_PREFIX}{number}", encoder) for number, encoder in enumerate(encoders, start=1)]
-
-
-def layer_size(layer: Any) -> tuple[int, int]:
-    """(inputs, outputs) of a layer's weight seen as a matrix; a convolution's inputs count its kernel."""
-    weight = layer.weight
-    return weight[0].numel(), weight.shape[0]
-
-
-def is_pointwise(layer: Any) -> bool:
-    """Whether a layer is a matrix per token or pixel: Linear or 1x1 Conv2d."""
-    return type(layer).__name__ == "Linear" or tuple(layer.kernel_size) == (1, 1)
+OTHER_NETWORK = "use a network that was made for this kind of model"
 
 
 # ---------------------------------------------------------------------------------------------- adapters
@@ -262,8 +217,10 @@ def write_network_file(
     for key, tensor in tensors.items():
         if not is_finite(tensor):
             raise NonFiniteError(f"{key} holds NaN or infinity; the file was not written")
-    with atomic_file(file) as opened:
-        torch.save(dict(tensors), opened)
+    content = io.BytesIO()  # torch.save hides a full disk behind errors of its own
+    torch.save(dict(tensors), content)
+    with atomic_file(file, content.tell()) as opened:
+        opened.write(content.getbuffer())
 
 
 def modules_of_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -284,10 +241,9 @@ def check_names(in_file: Iterable[str], in_model: Iterable[str], file: str) -> N
         sdxl = any(
             name.startswith((f"{TEXT_PREFIX}1_", f"{TEXT_PREFIX}2_", f"{UNET_PREFIX}_input_blocks")) for name in wanted
         )
-        way_out = "it was made for SDXL" if sdxl else "it was made for another kind of model"
-        raise OptionError(
-            file, f"none of its {len(wanted)} modules is in this model (the first is {wanted[0]})", way_out
-        )
+        family = "SDXL" if sdxl else "another model family"
+        problem = f"none of its {len(wanted)} modules is in this model (the first is {wanted[0]})"
+        raise OptionError("", f"{file} was made for {family}: {problem}", OTHER_NETWORK)
     if missing:
         logger.warning("%s: %d of %d modules are not in this model and were left out, the first is %s",
                        file, len(missing), len(wanted), missing[0])  # fmt: skip

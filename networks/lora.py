@@ -8,6 +8,7 @@ Class and attribute names `lora_down`, `lora_up`, `alpha` are part of the file's
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,23 +21,23 @@ import torch.nn.functional as F
 from library.options import OptionError
 from networks import low_rank
 from networks.blocks import argument, layout_of
-from networks.injection import (
+from networks.injection import Adapter, Network, check_names, read_network_file
+from networks.layers import (
     CONV_CONTAINERS,
     TEXT_CONTAINERS,
     TRANSFORMER_CONTAINERS,
     UNET_PREFIX,
-    Adapter,
-    Network,
     TextEncoders,
-    check_names,
     find_layers,
     is_pointwise,
     layer_size,
-    modules_of_file,
-    read_network_file,
     text_encoder_prefixes,
 )
-from networks.lora_settings import LoRASettings, Rank, RankRule
+from networks.lora_files import check_sizes, ranks_of_file
+from networks.lora_settings import RANK_KEYS, LoRASettings, RankRule
+from networks.lora_settings import check_arguments as check_arguments  # part of the contract of network modules
+
+logger = logging.getLogger(__name__)
 
 CASTS_ITSELF = True  # needs no autocast: float32 masters are cast to the activations' dtype where they are used
 
@@ -54,10 +55,15 @@ def create_network(
     neuron_dropout: float | None = None,
     **kwargs: Any,
 ) -> LoRANetwork:
-    """A new network for a model, starting as a change of zero; OptionError names the argument that can't be met."""
+    """A new network for a model, starting as a change of zero; OptionError names the argument that can't be met.
+
+    Rank 4 and alpha 1 where they are None; an alpha of 0 stands for the rank, which makes a strength of 1.
+    """
     settings = LoRASettings.parse(neuron_dropout, kwargs)
     dim = 4 if network_dim is None else network_dim
     alpha = 1.0 if network_alpha is None else network_alpha
+    if not 0 <= alpha < math.inf:
+        raise OptionError("--network_alpha", f"{alpha:g} is out of range", "use 0 (the rank) or more")
     layers = model_layers(text_encoder, unet, has_convs=settings.has_convs)
     layout = layout_of([name for name, _ in layers.unet])
     network = build_network(multiplier, layers, settings.rank_rule(dim, alpha, layout), settings)
@@ -81,20 +87,22 @@ def create_network_from_weights(
 ) -> tuple[LoRANetwork, Mapping[str, torch.Tensor]]:
     """(network, tensors): modules, ranks and alphas of a file. The weights are not loaded into it yet.
 
-    Dropouts and learning-rate weights are taken from `kwargs`, for training on; inference has no dropout.
+    Dropouts and learning-rate weights are taken from `kwargs`, for training on; inference has neither.
     """
-    settings = LoRASettings.parse(kwargs.pop("neuron_dropout", None), {} if for_inference else kwargs)
+    settings = LoRASettings.parse(kwargs.pop("neuron_dropout", None), kwargs)
+    idle = [key for key, value in kwargs.items() if value is not None and (for_inference or key in RANK_KEYS)]
+    if idle:
+        why = "the network is not trained" if for_inference else f"{file} decides about ranks and alphas"
+        logger.warning("%s: no effect, %s", argument(", ".join(idle)), why)
+    if for_inference:
+        settings = LoRASettings()
     tensors = read_network_file(file) if weights_sd is None else weights_sd
-    ranks = ranks_of_file(tensors, str(file))
+    ranks = ranks_of_file(tensors, file)
     layers = model_layers(text_encoder, unet, has_convs=True)
     check_names(ranks, (name for name, _ in layers.all), str(file))
+    check_sizes(tensors, dict(layers.all), file)
     network = build_network(multiplier, layers, lambda name, layer: ranks.get(name, (0, None)), settings)
     return network, tensors
-
-
-def check_arguments(**kwargs: Any) -> None:
-    """Raise OptionError for unknown names and unreadable values of --network_args: before any model is loaded."""
-    LoRASettings.parse(None, kwargs)
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -149,21 +157,6 @@ def check_ranks(network: LoRANetwork) -> None:
     where = "--network_dim" if is_pointwise(module.layer) else argument("conv_dim")
     way_out = f"use {min(layer_size(module.layer))} or less"
     raise OptionError(where, f"{module.rank} is larger than {module.name} allows", way_out)
-
-
-def ranks_of_file(tensors: Mapping[str, torch.Tensor], file: str) -> dict[str, Rank]:
-    """Rank and alpha of each LoRA module of a file; alpha = rank where the file has none."""
-    ranks: dict[str, Rank] = {}
-    for name, parts in modules_of_file(tensors).items():
-        if "lora_down.weight" in parts:
-            rank = parts["lora_down.weight"].shape[0]
-            ranks[name] = (rank, float(parts["alpha"]) if "alpha" in parts else float(rank))
-    if not ranks:
-        example = next(iter(tensors), "no tensor")
-        raise OptionError(
-            file, f"holds no LoRA in the usual format (it has {example})", "check file and network module"
-        )
-    return ranks
 
 
 # ---------------------------------------------------------------------------------------------- module
@@ -255,10 +248,8 @@ class LoRAModule(Adapter):
             if tensor.shape[0] == part.weight.shape[0] and tensor.numel() == part.weight.numel():
                 state_dict[key] = tensor.reshape(part.weight.shape)
                 continue
-            raise OptionError(
-                key, f"has the shape {list(tensor.shape)} where the network has {list(part.weight.shape)}",
-                "take the ranks from the file: --dim_from_weights",
-            )  # fmt: skip
+            problem = f"has the shape {list(tensor.shape)} where the network has {list(part.weight.shape)}"
+            raise OptionError(key, problem)
         if prefix + "alpha" in state_dict:
             state_dict[prefix + "alpha"] = state_dict[prefix + "alpha"].reshape(())
         elif prefix + "lora_down.weight" in state_dict:
@@ -300,6 +291,19 @@ class LoRANetwork(Network):
         layout = layout_of([module.name for module in unet_adapters])
         self.block_index = layout.index
         self.block_lr_weights = self.settings.blocks.lr_weights(layout)
+
+    def load_weights(self, file: Path | str) -> Any:
+        """As of any network; OptionError for files of other ranks or for other models."""
+        tensors = read_network_file(file)
+        ranks = ranks_of_file(tensors, file)
+        modules: list[Any] = self.adapters
+        check_sizes(tensors, {module.name: module.layer for module in modules}, file)
+        for module in modules:
+            rank, _ = ranks.get(module.name, (module.rank, None))
+            if rank != module.rank:
+                problem = f"{file} has rank {rank} where the network has {module.rank} ({module.name})"
+                raise OptionError("", problem, "take the ranks from the file: --dim_from_weights")
+        return self.load_state_dict(tensors, strict=False)
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None

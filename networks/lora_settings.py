@@ -1,22 +1,42 @@
-"""What --network_args says to LoRA and its relatives, and the rank each layer gets from it."""
+"""What --network_args says to LoRA and its relatives, and the rank each layer gets from it.
+
+Importing this brings no torch, so that a mistake in the arguments is found at once.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from library.options import OptionError, did_you_mean
-from networks.blocks import BLOCK_KEYS, BlockLayout, BlockSettings, argument, number, parse_blocks
-from networks.injection import UNET_PREFIX, is_pointwise
+from networks.blocks import (
+    BLOCK_KEYS,
+    LIST_KEYS,
+    BlockLayout,
+    BlockSettings,
+    argument,
+    not_negative,
+    number,
+    parse_blocks,
+)
+from networks.layers import UNET_PREFIX, is_pointwise
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
-Rank = tuple[int, float | None]  # rank (0: no module) and alpha (None or 0: the rank)
-RankRule = Callable[[str, torch.nn.Module], Rank]
+Rank: TypeAlias = tuple[int, float | None]  # rank (0: no module) and alpha (None or 0: the rank)
+RankRule: TypeAlias = "Callable[[str, torch.nn.Module], Rank]"
+
+RANK_KEYS = ("conv_dim", "conv_alpha", *LIST_KEYS)  # what a file decides where a network is made from one
+
+
+def check_arguments(**kwargs: Any) -> None:
+    """Raise OptionError for unknown names and unusable values of --network_args."""
+    LoRASettings.parse(None, kwargs)
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,10 @@ class LoRASettings:
         for key in ("dropout", "rank_dropout", "module_dropout"):
             if not 0 <= values.get(key, 0.0) < 1:
                 raise OptionError(argument(key), f"{values[key]:g} is out of range", "use 0 to below 1")
+        for key in (name for name in own if name.startswith("loraplus")):
+            if values.get(key, 1.0) <= 0:
+                raise OptionError(argument(key), f"{values[key]:g} is no ratio", "use a number above 0 (16 is usual)")
+        not_negative(values.get("conv_alpha", 0.0), "conv_alpha")
         rank = values.get("conv_dim")
         if rank is not None:
             if rank < 0 or rank != int(rank):

@@ -56,7 +56,7 @@ UNET = UNetArchitecture(
 )
 
 VAE_STEPS, VAE_LR, PIECE = 4000, 1e-3, 48
-DIFFUSION_STEPS, DIFFUSION_LR = 4000, 1e-3
+DIFFUSION_STEPS, DIFFUSION_LR = 2500, 1.5e-3
 CROPS_PER_PHOTO = 96
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 NO_CAPTION = 0.1  # share of samples trained without caption, for classifier-free guidance

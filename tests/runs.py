@@ -39,6 +39,8 @@ def train_network(**options) -> int:
     try:
         torch.set_num_threads(1)
         return run(entry.SCRIPT, flags(**options))
+    except SystemExit as end:  # as the parser ends a program
+        return int(end.code or 0)
     finally:
         torch.set_num_threads(threads)
 

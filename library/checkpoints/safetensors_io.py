@@ -51,8 +51,13 @@ SPARE_DISK = 16 << 20  # bytes that stay free after a save
 CHUNK = 1 << 20
 
 
-class NonFiniteError(RuntimeError):
-    """A tensor to be saved holds NaN or infinity; nothing was written."""
+class NonFiniteError(OptionError):
+    """A tensor to be saved holds NaN or infinity, or would in the dtype asked for; nothing was written."""
+
+    exit_code = 1  # of a program that ends with it: what went wrong is no mistake in the command line
+
+    def __init__(self, problem: str, way_out: str = "") -> None:
+        super().__init__("", problem, way_out)
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ def atomic_file(path: Path | str, size: int | None = None, *, at_least: int = 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         require_disk_space(path.parent, size or at_least)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
     except OSError as error:
         raise OptionError("", f"{path} can't be written: {error.strerror}", "choose another output folder") from None
     temporary = Path(name)

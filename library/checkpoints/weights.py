@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # what torch.load raises on files that are damaged or something else
 DAMAGE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError,
+    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError,
     ValueError, KeyError, AttributeError, TypeError, IndexError,
 )  # fmt: skip
 

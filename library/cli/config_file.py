@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import toml
 
 from library.options import Option, OptionError, convert, did_you_mean
 
+logger = logging.getLogger(__name__)
+
 SECRET = frozenset({"wandb_api_key", "huggingface_token"})
 OWN = frozenset({"config_file", "output_config"})
 
 
 def config_path(name: str) -> Path:
     """The file that --config_file names; the extension may be left out."""
-    return Path(name) if name.endswith(".toml") else Path(name + ".toml")
+    return Path(name) if name.lower().endswith(".toml") else Path(name + ".toml")
 
 
 def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
@@ -32,11 +35,19 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any
         raise OptionError("--config_file", f"{path} can't be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise OptionError("--config_file", f"{path} is not UTF-8 text", "save it as UTF-8") from None
-    except (toml.TomlDecodeError, IndexError) as error:  # the parser fails with IndexError on some broken lines
+    except (toml.TomlDecodeError, IndexError, RecursionError) as error:  # the parser can fail with any of these
         raise OptionError("--config_file", f"{path} is not valid TOML ({error})") from None
     values: dict[str, Any] = {}
     for name, value in content.items():
-        values |= value if isinstance(value, dict) else {name: value}
+        section = value if isinstance(value, dict) else {name: value}
+        for twice in [key for key in section if key in values and values[key] != section[key]]:
+            raise OptionError(
+                f"{path}: {twice}", f"is both {values[twice]!r} and {section[twice]!r}", "keep one of them"
+            )
+        values |= section
+    for name in OWN & set(values):
+        logger.warning("%s: %s has no effect inside a file", path, name)
+        del values[name]
     for name, value in values.items():
         if name not in options:
             raise OptionError(f"{path}: {name}", "unknown key", did_you_mean(name, options))

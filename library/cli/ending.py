@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 import tempfile
@@ -43,9 +44,9 @@ class Ending:
         elif isinstance(error, Exception):
             self.code = FAILURE
             path = self._log("".join(traceback.format_exception(error)), anywhere=True)
-            self._say(
-                f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}; the details are in {path}"
-            )
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            details = f"the details are in {path}" if path else "the details could not be written"
+            self._say(f"{type(error).__name__}: {first_line}; {details}")
         else:
             return False
         return True
@@ -56,15 +57,11 @@ class Ending:
         sys.stderr.write(f"{self.program}: {sentence}\n")
 
     def _log(self, text: str, *, anywhere: bool = False) -> Path | None:
-        """Append to the log file; `anywhere` makes one among temporary files where there is none yet."""
-        path = self.log_file
-        if path is None and anywhere:
-            path = Path(tempfile.gettempdir()) / f"{Path(self.program).stem}_{time.strftime('%Y%m%d%H%M%S')}.log"
-        if path is None:
-            return None
-        try:
-            with open(path, "a", encoding="utf-8") as file:
+        """Append to the log file; `anywhere`: to a temporary file where there is none or it can't be written."""
+        name = f"{Path(self.program).stem}_{time.strftime('%Y%m%d%H%M%S')}.log"
+        elsewhere = [Path(tempfile.gettempdir()) / name] if anywhere else []
+        for path in [*([self.log_file] if self.log_file else []), *elsewhere]:
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
                 file.write(f"{self.program}, Python {platform.python_version()}, {platform.platform()}\n{text}\n")
-        except OSError:  # the folder may have gone or be full; the screen has the sentence
-            return None
-        return path
+                return path
+        return None

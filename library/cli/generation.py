@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
-from library.checkpoints.safetensors_io import read_header
 from library.cli import networks
 from library.cli.console import start_console
 from library.cli.ending import Ending
@@ -21,7 +20,7 @@ from library.generate.options import CONFIG_GROUPS, GenerationConfig, PromptOpti
 from library.generate.output import prepare_folder
 from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
 from library.generate.request import GenerationRequest, make_requests
-from library.options import OptionParser, add_arguments, build, require
+from library.options import OptionParser, add_arguments, build
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +82,7 @@ def check(config: GenerationConfig) -> list[GenerationRequest]:
     """The pictures asked for; raises OptionError for everything that is wrong without loading a model."""
     if config.checkpoint.tokenizer_cache_dir is not None:
         logger.info("--tokenizer_cache_dir has no effect: the CLIP vocabulary is part of this project")
-    for file in config.networks.files:
-        require(Path(file.path).is_file(), "--network_weights", f"{file.path} is no file", "check the path")
-        if file.path.endswith(".safetensors"):
-            read_header(file.path, "--network_weights")
+    networks.check(config.networks)
     requests = make_requests(read_lines(config.prompts), config.prompts, config.picture)
     probe(str(config.checkpoint.ckpt), flag="--ckpt", sdxl_script=SDXL_SCRIPT, v2=config.checkpoint.v2)
     if config.checkpoint.vae:

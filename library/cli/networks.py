@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from library.generate.options import NetworkFile, NetworkOptions
 from library.options import OptionError
+from library.targets import options as targets
 
 if TYPE_CHECKING:
     from library.families.base import LoadPlan, ModelBundle
@@ -18,16 +19,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = "--network_weights"
+
+
+def check(options: NetworkOptions) -> None:
+    """Raise OptionError for modules, arguments and files that can't be used, as far as that shows without torch."""
+    for file in options.files:
+        arguments = tuple(f"{name}={value}" for name, value in file.arguments.items())
+        targets.NetworkOptions(
+            network_module=file.module, network_args=arguments, network_weights=file.path
+        ).check_before_start()
+
 
 def import_modules(options: NetworkOptions) -> list[NetworkFactory]:
-    """The network modules, in order; OptionError when one is missing or can't do what generation needs."""
+    """The network modules, in order; OptionError when one can't do what generation needs, or not with its arguments."""
     if not options.files:
         return []
     from library.targets.adapter import NetworkFactory
 
     factories = [NetworkFactory(file.module) for file in options.files]
-    for factory in factories:
+    for factory, file in zip(factories, options.files, strict=True):
         factory.require("create_network_from_weights")
+        factory.check_arguments(file.arguments)
     return factories
 
 
@@ -45,9 +58,13 @@ def attach(factories: Sequence[NetworkFactory], options: NetworkOptions, bundle:
 def _attach_one(
     factory: NetworkFactory, file: NetworkFile, models: Models, plan: LoadPlan, *, wants_merge: bool
 ) -> None:
-    network, tensors = factory.create_from_weights(
-        file.multiplier, file.path, models, for_inference=True, **file.arguments
-    )
+    from library.targets.adapter import blamed_on, read_tensors
+
+    tensors = read_tensors(file.path, WEIGHTS)
+    with blamed_on(WEIGHTS):
+        network, tensors = factory.create_from_weights(
+            file.multiplier, file.path, models, weights_sd=tensors, for_inference=True, **file.arguments
+        )
     can_merge = wants_merge and _is_mergeable(network.network)
     if wants_merge and not can_merge:
         logger.warning("--network_merge: %s can't be merged and is applied instead", file.path)
@@ -55,10 +72,11 @@ def _attach_one(
         network.merge(models, tensors, plan.unet, plan.device)
     else:
         network.apply(models, text=True, unet=True)
-        num_found = network.load(file.path, tensors or {})
+        with blamed_on(WEIGHTS):
+            num_found = network.load(file.path, tensors or {})
         if tensors and not num_found:
             way_out = "use a network that was trained on this kind of model"
-            raise OptionError("--network_weights", f"no weight of {file.path} fits this model", way_out)
+            raise OptionError(WEIGHTS, f"no weight of {file.path} fits this model", way_out)
         network.network.to(dtype=plan.unet, device=plan.device).eval().requires_grad_(False)
     how = "merged" if can_merge else "applied"
     logger.info("%s: %s with multiplier %g", file.path, how, file.multiplier)

@@ -63,7 +63,14 @@ def load_configs(
     loader: LoaderOptions,
 ) -> tuple[DatasetConfig, ...]:
     """The run's datasets; raises OptionError on everything that can be known without reading an image."""
-    groups = (bucket, caption, augment, loader, FolderOptions())
+    configs = _configs(source, (bucket, caption, augment, loader, FolderOptions()))
+    groups = [group for config in configs for group in (config.bucket, *(subset.caption for subset in config.subsets))]
+    for sentence in dict.fromkeys(sentence for group in groups for sentence in group.without_effect()):
+        logger.warning(sentence)
+    return configs
+
+
+def _configs(source: SourceOptions, groups: Sequence[Any]) -> tuple[DatasetConfig, ...]:
     if source.dataset_config is not None:
         ignored = [f"--{name}" for name in ("train_data_dir", "reg_data_dir") if getattr(source, name)]
         if ignored:

@@ -13,12 +13,13 @@ from typing import Any
 from library.data.assembly import Assembly
 from library.data.batch import Batch, Position
 from library.data.buckets import Size, place_images
-from library.data.cache import CacheItem, Encode, LatentStore, cache_file_names, decoded_before, fill_disk, fill_memory
+from library.data.cache import Encode, LatentStore, fill_disk, fill_memory
+from library.data.cache_files import CacheItem, cache_file_names, decoded_before
 from library.data.config import DatasetConfig, SubsetConfig, check_cacheable
 from library.data.images import find_broken, usable_cores
 from library.data.loading import RunFacts, Samples, TrainImage, load_batches
 from library.data.options import CacheOptions
-from library.data.sources import FolderContents, report_broken, report_captions, scan_folder
+from library.data.sources import FolderContents, report_broken, report_captions, report_passed_over, scan_folder
 from library.data.summary import LoadedDataset, metadata, report_lines
 from library.options import OptionError
 
@@ -42,6 +43,7 @@ class TrainingData:
         """
         subsets = [subset for config in configs for subset in config.subsets]
         found = [_scan(subset) for subset in subsets]
+        report_passed_over(found)
         report_captions(
             (contents, subset.caption.caption_extension, subset.folder.class_tokens)
             for contents, subset in zip(found, subsets, strict=True)
@@ -103,12 +105,16 @@ class TrainingData:
         return metadata(self.datasets, samples_per_step=num_processes * accumulation)
 
     def digest(self) -> str:
-        """Changes when images, sizes, captions or repeats do; not when the folder moves."""
+        """Changes with whatever samples are made of: names and sizes of images, captions, all options of the datasets.
+
+        It doesn't when the folders move, nor for an image replaced by one of its name with as many bytes and pixels.
+        """
         digest = hashlib.blake2b(digest_size=16)
+        for dataset in self.datasets:
+            digest.update(repr(_without_place(dataset.config)).encode())
         for image in self._samples.images:
-            folder = self._samples.subsets[image.subset].folder
             record = replace(image.record, path=os.path.basename(image.record.path))
-            digest.update(repr((record, image.placement, image.subset, folder.num_repeats, folder.is_reg)).encode())
+            digest.update(repr((record, image.placement, image.subset)).encode())
         return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------------ latents
@@ -149,13 +155,19 @@ class TrainingData:
 # ---------------------------------------------------------------------------------------------- assembly
 
 
+def _without_place(config: DatasetConfig) -> DatasetConfig:
+    """The same, wherever its folders are and wherever it was written."""
+    subsets = tuple(replace(subset, folder=replace(subset.folder, image_dir=None)) for subset in config.subsets)
+    return replace(config, subsets=subsets, from_file=False)
+
+
 def _scan(subset: SubsetConfig) -> FolderContents:
     contents = scan_folder(
         subset.image_dir,
         caption_extension=subset.caption.caption_extension,
         class_tokens=subset.folder.class_tokens,
     )
-    if not contents.images and not contents.broken:
+    if not (contents.images or contents.broken or contents.unreadable_captions):
         logger.warning("%s: no images, passed over", subset.image_dir)
     return contents
 

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 import struct
-import zlib
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PLUGINS = (("pillow_avif", "pillow_avif"), ("pillow_jxl", "pillow_jxl"), ("jxlpy", "jxlpy.JXLImagePlugin"))
 HEAD_BYTES = 4096  # covers nearly every header, and a page of the disk is read in any case
+MAX_SIDE = 20_000  # an image of this width and height is the largest that is read
+MAX_TEXT_BYTES = 64 * 2**20  # of one text in a PNG; image generators keep whole workflows there
 ORIENTATION_TAG = 0x0112
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:="|>)([1-8])""")
@@ -37,6 +39,7 @@ class Header(NamedTuple):
 
     size_wh: tuple[int, int]  # upright: after the rotation that `orientation` asks for
     orientation: int  # of Exif or XMP: 1 (upright) to 8
+    num_bytes: int  # of the file
 
 
 Stored = tuple[tuple[int, int], int]  # (width, height) as stored, orientation
@@ -54,18 +57,22 @@ def read_header(path: str) -> Header:
             try:
                 size, orientation = _reader(view)(view)
             except _Unknown:
-                return _read_with_pillow(path)
+                size, orientation = _read_with_pillow(path)
     except OSError as error:
         raise BadImage(error.strerror or "can't be read") from None
     except (struct.error, IndexError):
         raise BadImage("cut off within its header") from None
-    if min(size) < 1:
+    check_size(size)
+    return Header((size[1], size[0]) if orientation >= 5 else size, orientation, view.length)
+
+
+def check_size(size_wh: tuple[int, int]) -> None:
+    """Raise BadImage for sizes that no picture has, before memory is taken for it."""
+    width, height = size_wh
+    if min(size_wh) < 1:
         raise BadImage("says that it has no pixels")
-    return _upright(size, orientation)
-
-
-def _upright(size_wh: tuple[int, int], orientation: int) -> Header:
-    return Header((size_wh[1], size_wh[0]) if orientation >= 5 else size_wh, orientation)
+    if width * height > MAX_SIDE**2:
+        raise BadImage(f"says that it has {width}x{height} pixels; {MAX_SIDE}x{MAX_SIDE} is the largest that is read")
 
 
 class _View:
@@ -100,21 +107,37 @@ def _reader(view: _View) -> Callable[[_View], Stored]:
 
 
 def open_image(source: str | BinaryIO) -> Image:
-    """Pillow's image, not yet decoded, with the plug-ins for AVIF and JPEG XL that are installed."""
+    """Pillow's image, not yet decoded, with the plug-ins for AVIF and JPEG XL that are installed.
+
+    Raises BadImage for one that is too large, and whatever Pillow raises.
+    """
     from PIL import Image
 
-    _register_plugins()
-    return Image.open(source)
+    _prepare_pillow()
+    image = Image.open(source)
+    check_size(image.size)
+    return image
 
 
 @functools.cache
-def _register_plugins() -> None:
+def _prepare_pillow() -> None:
+    """Register plug-ins and replace Pillow's limits by the ones here; Pillow offers no way to do that per image.
+
+    Its limit on pixels would refuse, or warn of, pictures that people do train on; its limit on texts, pictures that
+    hold a long workflow. Its warnings are about files that the check finds broken, or that are well.
+    """
+    from PIL import Image, PngImagePlugin
+
+    Image.MAX_IMAGE_PIXELS = None
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
+    PngImagePlugin.MAX_TEXT_MEMORY = 4 * MAX_TEXT_BYTES
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     for package, module in PLUGINS:
         if importlib.util.find_spec(package):
             importlib.import_module(module)
 
 
-def _read_with_pillow(path: str) -> Header:
+def _read_with_pillow(path: str) -> Stored:
     from PIL import UnidentifiedImageError
 
     try:
@@ -125,25 +148,7 @@ def _read_with_pillow(path: str) -> Header:
         raise BadImage("is not an image, or of a kind that this Pillow can't read") from None
     except Exception as error:  # plug-ins raise whatever they like on broken files
         raise BadImage(f"can't be read ({error})") from None
-    orientation = orientation if orientation in range(1, 9) else 1
-    return _upright(size, orientation)
-
-
-def png_checksums_hold(content: bytes) -> bool:
-    """Whether the bytes are a PNG file whose parts are all there with the right checksums: whole without decoding."""
-    if not content.startswith(PNG_SIGNATURE):
-        return False
-    offset = len(PNG_SIGNATURE)
-    view = memoryview(content)
-    while offset + 12 <= len(content):
-        (length,) = struct.unpack_from(">I", content, offset)
-        end = offset + 8 + length
-        if end + 4 > len(content) or zlib.crc32(view[offset + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
-            return False
-        if content[offset + 4 : offset + 8] == b"IEND":
-            return True
-        offset = end + 4
-    return False
+    return size, orientation if orientation in range(1, 9) else 1
 
 
 # ---------------------------------------------------------------------------------------------- formats

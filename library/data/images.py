@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
+from PIL import Image, UnidentifiedImageError
 
 from library.data.buckets import Placement
-from library.data.headers import BadImage, open_image, png_checksums_hold
+from library.data.headers import BadImage, open_image
+from library.data.progress import progress
 
 UPRIGHT = {  # Exif orientation -> how the stored picture becomes upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,7 +45,14 @@ def load_image(source: str | bytes, orientation: int = 1) -> np.ndarray:
             rgb = _to_rgb(image)
             return np.asarray(rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb)
     except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error ...
-        raise BadImage(str(error) or type(error).__name__) from None
+        raise BadImage(reason(error)) from None
+
+
+def reason(error: Exception) -> str:
+    """Why a file can't be read, in words that don't repeat its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "is not an image, or of a kind that this Pillow can't read"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -106,13 +113,12 @@ def usable_cores() -> int:
 def find_broken(paths: Iterable[str]) -> dict[str, str]:
     """Paths of images that can't be decoded to the end, with the reason; on all cores.
 
-    PNG files are known to be whole by their checksums; all others are decoded.
+    Checksums alone would not do: a PNG may have right ones around too few pixels, or around none that it can have.
     """
     paths = list(paths)
     chunks = [paths[start : start + CHECKED_TOGETHER] for start in range(0, len(paths), CHECKED_TOGETHER)]
     broken: dict[str, str] = {}
-    bar = tqdm(total=len(paths), desc="checking images", leave=False, delay=2, unit="image")
-    with bar, ThreadPoolExecutor(usable_cores()) as pool:
+    with progress("checking images", len(paths)) as bar, ThreadPoolExecutor(usable_cores()) as pool:
         for chunk, reasons in zip(chunks, pool.map(lambda chunk: [*map(_why_broken, chunk)], chunks), strict=True):
             broken |= {path: reason for path, reason in zip(chunk, reasons, strict=True) if reason}
             bar.update(len(chunk))
@@ -123,12 +129,10 @@ def _why_broken(path: str) -> str | None:
     try:
         with open(path, "rb") as file:
             content = file.read()
-        if png_checksums_hold(content):
-            return None
         with open_image(io.BytesIO(content)) as image:
             # a JPEG decoded at an eighth of its size is read to the end as well, at half the cost
             image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
     except Exception as error:
-        return str(error) or type(error).__name__
+        return reason(error)
     return None

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from library.data.batch import Batch, Position
 from library.data.buckets import Placement, crop_yx
-from library.data.cache import LatentStore, latent_shape
+from library.data.cache import LatentStore
+from library.data.cache_files import latent_shape
 from library.data.captions import process_caption
 from library.data.config import SubsetConfig
 from library.data.epoch_plan import EpochPlan, Pool, Share
@@ -88,7 +89,7 @@ def load_batches(
     )
     for position, batch in loader:
         if isinstance(batch, Failure):
-            raise OptionError("training images", batch.problem, "mend it and resume")
+            raise OptionError("", batch.sentence)
         yield position, batch
 
 
@@ -110,9 +111,9 @@ class RunPositions:
 
 
 class Failure(NamedTuple):
-    """What a worker sends in place of a batch: torch would wrap an exception in its traceback."""
+    """An OptionError as a worker sends it in place of a batch: torch would wrap an exception in its traceback."""
 
-    problem: str
+    sentence: str
 
 
 class _Sample(NamedTuple):
@@ -141,7 +142,7 @@ class BatchBuilder(TorchDataset):
     def __getitem__(self, position: Position) -> tuple[Position, Batch | Failure]:
         try:
             return position, self._batch(position)
-        except (BadImage, OptionError) as error:
+        except OptionError as error:
             return position, Failure(str(error))
 
     def _batch(self, position: Position) -> Batch:
@@ -189,7 +190,8 @@ class BatchBuilder(TorchDataset):
         try:
             pixels_HWC = load_image(image.record.path, image.record.orientation)
         except BadImage as error:
-            raise BadImage(f"{image.record.path} can't be read any more ({error})") from None
+            problem = f"{image.record.path} can't be read any more ({error})"
+            raise OptionError("training images", problem, "mend it and resume") from None
         crop = python_random(seed, "crop", *place_in_run) if augment.random_crop else None
         pixels_HWC = place(pixels_HWC, image.placement, crop)
         if augment.color_aug:

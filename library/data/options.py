@@ -7,14 +7,16 @@ dataset file may correct what the command line alone would get wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.options import OptionError, opt, require
+from library.options import OptionError, opt, path_of, require
 
 LATENT_STRIDE = 8  # pixels per latent pixel: every trained size is a multiple of it
+MAX_SIDE = 16_384  # pixels: beyond any model, but a slip of the keyboard
 
 
 def parse_resolution(value: Any) -> tuple[int, int]:
@@ -54,7 +56,7 @@ class SourceOptions:
 class FolderOptions:
     """One folder of images (keys of [[datasets.subsets]] that have no flag)."""
 
-    image_dir: Path | None = opt(help="the folder of images; its sub-folders are not looked at")
+    image_dir: Path | None = opt(parse=path_of, help="the folder of images; its sub-folders are not looked at")
     num_repeats: int = opt(1, help="how often every image is shown per epoch")
     class_tokens: str | None = opt(help="caption of images that have no caption file")
     is_reg: bool = opt(False, help="regularisation images")
@@ -86,6 +88,16 @@ class BucketOptions:
             "64 is usual",
         )
         require(self.min_bucket_reso > 0, "--min_bucket_reso", f"{self.min_bucket_reso} is no size")
+        for name in ("resolution", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"):
+            value = getattr(self, name)
+            largest = max(value) if isinstance(value, tuple) else value or 0
+            require(largest <= MAX_SIDE, f"--{name}", f"{largest} is too large", f"the largest is {MAX_SIDE}")
+
+    def without_effect(self) -> list[str]:
+        """A sentence for each option that another one would have to go with."""
+        if self.bucket_no_upscale and not self.enable_bucket:
+            return ["--bucket_no_upscale has no effect without --enable_bucket"]
+        return []
 
     def check(self, where: Callable[[str], str] = "--{}".format) -> None:
         """The rules between these options, on the values one dataset really uses; `where` names an option's place."""
@@ -143,7 +155,17 @@ class CaptionOptions:
             require(0 <= rate <= 1, f"--{name}", f"{rate} is out of range", "use 0 to 1")
         for name in ("keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step"):
             value = getattr(self, name)
-            require(value >= 0, f"--{name}", f"{value} is negative", "use 0 or more")
+            require(0 <= value < math.inf, f"--{name}", f"{value} is out of range", "use 0 or more")
+
+    def without_effect(self) -> list[str]:
+        """A sentence for each option that another one would have to go with."""
+        sentences = []
+        if self.keep_tokens and not (self.shuffle_caption or self.caption_tag_dropout_rate):
+            needed = "--shuffle_caption or --caption_tag_dropout_rate"
+            sentences.append(f"--keep_tokens {self.keep_tokens} has no effect without {needed}")
+        if self.token_warmup_min != 1 and not self.token_warmup_step:
+            sentences.append(f"--token_warmup_min {self.token_warmup_min} has no effect without --token_warmup_step")
+        return sentences
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,22 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from library.data.headers import BadImage, Header, read_header
+from library.data.progress import progress
 from library.options import OptionError
 
 logger = logging.getLogger(__name__)
 
 CAPTION_FALLBACKS = (".txt", ".caption")  # what people have when nothing has the extension asked for
+OTHER_IMAGES = frozenset(  # what people take for an image that could be used
+    (".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".exr")
+)
 FACE_PIECES = 4  # "name_cx_cy_w_h": a face position in the file name, which the caption's name may lack
 NAMES_SHOWN = 5
 READ_TOGETHER = 256  # images between two looks at how slow the disk is
@@ -42,6 +45,7 @@ class ImageRecord:
     size_wh: tuple[int, int]  # upright
     orientation: int  # of Exif, 1-8
     caption: str
+    num_bytes: int  # of the file
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class FolderContents:
     uncaptioned: tuple[str, ...] = ()  # paths of images without a caption file
     caption_extension: str = ""  # the one used
     unreadable_captions: tuple[str, ...] = ()  # not UTF-8
+    passed_over: tuple[str, ...] = ()  # paths: images of other kinds, and folders named like an image
 
     def without(self, paths: Collection[str]) -> FolderContents:
         """The same, less these images."""
@@ -77,7 +82,14 @@ def is_image(name: str) -> bool:
 def count_images(folder: Path) -> int:
     """How many images lie directly in `folder`."""
     with os.scandir(folder) as entries:
-        return sum(is_image(entry.name) and entry.is_file() for entry in entries)
+        return sum(is_image(entry.name) and _is_file(entry) for entry in entries)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link in a circle
+        return False
 
 
 def scan_folder(folder: Path, *, caption_extension: str, class_tokens: str | None) -> FolderContents:
@@ -86,14 +98,14 @@ def scan_folder(folder: Path, *, caption_extension: str, class_tokens: str | Non
     An image without a caption file gets `class_tokens`, or the empty caption. When no image has a caption file of
     `caption_extension` but there are .txt or .caption files, those are used.
     """
-    with os.scandir(folder) as entries:
-        files = {entry.name for entry in entries if entry.is_file()}
-    names = sorted(name for name in files if is_image(name))
-    extension = _extension_in_use(names, files, caption_extension)
+    files, broken, passed_over = _listing(folder)
+    names = [name for name in files if is_image(name)]
+    by_name = _by_caption_name(files)
+    extension = _extension_in_use(names, by_name, caption_extension)
     base = os.path.join(folder, "")
-    files_of = [(base + name, _caption_name(name, files, extension)) for name in names]
+    files_of = [(base + name, _caption_name(name, by_name, extension)) for name in names]
     tasks = [(path, base + caption if caption else None) for path, caption in files_of]
-    images, broken, uncaptioned, unreadable = [], {}, [], []
+    images, uncaptioned, unreadable = [], [], []
     for (path, caption_path), (header, caption) in zip(tasks, _read_all(tasks, folder.name), strict=True):
         if isinstance(header, BadImage):
             broken[path] = str(header)
@@ -101,9 +113,26 @@ def scan_folder(folder: Path, *, caption_extension: str, class_tokens: str | Non
             unreadable.append(caption_path)
         else:
             text = (class_tokens or "") if caption is None else caption
-            images.append(ImageRecord(path, header.size_wh, header.orientation, text))
+            images.append(ImageRecord(path, header.size_wh, header.orientation, text, header.num_bytes))
             uncaptioned += [] if caption_path else [path]
-    return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable))
+    return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable), passed_over)
+
+
+def _listing(folder: Path) -> tuple[list[str], dict[str, str], tuple[str, ...]]:
+    """Names of files, sorted; paths of image files that are no files, with the reason; paths passed over."""
+    files, broken, passed_over = [], {}, []
+    unusable = OTHER_IMAGES - image_extensions()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_file(entry):
+                files.append(entry.name)
+                if os.path.splitext(entry.name)[1].lower() in unusable:
+                    passed_over.append(entry.path)
+            elif is_image(entry.name) and os.path.isdir(entry.path):
+                passed_over.append(entry.path)
+            elif is_image(entry.name):
+                broken[entry.path] = "is a link to a file that is not there"
+    return sorted(files), broken, tuple(sorted(passed_over))
 
 
 def _read_all(tasks: Sequence[ReadTask], name: str) -> Iterator[ReadResult]:
@@ -111,8 +140,7 @@ def _read_all(tasks: Sequence[ReadTask], name: str) -> Iterator[ReadResult]:
 
     From memory or a fast disk one thread is faster than many, which would take turns at the interpreter.
     """
-    bar = tqdm(total=len(tasks), desc=f"reading {name}", leave=False, delay=2, unit="image")
-    with bar, ThreadPoolExecutor(SLOW_DISK_THREADS) as pool:
+    with progress(f"reading {name}", len(tasks)) as bar, ThreadPoolExecutor(SLOW_DISK_THREADS) as pool:
         waited = 0.0
         for start in range(0, len(tasks), READ_TOGETHER):
             chunk = tasks[start : start + READ_TOGETHER]
@@ -137,28 +165,46 @@ def _read(task: ReadTask) -> ReadResult:
 
 
 def read_caption(path: str) -> str:
-    """The first line with text in it, stripped; byte-order marks (UTF-8, UTF-16) are understood."""
-    with open(path, "rb", buffering=0) as file:
-        raw = file.read()
+    """The first line with text in it, stripped; byte-order marks (UTF-8, UTF-16) are understood.
+
+    Raises UnicodeDecodeError for text in other encodings, and OptionError where the file can't be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            raw = file.read()
+    except OSError as error:
+        raise OptionError("captions", f"{path} can't be read ({error.strerror})", "mend or remove it") from None
     encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    lines = (line.strip() for line in raw.decode(encoding).splitlines())
+    text = raw.decode(encoding)
+    if "\0" in text:  # UTF-16 without its mark, or UTF-32
+        raise UnicodeDecodeError(encoding, raw, 0, len(raw), "holds NUL characters")
+    lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if line), "")
 
 
-def _extension_in_use(names: Sequence[str], files: set[str], asked: str) -> str:
+def _by_caption_name(files: Sequence[str]) -> dict[str, str]:
+    """Name -> file, for names as they are and for names with their extension in lower case."""
+    by_name: dict[str, str] = {}
+    for name in files:
+        stem, extension = os.path.splitext(name)
+        by_name.setdefault(stem + extension.lower(), name)
+    return by_name | {name: name for name in files}
+
+
+def _extension_in_use(names: Sequence[str], files: Mapping[str, str], asked: str) -> str:
     for extension in (asked, *CAPTION_FALLBACKS):
         if any(_caption_name(name, files, extension) for name in names):
             return extension
     return asked
 
 
-def _caption_name(image_name: str, files: set[str], extension: str) -> str | None:
+def _caption_name(image_name: str, files: Mapping[str, str], extension: str) -> str | None:
+    """The caption file of an image, whose extension may be in capitals; `files` as of :func:`_by_caption_name`."""
     stem = os.path.splitext(image_name)[0]
-    if stem + extension in files:
-        return stem + extension
     pieces = stem.split("_")
-    without_face = "_".join(pieces[:-FACE_PIECES]) + extension
-    return without_face if len(pieces) > FACE_PIECES and without_face in files else None
+    stems = [stem, "_".join(pieces[:-FACE_PIECES])] if len(pieces) > FACE_PIECES else [stem]
+    tries = (stem + ending for stem in stems for ending in (extension, extension.lower()))
+    return next((files[name] for name in tries if name in files), None)
 
 
 # ---------------------------------------------------------------------------------------------- reports
@@ -182,6 +228,19 @@ def report_captions(folders: Iterable[tuple[FolderContents, str, str | None]]) -
         logger.info("captions: %d images have none and use their class tokens: %s", len(with_class), listed(with_class))
     if without:
         logger.warning("captions: %d images have none and use the empty caption: %s", len(without), listed(without))
+
+
+def report_passed_over(folders: Iterable[FolderContents]) -> None:
+    """Log, in one line, how many files of which kinds lie beside the images and are not used."""
+    paths = {path for contents in folders for path in contents.passed_over}
+    kinds = Counter(
+        f"folder named {extension}" if extension in image_extensions() else extension
+        for extension in (os.path.splitext(path)[1].lower() for path in paths)
+    )
+    if kinds:
+        found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        usable = ", ".join(sorted(image_extensions()))
+        logger.warning("training images: %s passed over; images are files of %s", found, usable)
 
 
 def report_broken(broken: dict[str, str], on_bad_image: str) -> None:

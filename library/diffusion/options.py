@@ -47,6 +47,9 @@ class LossOptions:
     )
 
     def __post_init__(self) -> None:
+        require(self.prior_loss_weight >= 0, "--prior_loss_weight", f"{self.prior_loss_weight} is negative")
+        share = self.v_pred_like_loss
+        require(share is None or share >= 0, "--v_pred_like_loss", f"{share} is negative")
         require(
             self.min_snr_gamma is None or self.min_snr_gamma > 0,
             "--min_snr_gamma",

@@ -9,10 +9,11 @@ from typing import Any
 from library.diffusion.samplers import SAMPLERS, check_steps
 from library.families.options import ModelOptions
 from library.models.options import AttentionOptions
-from library.options import OptionError, opt, require
+from library.options import named_values, opt, require
 
 SIZE_STEP = 8  # pixels of one latent pixel
-SEED_RANGE = range(-(2**63), 2**64)  # what torch's generators take
+LEAST_SIZE = 64  # pixels; the U-Net halves its 8 times smaller latents three times
+SEED_RANGE = range(2**64)  # what torch's generators take
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class NetworkOptions:
         multipliers = (self.network_mul or ()) + (1.0,) * len(modules)
         arguments = (self.network_args or ()) + ("",) * len(modules)
         return tuple(
-            NetworkFile(module, path, multiplier, named_values(text))
+            NetworkFile(module, path, multiplier, network_arguments(text))
             for module, path, multiplier, text in zip(modules, weights, multipliers, arguments, strict=False)
         )
 
@@ -183,6 +184,9 @@ class OutputOptions:
 
     outdir: str = opt("outputs", help="folder for the pictures; made where it is missing")
     sequential_file_name: bool = opt(False, help="name files im_000001.png and on, instead of by time and seed")
+
+    def __post_init__(self) -> None:
+        require(bool(self.outdir.strip()), "--outdir", "no folder named", 'name one, "." for the folder you are in')
 
 
 @dataclass(frozen=True)
@@ -209,22 +213,19 @@ CONFIG_GROUPS: dict[str, Any] = {
 
 def check_size(where: str, pixels: int) -> None:
     """Raise OptionError unless a picture can be this wide or high."""
-    below = max(pixels // SIZE_STEP, 1) * SIZE_STEP
-    fits = pixels >= SIZE_STEP and pixels % SIZE_STEP == 0
-    require(fits, where, f"{pixels} is not a multiple of {SIZE_STEP}", f"use {below} or {below + SIZE_STEP}")
+    require(pixels >= LEAST_SIZE, where, f"{pixels} is too small", f"use at least {LEAST_SIZE}")
+    below = pixels // SIZE_STEP * SIZE_STEP
+    require(pixels == below, where, f"{pixels} is not a multiple of {SIZE_STEP}", f"use {below} or {below + SIZE_STEP}")
 
 
 def check_seed(where: str, seed: int | None) -> None:
-    require(seed is None or seed in SEED_RANGE, where, f"{seed} is out of range", "use 0 to 2^64 - 1")
+    way_out = "use 0 to 2^64 - 1, or leave it out for a random seed"
+    require(seed is None or seed in SEED_RANGE, where, f"{seed} is out of range", way_out)
 
 
-def named_values(text: str) -> dict[str, str]:
+def network_arguments(text: str) -> dict[str, str]:
     """ "name=value;name=value" as a dict; a value may contain "="."""
-    pairs = [item.strip().partition("=") for item in text.split(";") if item.strip()]
-    for name, equals, _ in pairs:
-        if not equals or not name:
-            raise OptionError("--network_args", f"{name!r} is not of the form name=value", 'join several by ";"')
-    return {name: value for name, _, value in pairs}
+    return named_values([item.strip() for item in text.split(";") if item.strip()], "--network_args")
 
 
 def counted(number: int, noun: str) -> str:

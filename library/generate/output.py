@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 FLAG = "--outdir"
 SEQUENTIAL_NAME = re.compile(r"im_(\d{6,})\.png")
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # file systems such as exFAT
 MOST_WAITING = 16  # pictures that may wait for the disk before generation waits, too
 
 
@@ -110,28 +113,21 @@ def encode_png(image: Image.Image, texts: dict[str, str]) -> bytes:
 def write_new(folder: Path, names: Iterator[str], data: bytes) -> Path:
     """Write `data` under the first free name, whole or not at all; raises OptionError when the disk won't take it.
 
-    The name is taken by creating an empty file under it, which fails where another program was first.
+    The data is on the disk before it gets its name, so a program that is killed leaves no broken picture.
     """
-    path = None
-    temporary = None
+    temporary = folder / f".{secrets.token_hex(8)}.part"  # not by tempfile, whose files are private
     try:
-        path = _take_name(folder, names)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(path.stat().st_mode)  # temporary files are private, pictures are not
-        temporary.replace(path)
-    except BaseException as error:
-        for leftover in (temporary, path):
-            if leftover is not None:
-                leftover.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            way_out = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            raise OptionError(FLAG, f"can't write to {folder} ({error.strerror})", way_out) from error
-        raise
-    return path
+        return _take_name(temporary, folder, names)
+    except OSError as error:
+        way_out = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OptionError(FLAG, f"can't write to {folder} ({error.strerror})", way_out) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 class PictureWriter:
@@ -170,14 +166,30 @@ class PictureWriter:
             self._collect(0)
 
 
-def _take_name(folder: Path, names: Iterator[str]) -> Path:
+def _take_name(temporary: Path, folder: Path, names: Iterator[str]) -> Path:
+    """Give a file the first name that is free, in one step of the file system that never replaces another file."""
     while True:
         path = folder / next(names)
         try:
-            path.open("xb").close()
+            _rename_to_new(temporary, path)
         except FileExistsError:
             continue
         return path
+
+
+def _rename_to_new(source: Path, path: Path) -> None:
+    if os.name == "nt":
+        os.rename(source, path)  # fails there where the name is taken
+        return
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        path.open("xb").close()  # without hard links: the name first; it is empty until the next line
+        os.replace(source, path)
 
 
 def _quoted(text: str) -> str:

@@ -33,12 +33,12 @@ class PromptLine:
 
 
 def parse_prompt_line(line: str, where: str = "--prompt") -> PromptLine:
-    """Split a line at " --" into the prompt and its options.
+    """Split a line at " --" into the prompt and its options; a line that begins with "--" has an empty prompt.
 
     Option names are matched in any case. A value that is no number raises OptionError; unknown options are left out of
     the prompt, as they always were, and named in one warning.
     """
-    prompt, *parts = line.strip().split(" --")
+    prompt, *parts = f" {line.strip()}".split(" --")
     values: dict[str, Any] = {}
     unknown = []
     for part in parts:
@@ -78,11 +78,6 @@ def read_prompt_file(path: str | Path, flag: str = "--from_file") -> list[Prompt
     return [parse_prompt_line(line, f"{path}, line {number}") for number, line in prompts]
 
 
-def steps_in_range(text: str) -> int:
-    """A number of steps, clamped to 1..1000."""
-    return min(max(int(text), 1), 1000)
-
-
 def finite_number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -101,7 +96,7 @@ LINE_OPTIONS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "h": ("height", "a whole number", int),
     "d": ("seeds", "a seed or several joined by commas", seed_list),
     "l": ("scale", "a number", finite_number),
-    "s": ("steps", "a whole number", steps_in_range),
+    "s": ("steps", "a whole number", int),
 }
 
 DYNAMIC_PROMPT = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*(?<!\\)\}")

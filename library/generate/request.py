@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from library.diffusion.samplers import check_steps
+from library.diffusion.samplers import SAMPLERS
 from library.generate.options import PictureOptions, PromptOptions, check_seed, check_size
 from library.generate.prompt_line import PromptLine
+from library.options import require
+from library.text.prompt_weights import parse_prompt_weights
+
+logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1
+LARGEST_EMPHASIS = 1e6
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,9 @@ def make_requests(
 ) -> list[GenerationRequest]:
     """One request per picture: the whole list `n_iter` times, `images_per_prompt` pictures of each prompt in a row.
 
-    Raises OptionError where a line asks for a size, a seed or steps that can't be had.
+    Raises OptionError where a line asks for a size, a seed or an emphasis that can't be had.
     """
-    for line in lines:
-        check_line(line, picture.sampler)
+    lines = [checked_line(line, picture.sampler) for line in lines]
     drawn = seeds(prompts.seed, count=prompts.n_iter * len(lines) * prompts.images_per_prompt)
     return [
         _request(line, picture, _own_seed(line, index, drawn))
@@ -56,16 +61,33 @@ def make_requests(
     ]
 
 
-def check_line(line: PromptLine, sampler: str) -> None:
-    """Raise OptionError, which names the line, unless its options are in range."""
+def checked_line(line: PromptLine, sampler: str) -> PromptLine:
+    """The line with steps that the sampler can take; raises OptionError, which names the line, for anything else.
+
+    The trade clamps steps, so files of prompts may rely on it.
+    """
     if line.width is not None:
         check_size(f"{line.where}: --w", line.width)
     if line.height is not None:
         check_size(f"{line.where}: --h", line.height)
-    if line.steps is not None:
-        check_steps(f"{line.where}: --s", sampler, line.steps)
     for seed in line.seeds:
         check_seed(f"{line.where}: --d", seed)
+    for text in (line.prompt, line.negative_prompt):
+        check_emphasis(line.where, text)
+    if line.steps is None:
+        return line
+    row = SAMPLERS[sampler]
+    steps = min(max(line.steps, row.least_steps), row.most_steps)
+    if steps != line.steps:
+        logger.warning("%s: --s %d is taken as %d, the nearest that %s can", line.where, line.steps, steps, sampler)
+    return replace(line, steps=steps)
+
+
+def check_emphasis(where: str, text: str) -> None:
+    """Raise OptionError for brackets that multiply to weights beyond all arithmetic."""
+    largest = max(abs(weight) for _, weight in parse_prompt_weights(text))
+    problem = f"its brackets make an emphasis of {largest:.3g}"
+    require(largest <= LARGEST_EMPHASIS, where, problem, f"{LARGEST_EMPHASIS:g} is the limit, 0.5 to 1.5 is usual")
 
 
 def seeds(seed: int | None, *, count: int) -> Iterator[int]:

@@ -7,10 +7,10 @@ optional once; what differs between versions is decided by signatures. Arguments
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import importlib.util
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from library.checkpoints.safetensors_io import is_finite
+from library.checkpoints.weights import load_tensors
 from library.options import OptionError, did_you_mean
 
 KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
@@ -43,6 +45,26 @@ def import_network_module(name: str) -> ModuleType:
         raise OptionError(FLAG, f"{name} can't be imported: {error}") from error
 
 
+def read_tensors(file: str, flag: str) -> dict[str, torch.Tensor]:
+    """The tensors of a network file; OptionError, naming `flag`, for one that can't be read or holds NaN."""
+    tensors = load_tensors(file, flag)
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise OptionError(flag, f"{file} holds NaN or infinity ({name})", "take an earlier save of it")
+    return tensors
+
+
+@contextlib.contextmanager
+def blamed_on(flag: str) -> Iterator[None]:
+    """Put the flag before the messages of network modules, which know files at most."""
+    try:
+        yield
+    except OptionError as error:
+        if str(error).startswith("--"):
+            raise
+        raise OptionError(flag, str(error)) from None
+
+
 class NetworkFactory:
     """The functions of a network module."""
 
@@ -60,7 +82,8 @@ class NetworkFactory:
 
     def check_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Raise OptionError for arguments that have a flag of their own; let the module check the rest, if it can."""
-        for name in list(inspect.signature(self.module.create_network).parameters)[:6]:
+        create = getattr(self.module, "create_network", None) or self.module.create_network_from_weights
+        for name in list(inspect.signature(create).parameters)[:6]:
             if name in arguments:
                 raise OptionError(f"--network_args {name}", "is set by the program", f"use a flag such as --{name}")
         check = getattr(self.module, "check_arguments", None)
@@ -78,12 +101,25 @@ class NetworkFactory:
         return self._adapted(create(1.0, dim, alpha, models.vae, models.text_encoder, models.unet, **arguments))
 
     def create_from_weights(
-        self, multiplier: float, file: str, models: Models, /, *, for_inference: bool = False, **arguments: Any
+        self,
+        multiplier: float,
+        file: str,
+        models: Models,
+        /,
+        *,
+        weights_sd: Mapping[str, torch.Tensor] | None = None,
+        for_inference: bool = False,
+        **arguments: Any,
     ) -> tuple[Adapted, Mapping[str, torch.Tensor] | None]:
-        """(network with the file's modules and ranks, the file's tensors or None)."""
+        """(network with the file's modules and ranks, the file's tensors or None).
+
+        `weights_sd`: the tensors, where they are read already; a module of an old form reads them again.
+        """
         create = self.module.create_network_from_weights
         if _accepts(create, "for_inference"):
             arguments["for_inference"] = for_inference
+        if weights_sd is not None and "weights_sd" in inspect.signature(create).parameters:
+            arguments["weights_sd"] = weights_sd
         made = create(multiplier, file, models.vae, models.text_encoder, models.unet, **arguments)
         network, tensors = made if isinstance(made, tuple) else (made, None)
         return self._adapted(network), tensors

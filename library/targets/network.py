@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from library.checkpoints.safetensors_io import NonFiniteError, is_finite, read_header, require_disk_space
-from library.checkpoints.weights import load_tensors
 from library.families.base import ModelBundle, ModelFamily
 from library.families.options import TextOptions
 from library.options import OptionError
-from library.targets.adapter import Adapted, Models, NetworkFactory
+from library.targets.adapter import Adapted, Models, NetworkFactory, blamed_on, read_tensors
 from library.targets.base import ParamGroup, TrainTarget
 from library.targets.options import NetworkOptions
 
 logger = logging.getLogger(__name__)
 
 TEXT, UNET = "text encoder", "unet"
+SHORT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}  # as --save_precision calls them
 TEXT_NAME = re.compile(r"(^|[._])te\d?_|text_encoder|text_model")
 
 
@@ -89,8 +90,13 @@ class NetworkTarget(TrainTarget):
     def _create(self) -> Adapted:
         options, arguments = self.options, self.options.arguments
         if options.dim_from_weights:
+            if options.network_dim is not None:
+                logger.warning("--network_dim has no effect beside --dim_from_weights")
+            file, flag = str(options.network_weights), "--network_weights"
             arguments = {"dropout": options.network_dropout, **arguments}
-            return self.factory.create_from_weights(1.0, str(options.network_weights), self.models, **arguments)[0]
+            tensors = read_tensors(file, flag)
+            with blamed_on(flag):
+                return self.factory.create_from_weights(1.0, file, self.models, weights_sd=tensors, **arguments)[0]
         dim, alpha = options.network_dim, options.network_alpha
         return self.factory.create(dim, alpha, options.network_dropout, self.models, **arguments)
 
@@ -99,7 +105,11 @@ class NetworkTarget(TrainTarget):
         multipliers = [*(self.options.base_weights_multiplier or ())]
         for index, file in enumerate(self.options.base_weights or ()):
             multiplier = multipliers[index] if index < len(multipliers) else 1.0
-            network, tensors = self.factory.create_from_weights(multiplier, file, self.models, for_inference=True)
+            tensors = read_tensors(file, "--base_weights")
+            with blamed_on("--base_weights"):
+                network, tensors = self.factory.create_from_weights(
+                    multiplier, file, self.models, weights_sd=tensors, for_inference=True
+                )
             network.require("merge_to")
             kept = {
                 parameter: (parameter.dtype, parameter.device)
@@ -113,8 +123,9 @@ class NetworkTarget(TrainTarget):
 
     def _load(self, file: str) -> None:
         self.network.require("load_weights")
-        tensors = load_tensors(file, "--network_weights")
-        found = self.network.load(file, tensors)
+        tensors = read_tensors(file, "--network_weights")
+        with blamed_on("--network_weights"):
+            found = self.network.load(file, tensors)
         if not found:
             example = next(iter(tensors), "none")
             problem = f"no tensor of {file} belongs to this network (its first is {example})"
@@ -208,26 +219,39 @@ class NetworkTarget(TrainTarget):
     # ------------------------------------------------------------------ files
 
     def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write the network's file under a temporary name, check it, rename it; NonFiniteError rather than NaN."""
+        """Write the network's file under a temporary name, check it, rename it.
+
+        Raises NonFiniteError rather than write NaN, and OptionError where the file can't be written.
+        """
         path = Path(path)
-        size = 0
-        for name, tensor in self.trained_module().state_dict().items():
-            if not is_finite(tensor if dtype is None else tensor.to(dtype)):
-                raise NonFiniteError(f"{name} holds NaN or infinity; {path} was not written")
-            size += tensor.numel() * (tensor.element_size() if dtype is None else dtype.itemsize)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        require_disk_space(path.parent, size)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix decides the format
+        size = self._size_of_finite(path, dtype)
+        temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")  # the suffix decides the format
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            require_disk_space(path.parent, size)
+            temporary.touch()  # shows at once whether the folder takes files
             self.network.save(temporary, dtype, metadata)
             if path.suffix == ".safetensors":
                 read_header(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            problem = f"can't write {path} ({getattr(error, 'strerror', None) or error})"
+            raise OptionError("", problem, "free some space or choose another folder") from error
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 temporary.unlink()
+
+    def _size_of_finite(self, path: Path, dtype: torch.dtype | None) -> int:
+        """Bytes of the network's tensors as `dtype`; NonFiniteError when one is not finite, or not in that dtype."""
+        size = 0
+        for name, tensor in self.trained_module().state_dict().items():
+            saved = tensor if dtype is None else tensor.to(dtype)
+            if not is_finite(saved):
+                raise _not_finite(name, tensor, saved, path)
+            size += saved.numel() * saved.element_size()
+        return size
 
     def describe(self) -> dict[str, Any]:
         """ss_network_*; ss_network_args is JSON and there only if arguments were given."""
@@ -251,6 +275,16 @@ def part_of(name: str) -> str | None:
     if "unet" in name:
         return UNET
     return TEXT if TEXT_NAME.search(name) else None
+
+
+def _not_finite(name: str, tensor: torch.Tensor, saved: torch.Tensor, path: Path) -> NonFiniteError:
+    """Why `tensor` can't be saved: it is not finite, or not any more as `saved`."""
+    if not is_finite(tensor):
+        return NonFiniteError(f"{name} holds NaN or infinity; {path} was not written")
+    precision = SHORT_NAMES.get(saved.dtype, str(saved.dtype))
+    largest, limit = tensor.abs().max(), torch.finfo(saved.dtype).max
+    problem = f"{precision} can't hold the weights: {name} goes up to {largest:.3g}, {precision} to {limit:g}"
+    return NonFiniteError(problem, "use --save_precision bf16 or float")
 
 
 def _readable(label: str | None) -> str | None:

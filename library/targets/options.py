@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
-from library.options import OptionError, opt, require
+from library.checkpoints.safetensors_io import read_header
+from library.options import OptionError, did_you_mean, named_values, opt, require
+
+
+KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,50 @@ class NetworkOptions:
         require(
             dropout is None or 0 <= dropout < 1, "--network_dropout", f"{dropout} is out of range", "use 0 to below 1"
         )
+        for name in ("network_alpha", "unet_lr", "text_encoder_lr"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"--{name}", f"{value} is negative")
         limit = self.scale_weight_norms
         require(limit is None or limit > 0, "--scale_weight_norms", f"{limit} must be above 0")
         spare = len(self.base_weights_multiplier or ()) - len(self.base_weights or ())
         require(spare <= 0, "--base_weights_multiplier", "has more values than --base_weights has files")
-        assert self.arguments is not None  # reading them checks their form
+        named_values(self.network_args, "--network_args")  # checks their form
 
     @property
     def arguments(self) -> dict[str, str]:
         """--network_args by name; a value may contain "="."""
-        pairs = [item.partition("=") for item in self.network_args or ()]
-        for name, equals, _ in pairs:
-            if not equals or not name:
-                raise OptionError("--network_args", f"{name!r} is not of the form name=value")
-        return {name: value for name, _, value in pairs}
+        return named_values(self.network_args, "--network_args")
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect beside another."""
+        idle = "text_encoder_lr" if self.network_train_unet_only else "unet_lr"
+        alone = self.network_train_unet_only or self.network_train_text_encoder_only
+        if alone and getattr(self, idle) is not None:
+            return [f"--{idle} has no effect: that part is not trained"]
+        return []
+
+    def check_before_start(self) -> None:
+        """Raise OptionError for a module that is not there, its arguments, and files that can't be read: without torch.
+
+        A module `x.y` may have a module `x.y_settings` beside it, free of torch, with check_arguments(**arguments).
+        """
+        name = str(self.network_module)
+        if not _can_be_found(name):
+            way_out = did_you_mean(name, KNOWN_MODULES) or "networks.lora is ours; others must be installed"
+            raise OptionError("--network_module", f"there is no module {name!r}", way_out)
+        if _can_be_found(f"{name}_settings"):
+            importlib.import_module(f"{name}_settings").check_arguments(**self.arguments)
+        weights = [self.network_weights] if self.network_weights else []
+        for flag, files in (("--network_weights", weights), ("--base_weights", self.base_weights or ())):
+            for file in files:
+                if not Path(file).is_file():
+                    raise OptionError(flag, f"{file} does not exist", "check the path")
+                if Path(file).suffix == ".safetensors":
+                    read_header(file, flag)
+
+
+def _can_be_found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

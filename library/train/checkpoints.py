@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from library.checkpoints.safetensors_io import save_file
 from library.options import OptionError
 from library.train.options import SavingOptions
 from library.train.plan import TrainPlan
-from library.train.resume import STATE_FILE, STATE_FORMAT, FileNames, RunState
+from library.train.resume import PARTIAL, REPLACED, STATE_FILE, STATE_FORMAT, FileNames, RunState
 
 logger = logging.getLogger(__name__)
+
+# what reading a damaged state can raise
+DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Checkpointer:
     names: FileNames
     write_model: Callable[[Path, int, int], None]  # (path, step, epoch)
     write_state: Callable[[Path, int], None]  # (folder, step)
+    is_healthy: Callable[[], bool] = lambda: True  # False while losses are not finite: nothing good is replaced then
 
     def after_step(self, step: int) -> None:
         if self.plan.saves_at(step):
@@ -56,22 +62,33 @@ class Checkpointer:
                 self._remove(self.names.epoch_file(old), is_state, old > 0)
 
     def at_end(self, step: int) -> None:
-        """The final file; where its folder can't take it, the work is put among temporary files rather than lost."""
-        try:
-            self._write(self.names.final_file(), step, self.saving.save_state)
-        except OptionError as error:
-            refuge = Path(tempfile.mkdtemp(prefix="training-")) / self.names.final_file().name
-            self.write_model(refuge, step, self.plan.epochs)
-            raise OptionError("", str(error), f"the trained model is in {refuge}, move it from there") from None
+        """The final file; where its folder can't take it, OptionError says where it was put instead."""
+        refuge, error = self._write_somewhere(self.names.final_file(), step, with_state=self.saving.save_state)
+        if error is not None:
+            raise OptionError("", str(error), f"the trained model is in {refuge}, move it from there")
 
     def interrupted(self, step: int) -> Path:
         """Model and state in mid-run, whatever the options say; returns the state folder."""
-        file = self.names.step_file(step)
-        self._write(file, step, with_state=True)
+        file, error = self._write_somewhere(self.names.step_file(step), step, with_state=True)
+        if error is not None:
+            logger.warning("%s; model and state are in %s instead", error, file.parent)
         return self.names.state_of(file)
+
+    def _write_somewhere(self, file: Path, step: int, *, with_state: bool) -> tuple[Path, OptionError | None]:
+        """(file, None), or, where its folder can't take it, (file in a folder among temporary ones, why)."""
+        try:
+            self._write(file, step, with_state)
+            return file, None
+        except OptionError as error:
+            refuge = Path(tempfile.mkdtemp(prefix="training-")) / file.name
+            self._write(refuge, step, with_state)
+            return refuge, error
 
     def _try_to_write(self, file: Path, step: int) -> None:
         """A file on the way: the run is worth more than it, so a full disk is said and training goes on."""
+        if not self.is_healthy():
+            logger.warning("%s was not saved: the last update had no finite loss", file.name)
+            return
         try:
             self._write(file, step, self.saving.save_state)
         except OptionError as error:
@@ -103,20 +120,19 @@ def save_state(
     state: RunState,
     *,
     trained: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    extras: Mapping[str, Any],
+    others: Mapping[str, Any],
 ) -> None:
     """Write a state folder; it appears under its name only when everything in it is on the disk.
 
-    `extras` are further objects with a state_dict (schedule, gradient scaler) by name.
+    `others` are further objects with a state_dict (optimizer, schedule, gradient scaler) by name.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in trained.state_dict().items()}
         save_file(tensors, partial / "trained.safetensors", {"format": "pt"})
-        states = {"optimizer": optimizer.state_dict()} | {name: item.state_dict() for name, item in extras.items()}
+        states = {name: part.state_dict() for name, part in others.items()}
         with open(partial / "optimizer.pt", "wb") as file:
             torch.save(states, file)
             file.flush()
@@ -137,7 +153,7 @@ def save_state(
 
 def _replace_folder(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`; an older folder of that name is moved away first and then removed."""
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.with_name(f".{folder.name}{REPLACED}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -145,16 +161,14 @@ def _replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(
-    folder: Path, *, trained: torch.nn.Module, optimizer: torch.optim.Optimizer, extras: Mapping[str, Any]
-) -> None:
-    """Put a state's weights, optimizer and extras in place."""
+def load_state(folder: Path, *, trained: torch.nn.Module, others: Mapping[str, Any]) -> None:
+    """Put a state's weights and everything else in place; raises OptionError for a damaged state."""
     try:
         tensors = load_file(folder / "trained.safetensors")
         states = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         trained.load_state_dict(tensors)
-        optimizer.load_state_dict(states["optimizer"])
-        for name, item in extras.items():
-            item.load_state_dict(states[name])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise OptionError("--resume", f"{folder} can't be loaded ({str(error).splitlines()[0]})") from None
+        for name, part in others.items():
+            part.load_state_dict(states[name])
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OptionError("--resume", f"{folder} is damaged ({reason})", "resume from another state") from None

@@ -50,6 +50,11 @@ class NonFiniteGuard:
         logger.warning("step %d: loss or gradient is not finite, the update was skipped; images: %s", step, shown)
 
     @property
+    def is_healthy(self) -> bool:
+        """Whether the last update that is known of had a finite loss."""
+        return self.in_a_row == 0
+
+    @property
     def gives_up(self) -> bool:
         return self.in_a_row >= self.limit
 
@@ -59,10 +64,10 @@ class TrainingDiverged(OptionError):
 
     exit_code = 1
 
-    def __init__(self, count: int, saved: str) -> None:
+    def __init__(self, count: int, saved: object) -> None:
         super().__init__(
             "",
-            f"stopped after {count} updates in a row without a finite loss; {saved}",
+            f"stopped after {count} updates in a row without a finite loss; the last good state is {saved}",
             "the usual reasons are a learning rate or alpha that is too high, fp16, or a damaged model",
         )
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from library.options import OptionError
 from library.train.guard import NonFiniteGuard
+from library.train.last_good import LastGood
 from library.train.options import LoggingOptions
 from library.train.placement import trackers
 
@@ -40,8 +41,17 @@ class StepRecord:
 class TrainLog:
     """Writes each update's numbers once the next one is under way."""
 
-    def __init__(self, accelerator: Accelerator, guard: NonFiniteGuard, *, steps: int, start: int, window: int) -> None:
-        self.accelerator, self.guard = accelerator, guard
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        guard: NonFiniteGuard,
+        last_good: LastGood,
+        *,
+        steps: int,
+        start: int,
+        window: int,
+    ) -> None:
+        self.accelerator, self.guard, self.last_good = accelerator, guard, last_good
         self.recent: deque[float] = deque(maxlen=min(max(window, 1), LONGEST_AVERAGE))
         self.pending: StepRecord | None = None
         self.bar = tqdm(
@@ -61,6 +71,7 @@ class TrainLog:
             return
         is_finite = bool(record.is_finite)
         self.guard.note(record.step, is_finite, record.image_names)
+        self.last_good.note(record.step, is_finite=is_finite)
         loss = float(record.loss)
         if math.isfinite(loss):
             self.recent.append(loss)

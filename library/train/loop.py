@@ -22,24 +22,35 @@ from library.train.run import Run
 
 
 def train(run: Run) -> int:
-    """Train from the run's start step to its end; returns the exit code (0, or 128 + signal when asked to stop)."""
-    batches = run.batches()
-    step = run.start_step
+    """Train from the run's start step to its end; returns the exit code (0, or 128 + signal when asked to stop).
+
+    Whatever ends it early, the work up to the last finished step is saved.
+    """
     with run.stop.listening():
-        while step < run.plan.steps and not run.stop_requested(step):
-            epoch = run.plan.epoch_of(step + 1)
-            if run.plan.position_after(step).batch_index == 0 or step == run.start_step:
-                run.target.on_epoch_start(epoch)
-            record = update(run, batches, step)
-            step += 1
-            run.log.push(replace(record, step=step, epoch=epoch))
-            if run.guard.gives_up:
-                raise TrainingDiverged(run.guard.in_a_row, f"last good state: {run.checkpoints.interrupted(step)}")
-            run.checkpoints.after_step(step)
-            if run.plan.ends_epoch(step):
-                run.log.end_epoch(epoch, step)
-                run.checkpoints.after_epoch(epoch, step)
-    return run.finish(step)
+        try:
+            while run.step < run.plan.steps and not run.stop_requested():
+                train_one_step(run)
+            return run.finish()
+        except Exception:
+            run.rescue()
+            raise
+
+
+def train_one_step(run: Run) -> None:
+    """One optimizer update and what is due after it."""
+    epoch = run.plan.epoch_of(run.step + 1)
+    if run.plan.position_after(run.step).batch_index == 0 or run.step == run.start_step:
+        run.target.on_epoch_start(epoch)
+    record = update(run, run.batches, run.step)
+    run.step += 1
+    run.log.push(replace(record, step=run.step, epoch=epoch))
+    if run.guard.gives_up:
+        raise TrainingDiverged(run.guard.in_a_row, run.save_last_good())
+    run.last_good.consider(run.step)
+    run.checkpoints.after_step(run.step)
+    if run.plan.ends_epoch(run.step):
+        run.log.end_epoch(epoch, run.step)
+        run.checkpoints.after_epoch(epoch, run.step)
 
 
 def update(run: Run, batches: Iterator[Batch], step: int) -> StepRecord:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 
-from library.options import OptionError, did_you_mean
-from library.train.optimizers import BuiltOptimizer, parse_arguments
+from library.options import OptionError
+from library.train.optimizers import BuiltOptimizer, import_class, parse_arguments
 from library.train.options import ScheduleOptions
 
 logger = logging.getLogger(__name__)
-
-# name -> the options it reads beside warm-up and length
-NAMES: dict[str, tuple[str, ...]] = {
-    "linear": (),
-    "cosine": (),
-    "cosine_with_restarts": ("num_cycles",),
-    "polynomial": ("power",),
-    "constant": (),
-    "constant_with_warmup": (),
-    "piecewise_constant": (),
-}
 
 
 def build_lr_scheduler(
@@ -39,15 +27,12 @@ def build_lr_scheduler(
     if options.lr_scheduler_type:
         return _custom(options.lr_scheduler_type, built.optimizer, arguments)
     name = options.lr_scheduler
-    if name not in NAMES:
-        hint = did_you_mean(name, NAMES) or f"use one of {', '.join(NAMES)}"
-        raise OptionError("--lr_scheduler", f"{name!r} is not known", hint)
     if name == "constant" and options.lr_warmup_steps:
         logger.info("--lr_scheduler constant with --lr_warmup_steps: constant_with_warmup is used")
         name = "constant_with_warmup"
-    if "num_cycles" in NAMES[name]:
+    if name == "cosine_with_restarts":
         arguments.setdefault("num_cycles", options.lr_scheduler_num_cycles)
-    if "power" in NAMES[name]:
+    if name == "polynomial":
         arguments.setdefault("power", options.lr_scheduler_power)
     return _named(name, built.optimizer, options.lr_warmup_steps, num_steps, arguments)
 
@@ -66,20 +51,17 @@ def _named(
         raise OptionError("--lr_scheduler_args", f"{name} takes no {', '.join(arguments)}")
     try:
         return get_scheduler(name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_steps, **known)
-    except ValueError as error:  # polynomial ends at 1e-7 and needs a rate above it
+    except (ValueError, AttributeError, TypeError) as error:  # polynomial ends at 1e-7 and needs a rate above it
         raise OptionError("--lr_scheduler", f"{name} refuses the settings ({error})") from None
 
 
 def _custom(
     path: str, optimizer: torch.optim.Optimizer, arguments: dict[str, Any]
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    module_name, _, class_name = (path if "." in path else f"torch.optim.lr_scheduler.{path}").rpartition(".")
+    path = path if "." in path else f"torch.optim.lr_scheduler.{path}"
+    missing = (f"there is no {path}", "is the package installed?")
+    scheduler_class = import_class(path, torch.optim.lr_scheduler.LRScheduler, "--lr_scheduler_type", missing)
     try:
-        scheduler_class = getattr(importlib.import_module(module_name), class_name)
         return scheduler_class(optimizer, **arguments)
-    except (ImportError, AttributeError):
-        raise OptionError(
-            "--lr_scheduler_type", f"{module_name} has no {class_name}", "is the package installed?"
-        ) from None
     except (TypeError, ValueError) as error:
-        raise OptionError("--lr_scheduler_args", f"{class_name} refuses them ({error})") from None
+        raise OptionError("--lr_scheduler_args", f"{scheduler_class.__name__} refuses them ({error})") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from library.options import OptionError, did_you_mean
+from library.options import OptionError, did_you_mean, named_values
 from library.targets.base import ParamGroup
 from library.train.options import OptimizerOptions
 
@@ -48,6 +48,12 @@ TABLE: dict[str, Row] = {
     "adafactor": Row("transformers.optimization.Adafactor", {"relative_step": True}),
 }
 PIP_NAMES = {"bitsandbytes": "bitsandbytes", "lion_pytorch": "lion-pytorch"}
+
+
+def check_optimizer(options: OptimizerOptions) -> None:
+    """Raise OptionError for an unknown name, a missing package or unreadable arguments, before anything is loaded."""
+    _import_class(_row(options.optimizer_type or "AdamW"))
+    parse_arguments(options.optimizer_args, "--optimizer_args")
 
 
 @dataclass(frozen=True)
@@ -108,30 +114,32 @@ def _row(name: str) -> Row:
     )
 
 
-def _import_class(row: Row) -> type:
-    module_name, _, class_name = row.path.rpartition(".")
+def _import_class(row: Row) -> type[torch.optim.Optimizer]:
+    package = PIP_NAMES.get(row.package, row.package)
+    needed = f"{row.path} needs the package {package}"
+    return import_class(row.path, torch.optim.Optimizer, "--optimizer_type", (needed, f"pip install {package}"))
+
+
+def import_class(path: str, base: type, where: str, missing: tuple[str, str]) -> Any:
+    """The class of a dotted path; OptionError when there is none, or it is no `base`."""
+    module_name, _, class_name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
+        found = getattr(importlib.import_module(module_name), class_name)
     except ImportError:
-        package = PIP_NAMES.get(row.package, row.package)
-        raise OptionError(
-            "--optimizer_type", f"{row.path} needs the package {package}", f"pip install {package}"
-        ) from None
+        raise OptionError(where, *missing) from None
     except AttributeError:
-        raise OptionError(
-            "--optimizer_type", f"{module_name} has no {class_name}", f"is {row.package} up to date?"
-        ) from None
+        raise OptionError(where, f"{module_name} has no {class_name}", "check the name") from None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise OptionError(where, f"{path} is no {base.__name__}", "name a class of that kind")
+    return found
 
 
 def parse_arguments(items: Sequence[str] | None, where: str) -> dict[str, Any]:
     """name=value items with Python literals as values, as --optimizer_args and --lr_scheduler_args take them."""
     arguments = {}
-    for item in items or ():
-        name, equals, text = item.partition("=")
-        if not equals or not name:
-            raise OptionError(where, f"{item!r} is not of the form name=value")
+    for name, text in named_values(items, where).items():
         try:
-            arguments[name.strip()] = ast.literal_eval(text.strip())
+            arguments[name] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError):
             raise OptionError(
                 where, f"{text!r} (for {name}) is not a Python value", 'quote texts: name="text"'

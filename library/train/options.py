@@ -17,9 +17,12 @@ from library.data.options import (
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.families.options import ModelOptions, TextOptions
 from library.models.options import AttentionOptions
-from library.options import OptionError, opt, options_of, require
+from library.options import OptionError, not_one_of, opt, options_of, path_of, require
 
 PRECISIONS = [None, "float", "fp16", "bf16"]
+LR_SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,23 @@ class ScheduleOptions:
 
     def __post_init__(self) -> None:
         require(self.lr_warmup_steps >= 0, "--lr_warmup_steps", f"{self.lr_warmup_steps} is negative")
+        cycles = self.lr_scheduler_num_cycles
+        require(cycles >= 1, "--lr_scheduler_num_cycles", f"{cycles} is out of range", "use 1 or more")
+        is_known = self.lr_scheduler in LR_SCHEDULERS or bool(self.lr_scheduler_type)
+        require(is_known, "--lr_scheduler", not_one_of(self.lr_scheduler, LR_SCHEDULERS))
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect beside another."""
+        if self.lr_scheduler_type and (self.lr_scheduler != "constant" or self.lr_warmup_steps):
+            return ["--lr_scheduler and --lr_warmup_steps have no effect beside --lr_scheduler_type"]
+        return []
 
 
 @dataclass(frozen=True)
 class SavingOptions:
     """What is written, when and where."""
 
-    output_dir: Path | None = opt(cli=str, parse=Path, help="folder for everything the run writes")
+    output_dir: Path | None = opt(cli=str, parse=path_of, help="folder for everything the run writes")
     output_name: str | None = opt(help="file name of the trained model, without extension")
     save_precision: str | None = opt(choices=PRECISIONS, help="dtype of the saved file; as trained without this option")
     save_model_as: str = opt("safetensors", choices=[None, "ckpt", "pt", "safetensors"], help="file format")
@@ -125,13 +138,21 @@ class SavingOptions:
 
     def __post_init__(self) -> None:
         require(self.output_dir is not None, "--output_dir", "no folder given", "name the folder to write to")
-        for name in ("save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio"):
+        for name in (option.name for option in options_of(SavingOptions) if "_n_" in option.name):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name}", f"{value} is out of range", "use 1 or more")
         if self.output_name is not None and Path(self.output_name).name != self.output_name:
             raise OptionError(
                 "--output_name", f"{self.output_name!r} is not a file name", "put the folder into --output_dir"
             )
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect beside another."""
+        saves_steps = self.save_every_n_steps is not None
+        saves_epochs = self.save_every_n_epochs is not None or self.save_n_epoch_ratio is not None
+        idle = [] if saves_steps else ["save_last_n_steps", "save_last_n_steps_state"]
+        idle += [] if saves_epochs else ["save_last_n_epochs", "save_last_n_epochs_state"]
+        return [f"--{name} has no effect: no such files are saved" for name in idle if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True)
@@ -150,6 +171,17 @@ class LoggingOptions:
     def __post_init__(self) -> None:
         needs_folder = self.log_with in ("tensorboard", "all")
         require(not needs_folder or bool(self.logging_dir), "--log_with", f"{self.log_with} needs --logging_dir")
+
+    @property
+    def uses_wandb(self) -> bool:
+        return self.log_with in ("wandb", "all")
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect beside another."""
+        idle = ["wandb_api_key"] if not self.uses_wandb else []
+        if not (self.uses_wandb or self.logging_dir):
+            idle += ["log_tracker_config", "log_tracker_name", "log_prefix"]
+        return [f"--{name} has no effect: nothing is logged with it" for name in idle if getattr(self, name)]
 
 
 @dataclass(frozen=True)
@@ -215,7 +247,10 @@ class RunConfig:
             "no training images given",
             "name a folder, or a data set file with --dataset_config",
         )
-        warnings = []
+        warmup, steps = self.schedule.lr_warmup_steps, self.training.max_train_steps
+        is_too_long = self.training.max_train_epochs is None and warmup > steps
+        require(not is_too_long, "--lr_warmup_steps", f"{warmup} is longer than the run's {steps} steps")
+        warnings = [note for group in self.groups() if hasattr(group, "notes") for note in group.notes()]
         if self.noise.zero_terminal_snr and not v_prediction:
             warnings.append(
                 "--zero_terminal_snr: noise prediction learns nothing at the last timestep; use it with v-prediction"

@@ -12,7 +12,7 @@ from library.checkpoints.probe import check_vae, probe
 from library.checkpoints.source import ModelSource
 from library.data.config import DatasetConfig, check_cacheable, load_configs
 from library.options import OptionError
-from library.train.options import RunConfig
+from library.train.options import LoggingOptions, RunConfig
 from library.train.resume import FileNames, RunState, check_same_settings, find_state, read_state, settings_that_matter
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,11 @@ class CheckedRun:
 
 def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
     """Raise OptionError for whatever can't work; `sdxl_script` is named to those who bring an SDXL model."""
-    check_writable(config.saving.output_dir)
-    check_module(config)
+    check_writable(config.saving.output_dir, "--output_dir")
+    check_logging(config.logging)
+    check_packages(config)
+    if hasattr(config.target, "check_before_start"):
+        config.target.check_before_start()
     model = config.model
     assert model.pretrained_model_name_or_path is not None
     config = as_found(config, probe(model.pretrained_model_name_or_path, v2=model.v2, sdxl_script=sdxl_script))
@@ -58,22 +61,25 @@ def as_found(config: RunConfig, source: ModelSource) -> RunConfig:
     return replace(config, model=replace(config.model, v2=source.kind == "sd2", v_parameterization=v_prediction))
 
 
-def check_module(config: RunConfig) -> None:
-    """The network module can be found; it is imported later, with torch."""
-    name = getattr(config.target, "network_module", None)
-    if name is None:
-        return
-    try:
-        found = importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
+def check_packages(config: RunConfig) -> None:
+    """The optional packages that the options need are installed."""
+    if config.attention.xformers and importlib.util.find_spec("xformers") is None:
+        raise OptionError("--xformers", "the package xformers is not installed", "pip install xformers, or use --sdpa")
+    if config.logging.uses_wandb and importlib.util.find_spec("wandb") is None:
         raise OptionError(
-            "--network_module", f"there is no module {name!r}", "networks.lora is ours; others must be installed"
+            "--log_with", "the package wandb is not installed", "pip install wandb, or log to tensorboard"
         )
 
 
-def check_writable(folder: Path | None) -> None:
+def check_logging(options: LoggingOptions) -> None:
+    """The log folder can be written and the tracker's file is there."""
+    if options.logging_dir:
+        check_writable(Path(options.logging_dir), "--logging_dir")
+    if options.log_tracker_config and not Path(options.log_tracker_config).is_file():
+        raise OptionError("--log_tracker_config", f"{options.log_tracker_config} is no file", "check the path")
+
+
+def check_writable(folder: Path | None, flag: str) -> None:
     """Raise OptionError unless files can be made in `folder`, which is created."""
     assert folder is not None
     try:
@@ -81,6 +87,4 @@ def check_writable(folder: Path | None) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OptionError(
-            "--output_dir", f"can't write to {folder} ({error.strerror})", "choose another folder"
-        ) from None
+        raise OptionError(flag, f"can't write to {folder} ({error.strerror})", "choose another folder") from None

@@ -16,9 +16,11 @@ from library.options import OptionError
 from library.train.options import SavingOptions
 
 STATE_FORMAT = 1
-STATE_FILE = "train_state.json"
+STATE_FILE = "train_state.json"  # written last: where it is, the state is complete
+PARTIAL, REPLACED = ".partial", ".old"  # endings of hidden folders while a state is written and put in place
 
-# options that may differ between a run and its continuation: they don't change what a step computes
+# options that may differ between a run and its continuation: they don't change what a step computes, or, for the
+# names of files and folders, the digest of their contents is compared
 FREE_ON_RESUME = frozenset(
     {
         "max_train_steps", "max_train_epochs", "output_dir", "output_name", "save_precision", "save_model_as",
@@ -26,8 +28,9 @@ FREE_ON_RESUME = frozenset(
         "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state", "save_state", "resume",
         "no_metadata", "logging_dir", "log_with", "log_prefix", "log_tracker_name", "log_tracker_config",
         "wandb_api_key", "metadata_title", "metadata_author", "metadata_description", "metadata_license",
-        "metadata_tags", "max_data_loader_n_workers", "training_comment", "max_nonfinite_steps", "vae_batch_size",
-        "cache_latents", "cache_latents_to_disk", "on_bad_image", "network_weights",
+        "metadata_tags", "max_data_loader_n_workers", "training_comment", "max_nonfinite_steps", "on_bad_image",
+        "network_weights", "sdpa", "pretrained_model_name_or_path", "vae", "base_weights", "train_data_dir",
+        "reg_data_dir", "dataset_config",
     }
 )  # fmt: skip
 
@@ -89,10 +92,20 @@ def find_state(resume: str, names: FileNames) -> Path | None:
                 "--resume", f"{resume} is no state folder", 'name a folder ending in "-state", or use "latest"'
             )
         return folder
+    _finish_renames(names)
     found = [
         folder for folder in names.folder.glob("*-state") if (folder / STATE_FILE).is_file() and _is_ours(folder, names)
     ]
-    return max(found, key=lambda folder: (read_state(folder).step, folder.stat().st_mtime), default=None)
+    return max(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns, default=None)
+
+
+def _finish_renames(names: FileNames) -> None:
+    """Complete what was cut off between the two renames by which a state replaces an older one of its name."""
+    for ending in (PARTIAL, REPLACED):  # the newer one first
+        for hidden in names.folder.glob(f".*-state{ending}"):
+            folder = hidden.with_name(hidden.name[1:].removesuffix(ending))
+            if (hidden / STATE_FILE).is_file() and not folder.exists() and _is_ours(folder, names):
+                hidden.rename(folder)
 
 
 def _is_ours(folder: Path, names: FileNames) -> bool:
@@ -108,7 +121,10 @@ def read_state(folder: Path) -> RunState:
             raise OptionError(
                 "--resume", f"{folder} was written by another version", "finish that run with the version that began it"
             )
-        return RunState(**content)
+        state = RunState(**content)
+        if not (isinstance(state.step, int) and isinstance(state.settings, dict) and isinstance(state.data, dict)):
+            raise ValueError("wrong types")
+        return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, OptionError):
             raise

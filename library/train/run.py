@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from library.checkpoints.safetensors_io import NonFiniteError
 from library.data.batch import Batch
 from library.data.dataset import TrainingData
 from library.diffusion.loss import Weighting
 from library.diffusion.noise import NoiseSource
 from library.diffusion.schedule import NoiseSchedule
 from library.families.base import ModelBundle, ModelFamily
+from library.options import OptionError
 from library.targets.base import ParamGroup, TrainTarget
 from library.train import checkpoints, metadata
 from library.train.guard import NonFiniteGuard, StopRequest
+from library.train.last_good import LastGood
 from library.train.logs import TrainLog
 from library.train.optimizers import BuiltOptimizer
 from library.train.options import RunConfig
@@ -59,6 +62,7 @@ class Run:
     guard: NonFiniteGuard
     stop: StopRequest
     start_step: int = 0
+    step: int = 0  # updates done
     recent_losses: list[float] = field(default_factory=list)
     metadata_of: Any = None  # (step, epoch) -> metadata of a file; main process only
 
@@ -84,8 +88,20 @@ class Run:
 
     @cached_property
     def checkpoints(self) -> checkpoints.Checkpointer:
-        return checkpoints.Checkpointer(self.config.saving, self.plan, self.names, self.write_model, self.write_state)
+        return checkpoints.Checkpointer(
+            saving=self.config.saving,
+            plan=self.plan,
+            names=self.names,
+            write_model=self.write_model,
+            write_state=self.write_state,
+            is_healthy=self._is_healthy,
+        )
 
+    @cached_property
+    def last_good(self) -> LastGood:
+        return LastGood(self._parts(), self.start_step)
+
+    @cached_property
     def batches(self) -> Iterator[Batch]:
         """This process's batches from the start step on, to the end of the last epoch."""
         loader = self.data.loader(
@@ -110,11 +126,11 @@ class Run:
                 rates[LOG_NAMES.get(name, f"lr/group{index}")] = float(group["lr"])
         return rates
 
-    def stop_requested(self, step: int) -> bool:
-        """Whether to stop before update `step` + 1; several processes agree on it every few steps."""
+    def stop_requested(self) -> bool:
+        """Whether to stop before the next update; several processes agree on it every few steps."""
         if self.accelerator.num_processes == 1:
             return bool(self.stop)
-        if step % STOP_CHECK_EVERY:
+        if self.step % STOP_CHECK_EVERY:
             return False
         asked = torch.tensor([self.stop.signal_number or 0], device=self.device)
         numbers = self.accelerator.gather(asked)
@@ -128,6 +144,7 @@ class Run:
         self.log = TrainLog(
             self.accelerator,
             self.guard,
+            self.last_good,
             steps=self.plan.steps,
             start=self.start_step,
             window=self.plan.steps_per_epoch,
@@ -141,10 +158,17 @@ class Run:
     # ------------------------------------------------------------------------------------------ saving
 
     def write_model(self, path: Path, step: int, epoch: int) -> None:
-        self.log.settle()
-        if self.accelerator.is_main_process:
-            dtype = SAVE_DTYPES[self.config.saving.save_precision]
-            self.target.save(path, dtype=dtype, metadata=self.metadata_of(step=step, epoch=epoch))
+        """Write the file users take away; raises OptionError where it can't be, and for weights that are not finite."""
+        if not self.accelerator.is_main_process:
+            return
+        dtype, content = SAVE_DTYPES[self.config.saving.save_precision], self.metadata_of(step=step, epoch=epoch)
+        try:
+            self.target.save(path, dtype=dtype, metadata=content)
+        except NonFiniteError as error:
+            if dtype in (None, torch.float32):
+                raise OptionError("", str(error), "look at learning rate and alpha, and at the input files") from None
+            logger.warning("--save_precision: %s; %s is saved in float32", error, path.name)
+            self.target.save(path, dtype=torch.float32, metadata=content)
 
     def write_state(self, folder: Path, step: int) -> None:
         if not self.accelerator.is_main_process:
@@ -157,33 +181,59 @@ class Run:
             recent_losses=list(self.log.recent),
             skipped_steps=self.guard.total,
         )
-        checkpoints.save_state(
-            folder, state, trained=self.target.trained_module(), optimizer=self.built.optimizer, extras=self._extras()
-        )
+        parts = self._parts()
+        checkpoints.save_state(folder, state, trained=parts.pop("trained"), others=parts)
 
     def restore(self, folder: Path, state: RunState) -> None:
         """Put the state's weights, optimizer, schedule and counters in place."""
-        checkpoints.load_state(
-            folder, trained=self.target.trained_module(), optimizer=self.built.optimizer, extras=self._extras()
-        )
-        self.start_step = state.step
+        parts = self._parts()
+        checkpoints.load_state(folder, trained=parts.pop("trained"), others=parts)
+        self.start_step = self.step = state.step
         self.recent_losses = state.recent_losses
         self.guard.total = state.skipped_steps
         logger.info("going on after step %d from %s", state.step, folder)
 
-    def _extras(self) -> dict[str, Any]:
-        extras = {"lr_scheduler": self.lr_scheduler, "scaler": self.accelerator.scaler}
-        return {name: item for name, item in extras.items() if item is not None}
+    def _parts(self) -> dict[str, Any]:
+        """Everything with a state that changes while training."""
+        parts = {
+            "trained": self.target.trained_module(),
+            "optimizer": self.built.optimizer,
+            "lr_scheduler": self.lr_scheduler,
+            "scaler": self.accelerator.scaler,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
-    def finish(self, step: int) -> int:
+    def finish(self) -> int:
         """Save what the run ends with: the final file, or, when it was asked to stop, model and state."""
         self.log.close()
-        if step >= self.plan.steps:
-            self.checkpoints.at_end(step)
+        if self.step >= self.plan.steps:
+            self.checkpoints.at_end(self.step)
             self.accelerator.wait_for_everyone()
             logger.info("model saved.")
             return 0
-        folder = self.checkpoints.interrupted(step)
+        folder = self.checkpoints.interrupted(self.step)
         self.accelerator.wait_for_everyone()
-        logger.info('stopped after step %d of %d; to go on, add: --resume "%s"', step, self.plan.steps, folder)
+        logger.info('stopped after step %d of %d; to go on, add: --resume "%s"', self.step, self.plan.steps, folder)
         return self.stop.exit_code
+
+    def save_last_good(self) -> Path:
+        """Go back to the last weights known to be good, and save them with their state; returns the state's folder."""
+        self.step = self.last_good.restore()
+        self.guard.in_a_row = 0
+        return self.checkpoints.interrupted(self.step)
+
+    def _is_healthy(self) -> bool:
+        self.log.settle()
+        return self.guard.is_healthy
+
+    def rescue(self) -> None:
+        """After an error: save model and state where that is possible, unless nothing new has been learned."""
+        self.log.settle()
+        if not self.guard.is_healthy or self.step in (self.start_step, self.last_good.restored_step):
+            return
+        try:
+            folder = self.checkpoints.interrupted(self.step)
+        except OptionError as error:
+            logger.warning("the work since the last save is lost: %s", error)
+            return
+        logger.warning('the work up to step %d is saved; to go on, add: --resume "%s"', self.step, folder)

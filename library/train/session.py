@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from library.checkpoints.safetensors_io import legacy_model_hash
 from library.data.dataset import TrainingData
 from library.diffusion.loss import timestep_weightings
 from library.diffusion.schedule import NoiseSchedule
@@ -26,11 +27,11 @@ from library.train import logs, metadata, placement, report
 from library.train.guard import NonFiniteGuard, StopRequest
 from library.train.loop import train
 from library.train.lr_schedulers import build_lr_scheduler
-from library.train.optimizers import BuiltOptimizer, build_optimizer
+from library.train.optimizers import BuiltOptimizer, build_optimizer, check_optimizer
 from library.train.options import RunConfig
 from library.train.plan import TrainPlan
 from library.train.preflight import CheckedRun
-from library.train.resume import check_same_data, settings_that_matter
+from library.train.resume import RunState, check_same_data, settings_that_matter
 from library.train.run import Run
 
 logger = logging.getLogger(__name__)
@@ -41,11 +42,12 @@ def run_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget, 
     started_at = time.time()
     config = checked.config
     accelerator = placement.make_accelerator(config, autocast=target.needs_autocast)
+    check_optimizer(config.optimizer)
+    logs.start_trackers(accelerator, config.logging, tracker_name)
     run = build_run(checked, family, target, accelerator)
     if accelerator.is_main_process:
         run.describe(_facts(run, started_at))
         print_plan(run)
-    logs.start_trackers(accelerator, config.logging, tracker_name)
     run.open_log()
     try:
         return train(run)
@@ -68,14 +70,13 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     for line in data.report_lines():
         logger.info(line)
     plan = TrainPlan.make(config.training, config.saving, data.batches_per_epoch(accelerator.num_processes))
-    digest = {"batches per epoch": plan.batches_per_epoch, "images and captions": data.digest()}
+    digest = {"batches per epoch": plan.batches_per_epoch, "training data": data.digest()} | file_digests(config)
     if checked.resume_folder is not None and checked.resume_state is not None:
         check_same_data(checked.resume_folder, checked.resume_state, digest)
 
     bundle = family.load(config.model, config.attention, placement.load_plan(config, accelerator.device))
     if config.training.gradient_checkpointing:
         placement.enable_gradient_checkpointing(bundle)
-    cache_latents(config, data, bundle, accelerator)
     seed_global_generators(seed, "initialisation")
     target.setup(family, bundle, gradient_checkpointing=config.training.gradient_checkpointing)
     groups = target.param_groups(config.optimizer.learning_rate)
@@ -87,6 +88,7 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
     step_module = placement.StepModule(family, bundle, target, config.text)
     model, optimizer = accelerator.prepare(step_module, built.optimizer)
+    cache_latents(config, data, bundle, accelerator)  # last: it may take long, and everything else could have failed
     run = Run(
         config=config, accelerator=accelerator, family=family, bundle=bundle, target=target, model=model,
         groups=groups, optimizer=optimizer, built=built, lr_scheduler=lr_scheduler,
@@ -96,10 +98,36 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
         names=checked.names, guard=NonFiniteGuard(config.training.max_nonfinite_steps), stop=StopRequest(),
     )  # fmt: skip
     if checked.resume_folder is not None and checked.resume_state is not None:
+        check_length(plan, checked.resume_state)
         run.restore(checked.resume_folder, checked.resume_state)
     elif config.saving.resume:
         logger.info("--resume latest: there is no state of this run yet; it starts at step 0")
     return run
+
+
+def file_digests(config: RunConfig) -> dict[str, str | None]:
+    """What a resumed run must find again of its model files: size and a part's hash, or the name of what is no file."""
+    digests: dict[str, str | None] = {}
+    names = {"base model": [config.model.pretrained_model_name_or_path], "VAE": [config.model.vae]}
+    names["base weights"] = list(getattr(config.target, "base_weights", None) or ())
+    for what, files in names.items():
+        parts = []
+        for name in files:
+            path = Path(name) if name else None
+            is_file = path is not None and path.is_file()
+            parts.append(f"{path.stat().st_size} bytes, {legacy_model_hash(path)}" if path and is_file else str(name))
+        digests[what] = "; ".join(parts)
+    return digests
+
+
+def check_length(plan: TrainPlan, state: RunState) -> None:
+    """Raise OptionError for a run that should end before the state it resumes."""
+    if state.step > plan.steps:
+        raise OptionError(
+            "--resume", f"the state is from step {state.step}, beyond this run's {plan.steps}", "train longer, or anew"
+        )
+    if state.step == plan.steps:
+        logger.info("this run is complete: nothing is left to train")
 
 
 def cache_latents(config: RunConfig, data: TrainingData, bundle: ModelBundle, accelerator: Accelerator) -> None:

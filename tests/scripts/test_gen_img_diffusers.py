@@ -195,7 +195,7 @@ def test_each_mistake_is_one_sentence(tiny_sd1_path: Path, tmp_path: Path, capsy
         ([*model, "--prompt", "a", "--v2"], "--v2: the model"),
         ([*model, "--prompt", "a", "--vae", "missing.pt"], "--vae: missing.pt does not exist"),
         ([*model, "--prompt", "a", "--outdir", tmp_path / "file" / "x"], "--outdir: can't write to"),
-        ([*model, "--prompt", "a", *lora, "missing.safetensors"], "--network_weights: missing.safetensors is no file"),
+        ([*model, "--prompt", "a", *lora, "missing.pt"], "--network_weights: missing.pt does not exist"),
         (
             [*model, "--prompt", "a", *lora[2:], "a.safetensors"],
             "--network_weights: no --network_module says what kind of network this is; add --network_module",
@@ -204,10 +204,17 @@ def test_each_mistake_is_one_sentence(tiny_sd1_path: Path, tmp_path: Path, capsy
         ([*model, "--prompt", "a", *lora, "a", "--network_mul", 1, 2], "--network_mul: 2 values for 1 network"),
         ([*model, "--prompt", "a", *lora, "a", "--network_args", "dim"], "--network_args: 'dim' is not of the form"),
         ([*model, "--prompt", "a", "--sampler", "pndm", "--steps", 3], "--steps: 3 is out of range for the sampler"),
+        (
+            [*model, "--prompt", "a", *lora, tiny_sd1_path, "--network_args", "conv_dimm=1"],
+            "--network_args conv_dimm: unknown name; did you mean conv_dim?",
+        ),
+        ([*model, "--prompt", "a", "--seed", -1], "--seed: -1 is out of range; use 0 to 2^64 - 1, or leave it out"),
+        ([*model, "--prompt", "a", "--outdir", ""], "--outdir: no folder named"),
+        ([*model, "--prompt", "(" * 2000 + "a"], "--prompt: its brackets make an emphasis of"),
         ([*model, "--prompt", "a", *lora, tmp_path / "broken.safetensors"], f"--network_weights: {tmp_path}/broken"),
         (
             [*model, "--prompt", "a", "--network_module", "networks.lorra", "--network_weights", tiny_sd1_path],
-            "--network_module: there is no Python module 'networks.lorra'; did you mean networks.lora?",
+            "--network_module: there is no module 'networks.lorra'; did you mean networks.lora?",
         ),
     ]  # fmt: skip
     for arguments, sentence in cases:
@@ -218,17 +225,45 @@ def test_each_mistake_is_one_sentence(tiny_sd1_path: Path, tmp_path: Path, capsy
 
 
 def test_a_lora_of_another_model_is_refused(
-    tiny_sd2_path: Path, tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_sd2_path: Path, tiny_sd1_path: Path, lora_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import save_file
 
-    save_file({"lora_unet_nowhere.lora_down.weight": torch.ones(4, 8)}, tmp_path / "other.safetensors")
-    said = refusal(
-        capsys, "--ckpt", tiny_sd1_path, "--prompt", "a", "--outdir", tmp_path, *SMALL,
-        "--network_module", "networks.lora", "--network_weights", tmp_path / "other.safetensors",
-    )  # fmt: skip
-    assert "other.safetensors" in said
-    assert "in this model" in said
+    tensors = {
+        "lora_unet_nowhere.lora_down.weight": torch.ones(4, 8),
+        "lora_unet_nowhere.lora_up.weight": torch.ones(8, 4),
+    }
+    save_file(tensors, tmp_path / "other.safetensors")
+    said = refusal(capsys, *with_network(tiny_sd1_path, tmp_path, tmp_path / "other.safetensors"))
+    assert said.startswith("--network_weights", said.index(": ") + 2)
+    assert "other.safetensors was made for another model family: none of its 1 modules is in this model" in said
+    for merge in ([], ["--network_merge"]):
+        said = refusal(capsys, *with_network(tiny_sd2_path, tmp_path, lora_path), *merge)
+        assert "--network_weights" in said and "lora.safetensors was made for another model family: lora_" in said
+        assert "--dim_from_weights" not in said
+
+
+def with_network(model: Path, folder: Path, network: Path) -> list[object]:
+    lora = ["--network_module", "networks.lora", "--network_weights", network]
+    return ["--ckpt", model, "--prompt", "a", "--outdir", folder, *SMALL, *lora]
+
+
+def test_a_damaged_lora_is_named(
+    tiny_sd1_path: Path, lora_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(lora_path)
+    torch.save({key: value * torch.nan for key, value in tensors.items()}, tmp_path / "nan.pt")
+    torch.save({key: value for key, value in tensors.items() if "lora_up" not in key}, tmp_path / "half.pt")
+    torch.save(tensors, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:5000])
+    for name, problem in (
+        ("nan", "holds NaN or infinity"), ("half", "is incomplete: lora_te_"), ("cut", "is damaged or truncated"),
+    ):  # fmt: skip
+        said = refusal(capsys, *with_network(tiny_sd1_path, tmp_path / "out", tmp_path / f"{name}.pt"))
+        assert f"--network_weights: {tmp_path / name}.pt {problem}" in said
+    assert not list(tmp_path.glob("out/*.png"))
 
 
 def test_unexpected_errors_go_to_a_log(

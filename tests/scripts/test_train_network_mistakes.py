@@ -32,6 +32,25 @@ def test_a_run_without_finite_losses_stops_and_says_why(options, tmp_path, tiny_
     assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
 
 
+def test_what_a_diverged_run_saves_is_good(options, tmp_path, capfd):
+    """A learning rate that ruins the weights at once: what is saved are the weights before, not the ruined ones."""
+    options |= {"learning_rate": 1e20, "max_train_steps": 50, "save_every_n_steps": 1, "save_state": True}
+    assert train_network(**options, max_nonfinite_steps=4) == 1
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    (good,) = (tmp_path / "out").glob("net-step00000000.safetensors")
+    assert "the last good state is" in message and "net-step00000000-state" in message
+    assert all(tensor.abs().max() < 10 for tensor in load_file(good).values())
+    assert len(list((tmp_path / "out").glob("*-state"))) <= 3, "ruined states are not written"
+
+
+def test_weights_that_half_precision_cannot_hold_are_saved_in_full(options, tmp_path, capfd):
+    rates = {"unet_lr": 1e-9, "text_encoder_lr": 1e-9}
+    assert train_network(**options, **rates, network_alpha=100_000, save_precision="fp16") == 0
+    tensors = load_file(tmp_path / "out" / "net.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert "--save_precision" in capfd.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- mistakes
 
 
@@ -53,6 +72,17 @@ def test_a_run_without_finite_losses_stops_and_says_why(options, tmp_path, tiny_
         ({"lr_scheduler": "cosin"}, ["--lr_scheduler", "cosine"]),
         ({"optimizer_type": "AdmaW"}, ["--optimizer_type", "AdamW"]),
         ({"max_train_steps": 0}, ["--max_train_steps", "0"]),
+        ({"learning_rate": "nan"}, ["--learning_rate", "nan"]),
+        ({"learning_rate": "1e400"}, ["--learning_rate", "1e400"]),
+        ({"unet_lr": -1}, ["--unet_lr", "-1"]),
+        ({"lr_warmup_steps": 4}, ["--lr_warmup_steps", "4", "3"]),
+        ({"network_args": ["conv_dim=4", "conv_dim=8"]}, ["--network_args", "conv_dim", "twice"]),
+        ({"network_weights": "nowhere.safetensors"}, ["--network_weights", "nowhere.safetensors"]),
+        ({"log_with": "wandb"}, ["--log_with", "wandb"]),
+        ({"logging_dir": "/proc/nowhere"}, ["--logging_dir", "/proc/nowhere"]),
+        ({"log_tracker_config": "nowhere.toml"}, ["--log_tracker_config", "nowhere.toml"]),
+        ({"lr_scheduler_type": "os.system"}, ["--lr_scheduler_type", "os.system"]),
+        ({"max_token_length": 75}, ["--max_token_length", "75", "150, 225"]),
         ({"xformers": True, "sdpa": True}, ["--xformers", "--sdpa"]),
         ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, ["--network_train_unet_only"]),
         ({"output_name": "a/b"}, ["--output_name", "a/b", "--output_dir"]),
@@ -88,6 +118,8 @@ def test_broken_configuration_files_name_line_or_key(options, tmp_path, capfd):
         "[a]\nresolutoin = '64'": ["resolutoin", "resolution"],
         "network_dim = 'four'": ["network_dim", "'four'"],
         "mixed_precision = 'fp17'": ["mixed_precision", "'fp17'"],
+        "output_dir = 5": ["output_dir", "5"],
+        "[a]\nseed = 1\n[b]\nseed = 2": ["seed", "1", "2"],
     }
     for content, words in cases.items():
         (tmp_path / "run.toml").write_text(content)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from library.targets.network import NetworkTarget
+from library.train import loop
+from library.train.resume import FileNames, RunState, find_state
 from tests.runs import ENVIRONMENT, ROOT, equal_files, flags, logged, metadata_of, train_network
+from tests.tiny_models import tiny_sd_checkpoint
 
 
 def test_resume_in_mid_epoch_ends_in_the_same_weights(options, tmp_path):
@@ -63,17 +70,68 @@ def test_resume_with_other_settings_says_which(options, tmp_path, capfd):
     assert "--learning_rate was 0.001 and is 0.0005" in message and "--network_dim was 4 and is 2" in message
 
 
-def test_resume_with_other_images_is_refused(options, tmp_path, images, capfd):
-    assert train_network(**options, save_state=True) == 0
-    copied = tmp_path / "more"
-    shutil.copytree(images, copied)
-    first = sorted((copied / "2_disc").glob("*.txt"))[0]
-    first.write_text("another caption")
-    again = {**options, "train_data_dir": copied, "resume": tmp_path / "out" / "net-state"}
+def test_resume_with_other_captions_is_refused_but_a_moved_folder_is_not(options, tmp_path, images, capfd):
+    options |= {"max_train_steps": 2, "save_every_n_steps": 1, "save_state": True}
+    assert train_network(**options) == 0
+    shutil.copytree(images, tmp_path / "moved")
+    again = {**options, "train_data_dir": tmp_path / "moved", "resume": tmp_path / "out" / "net-step00000001-state"}
+    assert train_network(**{**again, "output_dir": tmp_path / "again"}) == 0
+    assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
+    sorted((tmp_path / "moved" / "2_disc").glob("*.txt"))[0].write_text("another caption")
     capfd.readouterr()
     assert train_network(**again) == 2
-    assert "train_data_dir" in capfd.readouterr().err  # the path differs, said first
-    shutil.copytree(copied, images.parent / "same", dirs_exist_ok=True)
+    assert "training data" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_resume_with_another_model_under_the_same_name_is_refused(options, tmp_path, tiny_sd1_path, capfd):
+    model = tmp_path / "model.safetensors"
+    shutil.copy(tiny_sd1_path, model)
+    options |= {"pretrained_model_name_or_path": model, "save_state": True, "max_train_steps": 1}
+    assert train_network(**options) == 0
+    tiny_sd_checkpoint(model, seed=5)
+    assert train_network(**{**options, "max_train_steps": 2}, resume=tmp_path / "out" / "net-state") == 2
+    assert "base model" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_resume_with_a_changed_dataset_file_is_refused(options, tmp_path, images, capfd):
+    file = tmp_path / "data.toml"
+    content = f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{(images / "2_disc").as_posix()}"\n'
+    file.write_text(content)
+    options |= {"train_data_dir": None, "dataset_config": file, "save_state": True, "max_train_steps": 1}
+    assert train_network(**options) == 0
+    file.write_text(content + "shuffle_caption = true\n")
+    assert train_network(**{**options, "max_train_steps": 2}, resume=tmp_path / "out" / "net-state") == 2
+    assert "training data" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_resume_beyond_the_end(options, tmp_path, capfd):
+    assert train_network(**options, save_state=True) == 0
+    state = tmp_path / "out" / "net-state"
+    assert train_network(**{**options, "max_train_steps": 2}, resume=state) == 2
+    assert "step 3" in capfd.readouterr().err.splitlines()[-1]
+    assert train_network(**options, resume=state) == 0
+    assert "nothing is left to train" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trained.safetensors", "train_state.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"nonsense"])
+def test_a_damaged_state_is_one_sentence(options, tmp_path, name, content, capfd):
+    assert train_network(**{**options, "max_train_steps": 1}, save_state=True) == 0
+    (tmp_path / "out" / "net-state" / name).write_bytes(content)
+    assert train_network(**options, resume=tmp_path / "out" / "net-state") == 2
+    assert "--resume" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_latest_is_the_newest_and_finds_a_state_cut_off_while_put_in_place(tmp_path):
+    names = FileNames(tmp_path, "net", ".safetensors")
+    for age, (name, step) in enumerate({"net-step00000006-state": 6, ".net-step00000002-state.partial": 2}.items()):
+        (tmp_path / name).mkdir()
+        state = RunState(step=step, epoch=1, settings={}, data={}, recent_losses=[], skipped_steps=0)
+        file = tmp_path / name / "train_state.json"
+        file.write_text(json.dumps({"format": 1, **vars(state)}))
+        os.utime(file, (1_000_000 + age, 1_000_000 + age))
+    assert find_state("latest", names) == tmp_path / "net-step00000002-state"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_resume_latest(options, tmp_path, capfd):
@@ -136,6 +194,60 @@ def test_a_signal_finishes_the_step_and_saves(options, tmp_path, number, code):
     step = int(state.name.split("step")[1][:8])
     assert (tmp_path / "out" / f"net-step{step:08d}.safetensors").exists()
     assert train_network(**{**options, "max_train_steps": step + 1}, resume=state) == 0
+
+
+def test_a_signal_while_the_final_file_is_written_is_heard_after_it(options, tmp_path, monkeypatch):
+    save = NetworkTarget.save
+
+    def interrupted_save(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(NetworkTarget, "save", interrupted_save)
+    assert train_network(**options) == 0
+    assert (tmp_path / "out" / "net.safetensors").exists()
+
+
+def test_an_error_on_the_way_saves_the_work(options, tmp_path, monkeypatch, capfd):
+    options |= {"max_train_steps": 6}
+    assert train_network(**options) == 0
+    update = loop.update
+
+    def failing_update(run, batches, step):
+        if step == 4:
+            raise RuntimeError("a loader died")
+        return update(run, batches, step)
+
+    again = {**options, "output_dir": tmp_path / "again"}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", failing_update)
+        assert train_network(**again) == 1
+    messages = capfd.readouterr().err
+    state = tmp_path / "again" / "net-step00000004-state"
+    assert f'--resume "{state}"' in messages and "a loader died" in messages.splitlines()[-1]
+    assert train_network(**again, resume=state) == 0
+    assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
+
+
+@pytest.mark.parametrize("when", ["at the end", "after Ctrl-C"])
+def test_an_output_folder_that_is_gone_loses_nothing(options, tmp_path, monkeypatch, when):
+    update, out, refuges = loop.update, tmp_path / "out", tmp_path / "refuges"
+    refuges.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(refuges))
+
+    def update_then_lose_the_folder(run, batches, step):
+        record = update(run, batches, step)
+        if step == 1:
+            shutil.rmtree(out)
+            out.write_text("a file where the folder was")
+            if when == "after Ctrl-C":
+                os.kill(os.getpid(), signal.SIGINT)
+        return record
+
+    monkeypatch.setattr(loop, "update", update_then_lose_the_folder)
+    assert train_network(**options) == (2 if when == "at the end" else 130)
+    (saved,) = refuges.glob("training-*/*.safetensors")
+    assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
 
 
 # ---------------------------------------------------------------------------------------------- equalities

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.options import OptionError
-from library.targets.adapter import Adapted, Models, NetworkFactory, import_network_module
+from library.targets.adapter import Adapted, Models, NetworkFactory, blamed_on, import_network_module, read_tensors
 from tests.tiny_networks import outputs, tiny_parts
 
 # a small network of another author: one vector per U-Net, added to its output; the oldest form of the contract
@@ -192,6 +192,36 @@ def test_optional_methods(module):
     silent = NetworkFactory(module(OLD_MODULE, "silent_network")).create(4, 1, None, models())
     silent.prepare({})
     silent.on_step_start(models())
+
+
+FROM_WEIGHTS = """
+    def create_network_from_weights(multiplier, file, vae, text_encoder, unet, {parameters}**kwargs):
+        return Bias(multiplier, [kwargs | {seen}])
+"""
+
+
+@pytest.mark.parametrize("takes_tensors", [True, False])
+def test_tensors_are_handed_over_where_they_are_taken(module, takes_tensors):
+    parameters, seen = ("weights_sd=None, ", '{"weights_sd": weights_sd}') if takes_tensors else ("", "{}")
+    source = OLD_MODULE + FROM_WEIGHTS.format(parameters=parameters, seen=seen)
+    tensors = {"lora_unet_bias.value": torch.ones(4)}
+    network, made = NetworkFactory(module(source)).create_from_weights(1.0, "f", models(), weights_sd=tensors, a="1")
+    assert made is None
+    (seen,) = network.network.calls
+    assert seen == {"a": "1", "for_inference": False} | ({"weights_sd": tensors} if takes_tensors else {})
+
+
+def test_files_with_nan_are_refused(tmp_path):
+    torch.save({"a.b": torch.tensor([1.0, float("nan")])}, tmp_path / "n.pt")
+    with pytest.raises(OptionError, match=r"^--base_weights: .*n.pt holds NaN or infinity \(a.b\); take an earlier"):
+        read_tensors(str(tmp_path / "n.pt"), "--base_weights")
+
+
+def test_messages_of_modules_get_the_flag():
+    with pytest.raises(OptionError, match="^--base_weights: f.pt is damaged$"), blamed_on("--base_weights"):
+        raise OptionError("", "f.pt is damaged")
+    with pytest.raises(OptionError, match="^--network_args a: unknown name$"), blamed_on("--base_weights"):
+        raise OptionError("--network_args a", "unknown name")
 
 
 def test_several_text_encoders_go_as_a_list():

@@ -3,49 +3,26 @@
 from __future__ import annotations
 
 import json
-import logging
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from library.checkpoints.safetensors_io import NonFiniteError, read_header
 from library.checkpoints.weights import load_tensors
-from library.families.base import LoadPlan, ModelBundle
-from library.families.options import ModelOptions, TextOptions
-from library.families.sd import StableDiffusion
-from library.models.options import AttentionOptions
+from library.families.base import ModelBundle
+from library.families.options import TextOptions
 from library.options import OptionError
 from library.targets.network import NetworkTarget, part_of
 from library.targets.options import NetworkOptions
-from tests.tiny_networks import outputs, perturb
-
-FAMILY = StableDiffusion()
+from tests.network_targets import FAMILY, load, ready, target
+from tests.tiny_networks import perturb
 
 
 @pytest.fixture
 def bundle(tiny_sd1_path: Path) -> ModelBundle:
     return load(tiny_sd1_path)
-
-
-def load(path: Path, dtype: torch.dtype = torch.float32) -> ModelBundle:
-    plan = LoadPlan(unet=dtype, text_encoders=torch.float32, vae=torch.float32, device=torch.device("cpu"))
-    return FAMILY.load(ModelOptions(pretrained_model_name_or_path=str(path)), AttentionOptions(), plan)
-
-
-def target(text: TextOptions | None = None, **options: Any) -> NetworkTarget:
-    return NetworkTarget(NetworkOptions(**{"network_module": "networks.lora", **options}), text)
-
-
-def ready(bundle: ModelBundle, text: TextOptions | None = None, *, default_lr: float = 1e-3, **options: Any):
-    """(target after setup, its groups as {name: (tensors, lr)})."""
-    made = target(text, **options)
-    made.setup(FAMILY, bundle, gradient_checkpointing=False)
-    groups = made.param_groups(default_lr)
-    return made, {group.name: (len(group.parameters), group.lr) for group in groups}
 
 
 def step(made: NetworkTarget, bundle: ModelBundle) -> torch.Tensor:
@@ -150,90 +127,6 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sd1_path):
 def test_refused_before_a_model_is_loaded(options, message):
     with pytest.raises(OptionError, match=message):
         target(**options)
-
-
-def test_truncated_weights_are_refused_before_a_model_is_loaded(tmp_path, bundle):
-    made, _ = ready(bundle)
-    made.save(tmp_path / "whole.safetensors", dtype=None, metadata={})
-    content = (tmp_path / "whole.safetensors").read_bytes()
-    (tmp_path / "half.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(OptionError, match="--network_weights: .*half.safetensors is truncated"):
-        target(network_weights=str(tmp_path / "half.safetensors"))
-
-
-def test_weights_of_another_network_are_refused(tmp_path, bundle):
-    from library.checkpoints.safetensors_io import save_file
-
-    save_file({"lora_unet_elsewhere.lora_down.weight": torch.ones(4, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(
-        OptionError, match="--network_weights: no tensor of .*other.safetensors belongs to this network"
-    ):
-        ready(bundle, network_weights=str(tmp_path / "other.safetensors"))
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-def trained_file(path: Path, bundle: ModelBundle, **options: Any) -> NetworkTarget:
-    made, _ = ready(bundle, **options)
-    perturb(made.trained_module())
-    made.save(path, dtype=None, metadata={"ss_network_dim": "4"})
-    return made
-
-
-def test_going_on_from_weights(tmp_path, tiny_sd1_path, caplog):
-    file = tmp_path / "first.safetensors"
-    first_bundle = load(tiny_sd1_path)
-    first = trained_file(file, first_bundle, network_dim=3, network_args=("conv_dim=2",))
-    with caplog.at_level(logging.INFO):
-        second, _ = ready(load(tiny_sd1_path), network_dim=3, network_weights=str(file))
-    assert "612 of the network's 612 tensors loaded, 255 of the file's not used" in caplog.text
-    bundle = load(tiny_sd1_path)
-    third, _ = ready(bundle, network_weights=str(file), dim_from_weights=True, network_dropout=0.25)
-    assert len(second.trained_module().unet_adapters) == 192
-    tensors = first.trained_module().state_dict()
-    assert all(torch.equal(value, tensors[key]) for key, value in third.trained_module().state_dict().items())
-    assert third.trained_module().adapters[0].settings.dropout == 0.25
-    with torch.no_grad():
-        third.trained_module().eval()
-        for a, b in zip(outputs(bundle.text_encoders[0], bundle.unet),
-                        outputs(first_bundle.text_encoders[0], first_bundle.unet), strict=True):  # fmt: skip
-            assert torch.equal(a, b)
-
-
-def test_base_weights_are_merged_with_their_multipliers(tmp_path, tiny_sd1_path):
-    file = tmp_path / "base.safetensors"
-    applied = load(tiny_sd1_path)
-    trained = trained_file(file, applied, network_alpha=4)
-    trained.trained_module().set_multiplier(1.5)
-    merged = load(tiny_sd1_path)
-    ready(merged, base_weights=(str(file), str(file)), base_weights_multiplier=(0.5,))
-    with torch.no_grad():
-        for a, b in zip(outputs(applied.text_encoders[0], applied.unet),
-                        outputs(merged.text_encoders[0], merged.unet), strict=True):  # fmt: skip
-            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-    half = load(tiny_sd1_path, torch.bfloat16)
-    ready(half, base_weights=(str(file),))
-    assert {parameter.dtype for parameter in half.unet.parameters()} == {torch.bfloat16}
-    assert {parameter.dtype for parameter in half.text_encoders[0].parameters()} == {torch.float32}
-
-
-def test_saving_is_atomic_and_refuses_nan(tmp_path, bundle):
-    made, _ = ready(bundle)
-    file = tmp_path / "lora.safetensors"
-    made.save(file, dtype=torch.float16, metadata={"ss_network_dim": "4"})
-    header = read_header(file)
-    assert header.metadata["ss_network_dim"] == "4" and len(header.metadata["sshs_model_hash"]) == 64
-    before = file.read_bytes()
-    parameter = next(made.trained_module().parameters())
-    with torch.no_grad():
-        parameter[0, 0] = 1e6  # fits float32, not float16
-    with pytest.raises(NonFiniteError, match="lora_te_text_model_encoder_layers_0_self_attn_k_proj.lora_down.weight"):
-        made.save(file, dtype=torch.float16, metadata={})
-    assert file.read_bytes() == before
-    made.save(tmp_path / "lora.pt", dtype=None, metadata={})
-    assert set(load_tensors(tmp_path / "lora.pt")) == set(header.tensors)
-    assert {item.name for item in tmp_path.iterdir()} == {"lora.safetensors", "lora.pt"}
 
 
 def test_description():

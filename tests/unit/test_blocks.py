@@ -122,6 +122,14 @@ def test_a_weight_of_zero_takes_the_rank_away():
         ({"block_dims": "4,4.5"}, "must be whole numbers"),
         ({"block_dims": "4,-1"}, "must be whole numbers"),
         ({"block_alphas": "a"}, "block_alphas: 'a' is not a number"),
+        ({"block_alphas": "1,nan"}, "block_alphas: 'nan' is not a number"),
+        ({"block_alphas": "1,-2"}, "block_alphas: -2 is negative"),
+        ({"conv_block_dims": "4,inf"}, "conv_block_dims: 'inf' is not a number"),
+        ({"down_lr_weight": "nan"}, "down_lr_weight: 'nan' is not a number"),
+        ({"up_lr_weight": "1,inf"}, "up_lr_weight: 'inf' is not a number"),
+        ({"mid_lr_weight": "sine+nan"}, "mid_lr_weight: 'nan' is not a number"),
+        ({"block_lr_zero_threshold": "nan"}, "block_lr_zero_threshold: 'nan' is not a number"),
+        ({"block_lr_zero_threshold": "-1"}, "block_lr_zero_threshold: -1 is negative"),
     ],
 )
 def test_mistakes_name_the_argument(arguments, message):

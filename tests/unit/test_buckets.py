@@ -142,7 +142,18 @@ def test_contradicting_sizes_are_named(given, named):
         wrong.check("datasets[0].{}".format)
 
 
-@pytest.mark.parametrize("given", [{"resolution": (500, 512)}, {"bucket_reso_steps": 60}, {"resolution": (0, 64)}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"resolution": (500, 512)},
+        {"resolution": (0, 64)},
+        {"resolution": (64, 1_000_000)},
+        {"bucket_reso_steps": 60},
+        {"bucket_reso_steps": 32_768},
+        {"min_bucket_reso": 20_000},
+        {"max_bucket_reso": 20_000},
+    ],
+)
 def test_sizes_of_no_use_are_refused(given):
     with pytest.raises(OptionError, match=f"^--{next(iter(given))}: "):
         BucketOptions(**given)

@@ -1,10 +1,12 @@
 """Cached latents: what is stored, when it is trusted, when it is rebuilt."""
 
+import io
 import json
 import logging
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from library.data.buckets import Placement, crop_ltrb
-from library.data.cache import CacheItem, cache_file_names, fill_disk, fill_memory
+from library.data.cache import fill_disk, fill_memory
+from library.data.cache_files import CacheItem, read_latents, state_of
 from library.data.headers import read_header
 from library.data.images import load_image, place, to_tensor
 from library.options import OptionError
@@ -51,7 +54,7 @@ def make_item(path, *, flipped_too=False, placement=PLACEMENT, orientation=None,
     )
 
 
-def cached(items, encode=None, *, vae="vae", batch_size=2, **share):
+def cached(items, encode=None, *, vae="vae", batch_size=1, **share):
     encode = encode or TinyEncoder()
     return fill_disk(items, encode, batch_size, vae_fingerprint=vae, **share), encode
 
@@ -156,6 +159,17 @@ def broken_file(item):
     return item
 
 
+def overwritten(item, content):
+    Path(item.npz).write_bytes(content)
+    return item
+
+
+def flipped_byte(item):
+    content = bytearray(Path(item.npz).read_bytes())
+    content[250] ^= 0xFF  # within the latents
+    return overwritten(item, content)
+
+
 def rewritten(item, *, without=(), **arrays):
     with np.load(item.npz) as found:
         kept = {key: found[key] for key in found if key not in without}
@@ -180,14 +194,21 @@ STALE = {
     wanting_mirrored: "1 without mirrored latents",
     broken_file: "1 unreadable",
     older_code: "1 older code",
-    lambda item: rewritten(item, without=["latents"]): "1 not a latent cache",
+    lambda item: overwritten(item, b""): "1 unreadable",
+    lambda item: overwritten(item, bytes(500)): "1 unreadable",
+    lambda item: flipped_byte(item): "1 unreadable",
+    lambda item: rewritten(item, fingerprint=np.array("[1, 2]")): "1 unreadable",
+    lambda item: rewritten(item, fingerprint=np.array("null")): "1 unreadable",
+    lambda item: rewritten(item, latents=np.zeros((3, 6, 8), np.float32)): "1 other size",
+    lambda item: rewritten(item, latents=np.full((4, 6, 8), np.nan)): "1 not finite",
+    lambda item: rewritten(item, latents=np.zeros((4, 6, 8), int)): "1 unreadable",
 }
 
 
 @pytest.mark.parametrize("change", STALE)
 def test_a_stale_file_is_rebuilt_and_said(tmp_path, caplog, change):
     items = [make_item(tmp_path / "a.png"), make_item(tmp_path / "b.png", seed=1)]
-    cached(items)
+    cached(items, batch_size=1)
     items[0] = change(items[0])
     with caplog.at_level(logging.INFO):
         _, encode = cached(items)
@@ -208,8 +229,46 @@ def test_another_vae_rebuilds_everything(tmp_path, caplog):
 
 def test_a_touched_or_copied_image_stays_valid(tmp_path):
     item = make_item(tmp_path / "a.png")
+    first, _ = cached([item])
+    latents = first.load(0, flipped=False)
+    again, encode = cached([touched_image(item)])
+    assert encode.num_images == 0 and torch.equal(again.load(0, flipped=False), latents)
+    with np.load(item.npz) as arrays:  # so that the next start need not read the image
+        assert json.loads(str(arrays["fingerprint"]))["mtime_ns"] == 10**9
+    assert torch.equal(first.load(0, flipped=False), latents)  # a run that was there before goes on
+
+
+def test_an_image_replaced_by_one_of_equal_size_and_time_is_noticed(tmp_path, caplog):
+    item = make_item(tmp_path / "a.bmp")
     cached([item])
-    assert cached([touched_image(item)])[1].num_images == 0
+    before = os.stat(item.path)
+    tiny_image(SIZE, seed=1).save(item.path)
+    os.utime(item.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(item.path).st_size == before.st_size
+    with caplog.at_level(logging.INFO):
+        assert cached([item])[1].num_images == 1
+    assert "(1 image changed)" in caplog.text
+
+
+def test_no_damage_whatever_goes_unnoticed_or_stops_the_run(tmp_path):
+    item = make_item(tmp_path / "a.png")
+    cached([item])
+    content = Path(item.npz).read_bytes()
+    for position in range(0, len(content), 5):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        overwritten(item, damaged)
+        state = state_of(item, "vae")
+        with np.load(io.BytesIO(content)) as arrays:
+            expected = arrays["latents"]
+        if state.reason == "valid":  # a byte that says nothing, such as a date
+            assert np.array_equal(load(item), expected)
+    for length in range(0, len(content), 97):
+        assert state_of(overwritten(item, content[:length]), "vae").reason == "unreadable"
+
+
+def load(item, image_hash=None):
+    return read_latents(item, flipped=False, vae_fingerprint="vae", image_hash=image_hash)
 
 
 FOREIGN = ["fingerprint"]
@@ -235,7 +294,14 @@ def build_two(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arrays", [{"latents": np.zeros((4, 8, 6), np.float32)}, {"original_size": np.array(SIZE[::-1])}]
+    "arrays",
+    [
+        {"latents": np.zeros((4, 8, 6), np.float32)},
+        {"latents": np.zeros((3, 6, 8), np.float32)},
+        {"latents": np.zeros(5)},
+        {"original_size": np.array(SIZE[::-1])},
+        {"original_size": np.array(80)},
+    ],
 )
 def test_a_file_of_the_trade_with_other_sizes_is_rebuilt(tmp_path, caplog, arrays):
     first, second = build_two(tmp_path)
@@ -243,6 +309,13 @@ def test_a_file_of_the_trade_with_other_sizes_is_rebuilt(tmp_path, caplog, array
     with caplog.at_level(logging.INFO):
         _, encode = cached([first, second])
     assert encode.num_images == 1 and "(1 other size)" in caplog.text
+
+
+def test_a_file_of_the_trade_with_latents_that_are_not_finite_is_rebuilt(tmp_path, caplog):
+    item = foreign(build_two(tmp_path)[0], latents=np.full((4, 6, 8), np.inf, np.float32))
+    with caplog.at_level(logging.INFO):
+        assert cached([item])[1].num_images == 1
+    assert "(1 not finite)" in caplog.text
 
 
 def test_a_file_of_the_trade_older_than_its_image_is_rebuilt(tmp_path):
@@ -259,66 +332,3 @@ def test_a_file_of_the_trade_for_a_rotated_image_is_rebuilt(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert cached([item])[1].num_images == 1
     assert "(1 not rotated)" in caplog.text
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-def test_names_are_those_of_the_trade_where_they_can_be():
-    other = Placement((48, 64), (79, 64))
-    larger = Placement((64, 48), (80, 65))
-    names = cache_file_names(
-        [
-            ("d/a.png", PLACEMENT), ("d/a.png", PLACEMENT),  # in two datasets of equal size
-            ("d/b.png", PLACEMENT), ("d/b.jpg", PLACEMENT),  # two images of one stem
-            ("d/c.png", PLACEMENT), ("d/c.png", other),  # one image at two sizes
-            ("d/e.png", PLACEMENT), ("d/e.png", larger),  # one image, equal buckets, differently cut
-            ("d/f.1.png", PLACEMENT),
-        ]
-    )  # fmt: skip
-    assert names == [
-        "d/a.npz", "d/a.npz",
-        "d/b.png.npz", "d/b.jpg.npz",
-        "d/c.png.64x48.npz", "d/c.png.48x64.npz",
-        "d/e.png.64x48.64x52.npz", "d/e.png.64x48.80x65.npz",
-        "d/f.1.npz",
-    ]  # fmt: skip
-
-
-def test_processes_share_the_work(tmp_path):
-    items = [make_item(tmp_path / f"{n}.png", seed=n) for n in range(5)]
-    counts = [cached(items, process_index=index, num_processes=2)[1].num_images for index in range(2)]
-    assert counts == [3, 2]
-    store, encode = cached(items)
-    assert encode.num_images == 0 and all(store.load(n, flipped=False).isfinite().all() for n in range(5))
-
-
-def test_an_interrupted_run_keeps_what_it_had_and_leaves_no_pieces(tmp_path):
-    items = [make_item(tmp_path / f"{n}.png", seed=n) for n in range(4)]
-    encode = TinyEncoder()
-
-    def stopping(images, noise):
-        if encode.num_images == 3:
-            raise KeyboardInterrupt
-        return encode(images, noise)
-
-    with pytest.raises(KeyboardInterrupt):
-        cached(items, stopping, batch_size=1)
-    assert sorted(name for name in os.listdir(tmp_path) if not name.endswith("png")) == ["0.npz", "1.npz", "2.npz"]
-    assert cached(items)[1].num_images == 1
-
-
-def test_a_file_that_can_not_be_written(tmp_path):
-    item = make_item(tmp_path / "a.png")
-    os.mkdir(item.npz)  # a folder is in the way
-    with pytest.raises(OptionError, match=r"^--cache_latents_to_disk: can't write .*a.npz .*in memory"):
-        cached([item])
-    assert sorted(os.listdir(tmp_path)) == ["a.npz", "a.png"]
-
-
-def test_an_image_that_breaks_after_the_scan_is_named(tmp_path):
-    item = make_item(tmp_path / "a.png")
-    with open(item.path, "r+b") as file:
-        file.truncate(200)
-    with pytest.raises(OptionError, match=r"a.png can't be read \(.*mend or remove it"):
-        cached([item])

@@ -1,5 +1,6 @@
 """What becomes of a caption: the trade's vectors, and the rules for every caption."""
 
+import math
 import random
 
 import pytest
@@ -93,7 +94,18 @@ def test_tag_frequency():
     assert tag_frequency(["Cat, dog ,,", "cat"]) == {"cat": 2, "dog": 1}
 
 
-@pytest.mark.parametrize("given", [{"caption_dropout_rate": 1.5}, {"keep_tokens": -1}, {"token_warmup_step": -1}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"caption_dropout_rate": 1.5},
+        {"caption_dropout_rate": math.nan},
+        {"caption_tag_dropout_rate": math.nan},
+        {"keep_tokens": -1},
+        {"token_warmup_step": -1},
+        {"token_warmup_step": math.nan},
+        {"token_warmup_step": math.inf},
+    ],
+)
 def test_values_out_of_range(given):
     with pytest.raises(OptionError, match=f"^--{next(iter(given))}: "):
         CaptionOptions(**given)

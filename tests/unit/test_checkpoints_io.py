@@ -116,8 +116,9 @@ def test_not_finite_is_never_saved_and_the_old_file_stays(tmp_path: Path):
     for value in (float("nan"), float("inf"), -float("inf")):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             bad = {"a": torch.ones(100), "b": torch.tensor([1.0, value, 2.0]).to(dtype)}
-            with pytest.raises(io.NonFiniteError, match="b holds NaN or infinity"):
+            with pytest.raises(io.NonFiniteError, match="^b holds NaN or infinity") as caught:
                 io.save_file(bad, path)
+            assert isinstance(caught.value, OptionError) and caught.value.exit_code == 1
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
@@ -151,6 +152,15 @@ def test_truncated_file(tmp_path: Path, cut: int):
     path.write_bytes(save(NETWORK)[:cut])
     with pytest.raises(OptionError, match="--flag: .*x.safetensors is (truncated|no safetensors file)"):
         io.read_header(path, "--flag")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.999])
+def test_truncated_pickle(tmp_path: Path, share: float):
+    torch.save({f"t{i}": torch.randn(20, 20) for i in range(9)}, tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(OptionError, match="^--flag: .*cut.pt is damaged or truncated; copy or download it again$"):
+        load_tensors(tmp_path / "cut.pt", "--flag")
 
 
 def test_foreign_and_missing_files(tmp_path: Path):

@@ -159,6 +159,8 @@ SUBSET = "datasets[0].subsets[0]"
         ("subset", "metadata_file", "m.json", f"{SUBSET}.metadata_file: a dataset of a metadata file is not supported"),
         ("dataset", "image_dir", "x", "datasets[0].image_dir: unknown at this level; move it to [[datasets.subsets]]"),
         ("dataset", "resolution", 500, "datasets[0].resolution: 500 is not a multiple of 8; use 496"),
+        ("subset", "image_dir", "", f"{SUBSET}.image_dir: '' is not a path"),
+        ("dataset", "resolution", 1_000_000, "datasets[0].resolution: 1000000 is too large; the largest is 16384"),
         ("dataset", "resolution", [64, 64, 64], "datasets[0].resolution: [64, 64, 64] is not a size"),
         ("dataset", "batch_size", 0, "datasets[0].batch_size: 0 is no batch size; use 1 or more"),
         ("dataset", "train_batch_size", 2, "datasets[0].train_batch_size: unknown key"),
@@ -357,6 +359,28 @@ def test_missing_folders_and_settings(tmp_path):
         load_folder(tmp_path, "nowhere")
     with pytest.raises(OptionError, match="^--resolution: is not given"):
         load_folder(tmp_path, bucket=BucketOptions())
+
+
+def test_options_that_need_another_are_told_once(tmp_path, images, caplog):
+    subset = {"image_dir": images, "keep_tokens": 2}
+    content = {
+        "datasets": [
+            {"bucket_no_upscale": True, "subsets": [subset]},
+            {"token_warmup_min": 3, "subsets": [subset]},
+            {"enable_bucket": True, "min_bucket_reso": 64, "bucket_no_upscale": True, "subsets": [subset]},
+        ]
+    }
+    load_file(tmp_path / "d.toml", content)
+    assert [record.message for record in caplog.records] == [
+        "--bucket_no_upscale has no effect without --enable_bucket",
+        "--keep_tokens 2 has no effect without --shuffle_caption or --caption_tag_dropout_rate",
+        "--token_warmup_min 3 has no effect without --token_warmup_step",
+    ]
+    caplog.clear()
+    caption = CaptionOptions(shuffle_caption=True, token_warmup_step=10)  # from the command line, for all subsets
+    content["datasets"].pop(0)
+    load_file(tmp_path / "d.toml", content, caption=caption)
+    assert not caplog.records
 
 
 def test_caching_refuses_what_changes_with_every_draw(tmp_path):

@@ -166,5 +166,26 @@ def test_an_image_that_vanishes_during_training_is_named(tmp_path):
     data = build(tmp_path)
     path.unlink()
     for workers in (0, 1):
-        with pytest.raises(OptionError, match="image_000.png can't be read any more"):
+        with pytest.raises(OptionError) as caught:
             batches(data, workers=workers)
+        assert str(caught.value) == (
+            f"training images: {path} can't be read any more (No such file or directory); mend it and resume"
+        )
+
+
+def test_a_damaged_cache_file_is_named_with_one_way_out(tmp_path):
+    (path,) = tiny_images(tmp_path / "1_a", 1)
+    data = build(tmp_path, augment=AugmentOptions())
+    cache(data, cache_latents_to_disk=True)
+    path.with_suffix(".npz").write_bytes(b"")
+    for workers in (0, 1):
+        with pytest.raises(OptionError) as caught:
+            batches(data, workers=workers)
+        message = str(caught.value)
+        assert message.startswith(f"--cache_latents_to_disk: {path.with_suffix('.npz')} can't be read any more (")
+        assert message.endswith("; delete it and resume")
+
+
+def test_a_batch_size_beyond_all_data_takes_no_memory(folders):
+    data = build(folders[0], batch_size=10**30)
+    assert data.batches_per_epoch(2) == len(data.bucket_summary()[0]) == len(batches(data, epochs=1))

@@ -2,11 +2,13 @@
 
 import io
 import random
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from library.data.buckets import Placement
 from library.data.headers import BadImage, Header, read_header
@@ -30,7 +32,7 @@ def written(folder, name="picture.png", size=(40, 24), orientation=None, **optio
 @pytest.mark.parametrize("kind", FORMATS)
 def test_header_of_every_format(tmp_path, kind):
     path = written(tmp_path, f"picture.{kind}", (41, 24), **FORMATS[kind])
-    assert read_header(path) == Header((41, 24), 1)
+    assert read_header(path) == Header((41, 24), 1, Path(path).stat().st_size)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "webp_lossy.webp"])
@@ -49,12 +51,12 @@ def test_exif_orientation_as_pillow_applies_it(tmp_path, kind, orientation):
 def test_orientation_in_xmp(tmp_path):
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     path = written(tmp_path, "picture.jpg", xmp=xmp)
-    assert read_header(path) == Header((24, 40), 6)
+    assert read_header(path)[:2] == ((24, 40), 6)
 
 
 def test_size_behind_a_long_first_part(tmp_path):
     path = written(tmp_path, "picture.jpg", icc_profile=b"x" * 200_000, orientation=8)
-    assert read_header(path) == Header((24, 40), 8)
+    assert read_header(path)[:2] == ((24, 40), 8)
 
 
 def test_progressive_grey_and_formats_left_to_pillow(tmp_path):
@@ -69,7 +71,7 @@ def test_progressive_grey_and_formats_left_to_pillow(tmp_path):
 def test_avif(tmp_path):
     path = written(tmp_path, "picture.avif", orientation=6)
     header = read_header(path)
-    assert header == Header((24, 40), 6) and load_image(path, 6).shape == (40, 24, 3)
+    assert header[:2] == ((24, 40), 6) and load_image(path, 6).shape == (40, 24, 3)
     assert is_image(path) and not find_broken([path])
 
 
@@ -103,6 +105,79 @@ def test_no_image_and_no_file(tmp_path):
         read_header(str(tmp_path / "text.png"))
     with pytest.raises(BadImage, match="No such file"):
         read_header(str(tmp_path / "nowhere.png"))
+
+
+def test_the_reason_does_not_repeat_the_path(tmp_path):
+    with pytest.raises(BadImage, match="^No such file or directory$"):
+        load_image(str(tmp_path / "nowhere.png"))
+
+
+# ---------------------------------------------------------------------------------------------- odd PNG files
+
+
+def png(width, height, pixels, colour_type=2):
+    """A PNG file whose checksums hold."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+ROWS = zlib.compress(bytes(64 * (1 + 3 * 96)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png(96, 64, zlib.compress(bytes(97))),
+        png(96, 64, b"garbage garbage"),
+        png(96, 64, ROWS, colour_type=5),
+        png(0, 64, ROWS),
+        png(2**31 - 1, 2**31 - 1, ROWS),
+        png(30_000, 20_000, ROWS),
+    ],
+    ids=["few pixels", "no pixels", "colour type", "no width", "huge", "large"],
+)
+def test_broken_inside_right_checksums(tmp_path, content):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    try:
+        read_header(str(path))
+    except BadImage as error:
+        assert "pixels" in str(error)
+    else:
+        assert list(find_broken([str(path)])) == [str(path)]
+
+
+def test_the_same_file_with_its_pixels_is_well(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(96, 64, ROWS))
+    assert not find_broken([str(path)]) and load_image(str(path)).shape == (64, 96, 3)
+
+
+def test_a_long_text_in_a_png(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    path = written(tmp_path, pnginfo=text)
+    assert not find_broken([path]) and load_image(path).shape == (24, 40, 3)
+
+
+def test_a_picture_above_the_limit_of_pillow(tmp_path, recwarn):
+    """196 million pixels, of one bit each."""
+    path = str(tmp_path / "large.png")
+    Image.new("1", (14_000, 14_000)).save(path)
+    assert read_header(path).size_wh == (14_000, 14_000)
+    assert not find_broken([path]) and not recwarn.list
+
+
+def test_a_picture_too_large_is_refused_before_it_is_decoded(tmp_path):
+    with pytest.raises(BadImage, match="30000x20000 pixels; 20000x20000 is the largest"):
+        load_image(png(30_000, 20_000, ROWS))
+
+
+# ---------------------------------------------------------------------------------------------- pixels
 
 
 def saved(image, **options):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from networks.lora import LoRAModule, LoRANetwork, create_network, create_networ
 from networks.lora_settings import LoRASettings
 from tests.tiny_networks import outputs, perturb, tiny_parts
 
+ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = 25
 
 
@@ -94,6 +98,13 @@ def test_text_encoder_keeps_the_plain_rank():
         ({"algo": "loha"}, "algo: unknown name"),
         ({"conv_dim": "four"}, "conv_dim: 'four' is not a number"),
         ({"conv_dim": "1.5"}, "conv_dim: 1.5 is no rank"),
+        ({"conv_dim": "nan"}, "conv_dim: 'nan' is not a number"),
+        ({"conv_dim": "inf"}, "conv_dim: 'inf' is not a number"),
+        ({"conv_alpha": "nan"}, "conv_alpha: 'nan' is not a number"),
+        ({"conv_alpha": "-1"}, "conv_alpha: -1 is negative"),
+        ({"loraplus_lr_ratio": "nan"}, "loraplus_lr_ratio: 'nan' is not a number"),
+        ({"loraplus_unet_lr_ratio": "0"}, "loraplus_unet_lr_ratio: 0 is no ratio; use a number above 0"),
+        ({"loraplus_text_encoder_lr_ratio": "-1"}, "loraplus_text_encoder_lr_ratio: -1 is no ratio"),
         ({"rank_dropout": "1"}, "rank_dropout: 1 is out of range"),
         ({"block_dims": "1,2"}, "block_dims: has 2 values"),
         ({"block_dims": ",".join(["0"] * BLOCKS)}, "no layer of the model gets a rank"),
@@ -108,6 +119,23 @@ def test_mistakes_are_one_sentence(arguments, message):
 def test_rank_larger_than_the_layer():
     with pytest.raises(OptionError, match="--network_dim: 33 is larger than lora_unet_.* allows; use 32 or less"):
         create_network(1.0, 33, 1.0, None, None, tiny_parts()[1])
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -1.0])
+def test_alpha_that_is_none(alpha):
+    with pytest.raises(OptionError, match=f"--network_alpha: {alpha:g} is out of range; use 0 .the rank. or more"):
+        create_network(1.0, 4, alpha, None, None, tiny_parts()[1])
+
+
+def test_arguments_are_checked_without_torch():
+    program = (
+        "import sys, networks.lora_settings as settings;"
+        "settings.check_arguments(conv_dim='4', block_dims='1,2', loraplus_lr_ratio='16', down_lr_weight='sine');"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules;"
+        "settings.check_arguments(conv_dimm='4')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.strip().endswith("--network_args conv_dimm: unknown name; did you mean conv_dim?"), done.stderr
 
 
 def test_arguments_are_checked_without_a_model():

@@ -7,7 +7,7 @@ import torch
 
 from library.options import OptionError
 from networks.lora import create_network, create_network_from_weights
-from tests.tiny_networks import perturb, tiny_parts
+from tests.tiny_networks import full_size_parts, perturb, tiny_parts
 
 
 def saved(tmp_path, dtype=None, **arguments):
@@ -81,7 +81,8 @@ def test_projections_are_read_in_both_ranks(made, used):
 
 def test_other_ranks_are_refused_with_the_way_out(tmp_path):
     parts, _, file = saved(tmp_path)
-    with pytest.raises(OptionError, match=r"shape \[4, \d+\] where the network has \[8, \d+\]; .*--dim_from_weights"):
+    message = r"lora.safetensors has rank 4 where the network has 8 \(lora_te_.*\); .*--dim_from_weights"
+    with pytest.raises(OptionError, match=message):
         create_network(1.0, 8, 1.0, None, *parts).load_weights(file)
 
 
@@ -100,8 +101,79 @@ def test_files_that_are_no_lora(tmp_path):
     parts = tiny_parts()
     with pytest.raises(OptionError, match="holds no LoRA in the usual format .it has lora_unet_x.hada_w1_a"):
         create_network_from_weights(1, "f", None, *parts, weights_sd={"lora_unet_x.hada_w1_a": torch.ones(1)})
-    tensors = {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(4, 8)}
+    name = "lora_unet_input_blocks_4_1_proj_in"
+    tensors = {f"{name}.lora_down.weight": torch.ones(4, 8), f"{name}.lora_up.weight": torch.ones(8, 4)}
     with pytest.raises(OptionError, match="made for SDXL"):
         create_network_from_weights(1, "f", None, *parts, weights_sd=tensors)
     with pytest.raises(OptionError, match="does not exist"):
         create_network_from_weights(1, tmp_path / "missing.safetensors", None, *parts)
+
+
+NAME = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key, value: None if "lora_up" in key else value, "is incomplete: lora_te_.* has no lora_up.weight"),
+        (lambda key, value: None if key == f"{NAME}.lora_down.weight" else value, f"{NAME} has no lora_down.weight"),
+        (lambda key, value: None if key == f"{NAME}.lora_up.weight" else value, f"{NAME} has no lora_up.weight"),
+        (lambda key, value: torch.cat([value] * 2) if "lora_down" in key else value, "is damaged: .* don't fit togeth"),
+        (lambda key, value: value.new_ones(2) if "alpha" in key else value, "is damaged: alpha of .* is no single"),
+    ],
+)
+def test_damaged_files_are_named_with_the_module(tmp_path, change, message):
+    """Both when a network is made from the file and when it is loaded into one."""
+    parts, network, _ = saved(tmp_path)
+    changed = {key: change(key, value) for key, value in network.state_dict().items()}
+    file = tmp_path / "damaged.pt"
+    torch.save({key: value for key, value in changed.items() if value is not None}, file)
+    for load in (
+        lambda: create_network_from_weights(1.0, file, None, *parts, for_inference=True),
+        lambda: create_network(1.0, 4, 1.0, None, *parts).load_weights(file),
+    ):
+        with pytest.raises(OptionError, match=message) as caught:
+            load()
+        assert "damaged.pt" in str(caught.value)
+
+
+def test_other_decompositions_are_named(tmp_path):
+    parts, network, _ = saved(tmp_path)
+    tensors = {**network.state_dict(), f"{NAME}.lora_mid.weight": torch.ones(4, 4)}
+    with pytest.raises(OptionError, match="lora_mid.weight; use --network_module lycoris.kohya"):
+        create_network_from_weights(1.0, "f", None, *parts, weights_sd=tensors)
+
+
+def test_a_file_of_another_family_says_so(tmp_path):
+    _, _, file = saved(tmp_path)
+    for load in (
+        lambda: create_network_from_weights(1.0, file, None, *tiny_parts("sd2"), for_inference=True),
+        lambda: create_network(1.0, 4, 1.0, None, *tiny_parts("sd2")).load_weights(file),
+    ):
+        with pytest.raises(OptionError, match="lora.safetensors was made for another model family: lora_") as caught:
+            load()
+        assert "--" not in str(caught.value)
+
+
+def test_the_width_of_the_text_states_tells_the_family():
+    _, unet = full_size_parts("sd1")
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(4, 1024), f"{name}.lora_up.weight": torch.ones(320, 4)}
+    message = r"family: its text states have 1024 \(SD 2.x\) features, this model's 768 \(SD 1.x\); use a network that"
+    with pytest.raises(OptionError, match=message):
+        create_network_from_weights(1.0, "f", None, None, unet, weights_sd=tensors)
+
+
+def test_arguments_that_a_file_decides_are_said_to_have_no_effect(tmp_path, caplog):
+    parts, _, file = saved(tmp_path)
+    create_network_from_weights(1, file, None, *parts, dropout=0.1, conv_dim="4", block_dims=",".join(["2"] * 25))
+    assert [record.message for record in caplog.records] == [
+        f"--network_args conv_dim, block_dims: no effect, {file} decides about ranks and alphas"
+    ]
+    caplog.clear()
+    create_network_from_weights(1, file, None, *parts, for_inference=True, rank_dropout="0.1", dropout=None)
+    assert [record.message for record in caplog.records] == [
+        "--network_args rank_dropout: no effect, the network is not trained"
+    ]
+    with pytest.raises(OptionError, match="--network_args foo: unknown name"):
+        create_network_from_weights(1, file, None, *parts, for_inference=True, foo="1")

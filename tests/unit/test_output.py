@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +103,40 @@ def test_a_failing_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OptionError, match="--outdir: can't write to .*No space left on device.*; free some space"):
         write_new(tmp_path, itertools.repeat("a.png"), b"data")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_while_writing_leaves_no_picture(tmp_path: Path) -> None:
+    program = (
+        "import itertools, os, sys; from pathlib import Path; from library.generate import output;"
+        "os.fsync = lambda _: os._exit(9);"
+        "output.write_new(Path(sys.argv[1]), itertools.repeat('a.png'), b'data')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert done.returncode == 9
+    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_file_systems_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "a.png").write_bytes(b"mine")
+    assert write_new(tmp_path, iter(["a.png", "b.png"]), b"data").read_bytes() == b"data"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.png": b"mine", "b.png": b"data"}
+
+
+def test_two_programs_never_share_a_name(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+
+        def write_one(number: int) -> Path:
+            return write_new(tmp_path, (f"{n}.png" for n in itertools.count()), str(number).encode())
+
+        paths = list(pool.map(write_one, range(64)))
+    assert len(set(paths)) == 64
+    assert [path.read_bytes() for path in paths] == [str(number).encode() for number in range(64)]
+    assert len(list(tmp_path.iterdir())) == 64
 
 
 def test_the_writer_reports_a_failing_disk(tmp_path: Path) -> None:

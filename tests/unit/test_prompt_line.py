@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from library.generate.options import PictureOptions, PromptOptions
+from library.generate.options import NetworkOptions, OutputOptions, PictureOptions, PromptOptions
 from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
 from library.generate.request import GenerationRequest, batches, make_requests
 from library.options import OptionError
@@ -35,9 +35,9 @@ def test_a_repeated_option_counts_once_more() -> None:
     assert parse_prompt_line("a --w 64 --w 128").width == 128
 
 
-@pytest.mark.parametrize(("given", "steps"), [("0", 1), ("1", 1), ("5000", 1000)])
-def test_steps_are_clamped(given: str, steps: int) -> None:
-    assert parse_prompt_line(f"a --s {given}").steps == steps
+@pytest.mark.parametrize("line", [" --n only", "--n only", "  --n only  "])
+def test_a_line_may_have_no_prompt(line: str) -> None:
+    assert parse_prompt_line(line) == PromptLine("", "only")
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,65 @@ def test_default_size_is_512() -> None:
     ("line", "message"),
     [
         ("a --w 100", "--w: 100 is not a multiple of 8; use 96 or 104"),
-        ("a --h 0", "--h: 0 is not a multiple of 8; use 8 or 16"),
+        ("a --h 0", "--h: 0 is too small; use at least 64"),
+        ("a --w -8", "--w: -8 is too small; use at least 64"),
         ("a --d 99999999999999999999", "--d: 99999999999999999999 is out of range"),
-        ("a --s 1000", "--s: 1000 is out of range for the sampler ddim"),
+        ("a --d 1,-5", "--d: -5 is out of range; use 0 to 2"),
+        ("(" * 2000 + "a", "--prompt: its brackets make an emphasis of 6.*e.82; 1e.06 is the limit"),
+        ("a --n " + "(" * 9000 + "b", "--prompt: its brackets make an emphasis of inf"),
     ],
 )
 def test_lines_out_of_range(line: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         make_requests([parse_prompt_line(line)], PromptOptions(prompt="a"), PictureOptions())
+
+
+@pytest.mark.parametrize(
+    ("line", "sampler", "steps"),
+    [
+        ("a --s 0", "ddim", 1),
+        ("a --s -4", "euler", 1),
+        ("a --s 99999", "euler", 1000),
+        ("a --s 99999", "ddim", 999),
+        ("a --s 2", "pndm", 4),
+    ],
+)
+def test_steps_of_a_line_are_clamped_and_it_is_said_once(
+    line: str, sampler: str, steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = PromptOptions(prompt="a", images_per_prompt=3)
+    made = make_requests([parse_prompt_line(line)], prompts, PictureOptions(sampler=sampler))
+    assert [request.steps for request in made] == [steps] * 3
+    given = line.rpartition(" ")[2]
+    said = f"--prompt: --s {given} is taken as {steps}, the nearest that {sampler} can"
+    assert [record.message for record in caplog.records] == [said]
+
+
+def test_steps_in_range_stay(caplog: pytest.LogCaptureFixture) -> None:
+    (only,) = make_requests([parse_prompt_line("a --s 30")], PromptOptions(prompt="a"), PictureOptions())
+    assert only.steps == 30
+    assert not caplog.records
+
+
+def test_strong_emphasis_is_allowed() -> None:
+    lines = [parse_prompt_line("((((a:5)))) BREAK [[[b]]] (c:0) (d:-3)")]
+    assert len(make_requests(lines, PromptOptions(prompt="a"), PictureOptions())) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        (PromptOptions, {"prompt": "a", "seed": -1}, "--seed: -1 is out of range; use 0 to 2.64 - 1, or leave it out"),
+        (PictureOptions, {"W": 0}, "--W: 0 is too small; use at least 64"),
+        (PictureOptions, {"H": -8}, "--H: -8 is too small"),
+        (OutputOptions, {"outdir": ""}, "--outdir: no folder named"),
+        (NetworkOptions, {"network_module": ("networks.lora",), "network_weights": ("a",),
+                          "network_args": ("a=1;a=2",)}, "--network_args: a is given twice"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range(group: type, values: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        group(**values)
 
 
 def seeds_of(lines: list[PromptLine], **options: int) -> list[int]:

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from library.data import sources
-from library.data.sources import image_extensions, report_broken, report_captions, scan_folder
+from library.data.sources import image_extensions, report_broken, report_captions, report_passed_over, scan_folder
 from library.options import OptionError
 from tests.tiny_data import tiny_image, tiny_images
 
@@ -28,6 +28,45 @@ def test_images_are_sorted_and_of_every_case(tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert [image.path.rpartition("/")[2] for image in scan(tmp_path).images] == ["a.Jpg", "b.PNG", "c.webp"]
     assert {".png", ".jpg", ".jpeg", ".webp", ".bmp"} <= image_extensions()
+
+
+def test_what_is_no_usable_image_is_told_in_one_line(tmp_path, caplog):
+    tiny_images(tmp_path / "a", 1)
+    for name in ("b.gif", "c.tif", "d.TIF", "e.jfif", "f.heic", "notes.txt", "cache.npz"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    (tmp_path / "a" / "g.png").mkdir()
+    tiny_images(tmp_path / "well", 1)
+    contents = scan(tmp_path / "a")
+    report_passed_over([contents, contents, scan(tmp_path / "well")])
+    (record,) = caplog.records
+    assert record.message.startswith("training images: 1 .gif, 1 .heic, 1 .jfif, 2 .tif, 1 folder named .png passed")
+    assert len(contents.images) == 1 and not contents.broken
+
+
+def test_a_link_to_nothing_is_a_broken_image(tmp_path):
+    tiny_images(tmp_path, 1)
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "good.png").symlink_to(tmp_path / "image_000.png")
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    contents = scan(tmp_path)
+    reason = "is a link to a file that is not there"
+    assert contents.broken == {str(tmp_path / name): reason for name in ("link.png", "circle.png")}
+    assert len(contents.images) == 2
+
+
+def test_captions_with_their_extension_in_capitals(tmp_path):
+    tiny_images(tmp_path, 4, captions=[])
+    for name, text in (("image_000.TXT", "capitals"), ("image_001.Txt", "mixed"), ("image_002.txt", "plain")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "image_002.TXT").write_text("not this one")
+    for asked in (".txt", ".caption", ".TXT"):
+        expected = "not this one" if asked == ".TXT" else "plain"
+        assert captions(scan(tmp_path, asked)) == ["capitals", "mixed", expected, ""]
+
+
+def test_sizes_of_files_are_known(tmp_path):
+    (path,) = tiny_images(tmp_path, 1)
+    assert scan(tmp_path).images[0].num_bytes == path.stat().st_size
 
 
 def test_the_extension_asked_for_wins(tmp_path):
@@ -78,9 +117,13 @@ def test_caption_encodings(tmp_path, raw, caption):
     assert captions(scan(tmp_path, tokens="class")) == [caption]
 
 
-def test_captions_that_are_not_text(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("größe", "latin-1"), ("a, b", "utf-16-le"), ("a, b", "utf-16-be"), ("a, b", "utf-32"), ("a, b", "utf-32-le")],
+)
+def test_captions_that_are_not_text(tmp_path, text, encoding):
     (path,) = tiny_images(tmp_path, 1, captions=[])
-    path.with_suffix(".caption").write_bytes("größe".encode("latin-1"))
+    path.with_suffix(".caption").write_bytes(text.encode(encoding))
     with pytest.raises(OptionError, match="captions: not UTF-8: image_000.caption; save"):
         report(scan(tmp_path))
 

@@ -1,0 +1,317 @@
+"""Files of cached latents: how they are named, when they are trusted, how they are read and written.
+
+The files are those of the trade (`latents`, `original_size`, `crop_ltrb`, `latents_flipped`), readable both ways, with
+one more array: `fingerprint`, a JSON text that says what made them. A file whose fingerprint does not fit, or whose
+checksums don't hold, is rebuilt; one that can't have been a latent cache is never touched.
+
+Whether the image is still the same is told by its size and its times of modification and of change, without reading
+it. The latter (st_ctime_ns; on Windows, of creation) can't be set back by a program. Where one of them differs, as
+after copying, the bytes decide by their hash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import secrets
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from library.data.buckets import Placement, Size, crop_ltrb
+from library.data.options import LATENT_STRIDE
+from library.options import OptionError
+
+CODE_VERSION = 1  # of everything between the file's bytes and the VAE's input; raise it when that changes
+LATENT_CHANNELS = 4
+KEYS = ("latents", "latents_flipped", "original_size", "crop_ltrb", "fingerprint")
+DAMAGE = (  # what reading a damaged file raises
+    OSError, EOFError, KeyError, ValueError, RuntimeError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+FLAG = "--cache_latents_to_disk"
+
+VALID = {"valid", "of another program"}
+NOT_OURS = "not a latent cache"
+OF_ANOTHER_PROGRAM = ""  # in place of an image's hash
+
+
+@dataclass(frozen=True, slots=True)
+class CacheItem:
+    """One image at one placement: what one cache file holds."""
+
+    path: str
+    size_wh: Size
+    orientation: int
+    placement: Placement
+    flipped_too: bool
+    npz: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The arrays of latents that its file must have."""
+        return KEYS[: 1 + self.flipped_too]
+
+
+def latent_shape(bucket_wh: Size) -> tuple[int, int, int]:
+    """(channels, height, width) of a latent for images of this size."""
+    return LATENT_CHANNELS, bucket_wh[1] // LATENT_STRIDE, bucket_wh[0] // LATENT_STRIDE
+
+
+def cache_file_names(images: Sequence[tuple[str, Placement]]) -> list[str]:
+    """The cache file of each image: `<base>.npz` as in the trade, longer where two would share that name.
+
+    Images of one stem but several extensions use the whole file name; one image trained at several sizes has the
+    sizes in the name. Equal (path, placement) pairs share a file.
+    """
+    unique = list(dict.fromkeys(images))
+    names = {image: f"{os.path.splitext(image[0])[0]}.npz" for image in unique}
+    for lengthen in (
+        lambda path, _: f"{path}.npz",
+        lambda path, placement: f"{path}.{_size_text(placement.bucket_wh)}.npz",
+        lambda path, placement: f"{path}.{_size_text(placement.bucket_wh)}.{_size_text(placement.resized_wh)}.npz",
+    ):
+        uses = Counter(names.values())
+        names = {image: lengthen(*image) if uses[name] > 1 else name for image, name in names.items()}
+    return [names[image] for image in images]
+
+
+def _size_text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+# ---------------------------------------------------------------------------------------------- fingerprints
+
+
+class SourceBytes(NamedTuple):
+    """What identifies the bytes of an image file."""
+
+    hash: str
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, content_hash: str, status: os.stat_result) -> SourceBytes:
+        return cls(content_hash, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def hash_of(content: bytes) -> str:
+    """Identifies the bytes of an image."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def fingerprint_of(item: CacheItem, source: SourceBytes, vae_fingerprint: str) -> dict[str, str | int]:
+    """What a cache file says of its making."""
+    return {
+        "code": CODE_VERSION,
+        "image": source.hash,
+        "bytes": source.num_bytes,
+        "mtime_ns": source.mtime_ns,
+        "ctime_ns": source.ctime_ns,
+        "vae": vae_fingerprint,
+        "resized": _size_text(item.placement.resized_wh),
+        "bucket": _size_text(item.placement.bucket_wh),
+    }
+
+
+def _difference(found: Mapping[str, Any], item: CacheItem, vae_fingerprint: str) -> str | None:
+    """What the latents were made with that would now be something else; the image apart."""
+    expected = fingerprint_of(item, SourceBytes("", 0, 0, 0), vae_fingerprint)
+    reasons = {"code": "older code", "resized": "other size", "bucket": "other size", "vae": "other VAE"}
+    return next((reason for key, reason in reasons.items() if found.get(key) != expected[key]), None)
+
+
+def decoded_before(path: str, npz: str) -> bool:
+    """Whether a cache file shows that the image, unchanged since, has been decoded to the end once.
+
+    Here size and time of modification do; what they don't tell is found when the cache is checked.
+    """
+    try:
+        status = os.stat(path)
+        found = _fingerprint_in(_arrays(npz, KEYS[-1:]))
+    except DAMAGE:
+        return False
+    return found is not None and (found.get("bytes"), found.get("mtime_ns")) == (status.st_size, status.st_mtime_ns)
+
+
+# ---------------------------------------------------------------------------------------------- states
+
+
+class State(NamedTuple):
+    """What was found of a cache file."""
+
+    reason: str  # one of VALID, "missing", NOT_OURS, or what is stale about it
+    image_hash: str = OF_ANOTHER_PROGRAM  # of the image that a valid file was made of
+    restamped: dict[str, np.ndarray] | None = None  # of a valid file: what would spare the next hash of the image
+
+
+def state_of(item: CacheItem, vae_fingerprint: str) -> State:
+    """Whether an item's cache file can be used; reads and checks the whole file."""
+    if not os.path.exists(item.npz):
+        return State("missing")
+    try:
+        with open(item.npz, "rb") as file:
+            content = file.read()
+    except OSError:  # a folder, or not for us to read
+        return State(NOT_OURS)
+    try:
+        arrays = _arrays(io.BytesIO(content))
+        found = _fingerprint_in(arrays)
+    except DAMAGE:
+        return State("unreadable" if _may_be_a_cache(content) else NOT_OURS)
+    if "latents" not in arrays:
+        return State(NOT_OURS)
+    if misfit := _misfit(item, arrays, found, vae_fingerprint):
+        return State(misfit)
+    try:
+        return _state_of_source(item, arrays, found, vae_fingerprint)
+    except OSError:
+        return State("image changed")
+
+
+def _may_be_a_cache(content: bytes) -> bool:
+    """Whether a file that can't be read may have been a cache: by its names, or as an empty or unfinished archive."""
+    try:
+        return "latents.npy" in zipfile.ZipFile(io.BytesIO(content)).namelist()
+    except DAMAGE:
+        return content.startswith(b"PK\x03\x04") or not content.strip(b"\0")  # zeros: what a power cut leaves
+
+
+def _misfit(
+    item: CacheItem, arrays: Mapping[str, np.ndarray], found: Mapping[str, Any] | None, vae_fingerprint: str
+) -> str | None:
+    """What about the contents does not suit the item."""
+    if any(key not in arrays for key in item.keys):
+        return "without mirrored latents"
+    if found is None and item.orientation != 1:
+        return "not rotated"  # other programs take no notice of it
+    if found is not None and (difference := _difference(found, item, vae_fingerprint)):
+        return difference
+    if found is None and tuple(arrays.get("original_size", np.empty(0)).ravel().tolist()) != item.size_wh:
+        return "other size"
+    for latents_CHW in (arrays[key] for key in item.keys):
+        if not np.issubdtype(latents_CHW.dtype, np.floating):
+            return "unreadable"
+        if latents_CHW.shape != latent_shape(item.placement.bucket_wh):
+            return "other size"
+        if not np.isfinite(latents_CHW).all():
+            return "not finite"
+    return None
+
+
+def _state_of_source(
+    item: CacheItem, arrays: dict[str, np.ndarray], found: Mapping[str, Any] | None, vae_fingerprint: str
+) -> State:
+    """State of a file that suits the item, by whether its image has changed; raises OSError without an image."""
+    status = os.stat(item.path)
+    if found is None:
+        newer = os.stat(item.npz).st_mtime_ns >= status.st_mtime_ns
+        return State("of another program" if newer else "image changed")
+    image_hash = str(found.get("image"))
+    expected = fingerprint_of(item, SourceBytes.of(image_hash, status), vae_fingerprint)
+    if dict(found) == expected:
+        return State("valid", image_hash)
+    with open(item.path, "rb") as file:
+        if hash_of(file.read()) != image_hash:
+            return State("image changed")
+    return State("valid", image_hash, {**arrays, "fingerprint": np.array(json.dumps(expected))})
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_latents(item: CacheItem, *, flipped: bool, vae_fingerprint: str, image_hash: str | None) -> np.ndarray:
+    """(C, H, W) of a file that was valid at the start; raises OptionError when it is that file no longer.
+
+    `image_hash` is that of its state; None where another process has seen to it.
+    """
+    key = KEYS[flipped]
+    try:
+        arrays = _arrays(item.npz, (key, "fingerprint"))
+        found, latents_CHW = _fingerprint_in(arrays), arrays[key]
+    except DAMAGE as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OptionError(FLAG, f"{item.npz} can't be read any more ({reason})", "delete it and resume") from None
+    same_image = image_hash in (None, OF_ANOTHER_PROGRAM if found is None else found.get("image"))
+    same_making = found is None or _difference(found, item, vae_fingerprint) is None
+    if not (same_image and same_making and latents_CHW.shape == latent_shape(item.placement.bucket_wh)):
+        raise OptionError(FLAG, f"another run has rewritten {item.npz}", "resume when that run has ended")
+    return latents_CHW
+
+
+def _arrays(npz: str | BinaryIO, keys: Sequence[str] = KEYS) -> dict[str, np.ndarray]:
+    """Those arrays that are there, their checksums verified; raises one of DAMAGE."""
+    arrays = {}
+    with zipfile.ZipFile(npz) as archive:
+        names = set(archive.namelist())
+        for key in keys:
+            if f"{key}.npy" in names:
+                arrays[key] = _array(archive, f"{key}.npy")
+    return arrays
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise zipfile.BadZipFile(f"{name} is compressed in a way that no such file is")
+    return np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
+
+
+def _fingerprint_in(arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+    """None where there is none; raises ValueError where it is none that was written here."""
+    if "fingerprint" not in arrays:
+        return None
+    found = json.loads(str(arrays["fingerprint"]))
+    if not isinstance(found, dict):
+        raise ValueError("its fingerprint is no table")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write(item: CacheItem, latents: Mapping[bool, np.ndarray], fingerprint: Mapping[str, str | int]) -> None:
+    """Write a cache file, whole or not at all; `latents` (C, H, W) by whether they are of the mirrored image."""
+    arrays = {
+        "original_size": np.array(item.size_wh),
+        "crop_ltrb": np.array(crop_ltrb(item.size_wh, item.placement.bucket_wh)),
+        "fingerprint": np.array(json.dumps(fingerprint)),
+    }
+    try:
+        _save(item.npz, arrays | {KEYS[flipped]: latents_CHW for flipped, latents_CHW in latents.items()})
+    except OSError as error:
+        raise unwritable(item.npz, error.strerror or str(error)) from None
+
+
+def restamp(item: CacheItem, arrays: Mapping[str, np.ndarray]) -> None:
+    """Note the image's new times in a valid file; only to save work later, so it may fail."""
+    with contextlib.suppress(OSError):
+        _save(item.npz, arrays)
+
+
+def _save(npz: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Under the final name there is never less than a whole file, even after a power cut."""
+    temporary = f"{npz}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, npz)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def unwritable(path: str, reason: str) -> OptionError:
+    """The error for a file or folder that can't be written."""
+    return OptionError(FLAG, f"can't write {path} ({reason})", "use --cache_latents (in memory)")

@@ -1,0 +1,64 @@
+"""The last state that is known to be good, kept in memory while a run may still go wrong.
+
+Weights are known to be good once a later loss computed with them is finite. A copy of what is trained, with the
+optimizer, is taken every few updates and confirmed by the next finite loss; when a run diverges, the confirmed copy is
+what is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+COPY_EVERY = 50  # updates
+
+
+@dataclass(frozen=True)
+class Copy:
+    """State dicts by name, on the CPU, as they were after `step` updates."""
+
+    step: int
+    states: Mapping[str, Any]
+
+
+class LastGood:
+    """Keeps copies of the state dicts of `parts`: modules, optimizers, schedules."""
+
+    def __init__(self, parts: Mapping[str, Any], start_step: int) -> None:
+        self.parts = parts
+        self.candidate = self.confirmed = self._copy(start_step)
+        self.restored_step: int | None = None
+
+    def note(self, step: int, *, is_finite: bool) -> None:
+        """Hear whether the loss of update `step` was finite: if so, the weights before that update were good."""
+        if is_finite and self.candidate.step < step:
+            self.confirmed = self.candidate
+
+    def consider(self, step: int) -> None:
+        """Take a copy after update `step` when one is due."""
+        if step - self.candidate.step >= COPY_EVERY and self.confirmed is self.candidate:
+            self.candidate = self._copy(step)
+
+    def restore(self) -> int:
+        """Put the confirmed copy back into the parts; returns its step."""
+        for name, part in self.parts.items():
+            part.load_state_dict(self.confirmed.states[name])
+        self.restored_step = self.confirmed.step
+        return self.confirmed.step
+
+    def _copy(self, step: int) -> Copy:
+        return Copy(step, {name: _on_cpu(part.state_dict()) for name, part in self.parts.items()})
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy of a state dict that shares nothing with it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item) for item in value)
+    return value

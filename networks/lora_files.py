@@ -1,0 +1,75 @@
+"""LoRA files as they come: the rank and alpha of each module, and whether they fit the layers of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from library.options import OptionError
+from networks.injection import OTHER_NETWORK, modules_of_file
+from networks.layers import layer_size
+from networks.lora_settings import Rank
+
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text states
+COPY_AGAIN = "copy or download it again, or take another one"
+
+Parts = Mapping[str, torch.Tensor]  # a module's tensors by what follows its name
+
+
+def ranks_of_file(tensors: Mapping[str, torch.Tensor], file: Path | str) -> dict[str, Rank]:
+    """Rank and alpha of each LoRA module of a file; alpha = rank where the file has none.
+
+    Raises OptionError, which names the file and the module, where half of a pair is missing or they don't fit together.
+    """
+    modules = modules_of_file(tensors)
+    ranks = {name: _rank(name, parts, file) for name, parts in modules.items() if DOWN in parts or UP in parts}
+    if not ranks:
+        example = next(iter(tensors), "no tensor")
+        problem = f"{file} holds no LoRA in the usual format (it has {example})"
+        raise OptionError("", problem, "check file and network module")
+    return ranks
+
+
+def _rank(name: str, parts: Parts, file: Path | str) -> Rank:
+    for part in (DOWN, UP):
+        if part not in parts:
+            raise OptionError("", f"{file} is incomplete: {name} has no {part}", COPY_AGAIN)
+    if MID in parts:
+        raise OptionError("", f"{file} is no plain LoRA: {name} has {MID}", "use --network_module lycoris.kohya")
+    down, up = parts[DOWN], parts[UP]
+    rank = len(down) if down.ndim else 0
+    if min(down.ndim, up.ndim) < 2 or up.shape[1] != rank:
+        problem = f"{DOWN} {list(down.shape)} and {UP} {list(up.shape)} of {name} don't fit together"
+        raise OptionError("", f"{file} is damaged: {problem}", COPY_AGAIN)
+    alpha = parts.get("alpha", torch.tensor(float(rank)))
+    if alpha.numel() != 1:
+        raise OptionError("", f"{file} is damaged: alpha of {name} is no single number", COPY_AGAIN)
+    return rank, float(alpha)
+
+
+def check_sizes(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, torch.nn.Module], file: Path | str) -> None:
+    """OptionError unless each module that both have changes a layer of this size; says which model the file is for."""
+    modules = modules_of_file(tensors)
+    sizes = {
+        name: ((math.prod(parts[DOWN].shape[1:]), len(parts[UP])), layer_size(layers[name]))
+        for name, parts in modules.items()
+        if name in layers and DOWN in parts
+    }
+    others = [name for name, (in_file, in_model) in sizes.items() if in_file != in_model]
+    if not others:
+        return
+    name = next((name for name in others if name.endswith(("attn2_to_k", "attn2_to_v"))), others[0])
+    (inputs, outputs), (model_inputs, model_outputs) = sizes[name]
+    if name.endswith(("attn2_to_k", "attn2_to_v")) and inputs != model_inputs:
+        problem = f"its text states have {_width(inputs)} features, this model's {_width(model_inputs)}"
+    else:
+        problem = f"{name} has {inputs} inputs and {outputs} outputs there, {model_inputs} and {model_outputs} here"
+    raise OptionError("", f"{file} was made for another model family: {problem}", OTHER_NETWORK)
+
+
+def _width(width: int) -> str:
+    return f"{width} ({FAMILIES[width]})" if width in FAMILIES else str(width)
