@@ -30,10 +30,12 @@ def train(run: Run) -> int:
         try:
             while run.step < run.plan.steps and not run.stop_requested():
                 train_one_step(run)
-            return run.finish()
         except Exception:
             run.rescue()
             raise
+        finally:
+            run.batches.close()  # ends the data workers; they don't listen to signals
+        return run.finish()
 
 
 def train_one_step(run: Run) -> None:

@@ -58,8 +58,8 @@ class FileNames:
         return self.folder / f"{self.name or 'last'}{self.extension}"
 
     def state_of(self, file: Path) -> Path:
-        """The state folder that belongs to a model file."""
-        return self.folder / f"{file.name.removesuffix(self.extension)}-state"
+        """The state folder that belongs to a model file, beside it."""
+        return file.parent / f"{file.name.removesuffix(self.extension)}-state"
 
     def log_file(self) -> Path:
         return self.folder / f"{self.name or 'last'}.log"

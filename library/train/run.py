@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -102,7 +102,7 @@ class Run:
         return LastGood(self._parts(), self.start_step)
 
     @cached_property
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """This process's batches from the start step on, to the end of the last epoch."""
         loader = self.data.loader(
             start=self.plan.position_after(self.start_step),
