@@ -39,7 +39,7 @@ CPU_BUILD, CUDA_BUILD = TORCH_BUILDS + "cpu", TORCH_BUILDS + "cu130"
 PROBE_SECONDS = 3
 
 NAME = "sks_cat"  # output_name in starter/train.toml
-EARLY_STEP, FINAL_STEP = 60, 400  # save_every_n_steps and max_train_steps in starter/train.toml
+EARLY_STEP, FINAL_STEP = 100, 300  # save_every_n_steps and max_train_steps in starter/train.toml
 SIZE, SAMPLING_STEPS, GUIDANCE = 128, 30, 4
 
 
@@ -231,7 +231,9 @@ def run(command: Sequence[str | Path], step: str) -> None:
     words = [relative(word) if isinstance(word, Path) and word != PYTHON else str(word) for word in command]
     with LOG.open("a", encoding="utf-8") as log:
         log.write(f"\n$ {shlex.join(words)}\n")
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=child_environment())
+        # The starter's tensors are so small that further threads would mostly wait for each other.
+        environment = child_environment() | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         assert process.stdout is not None
         decoder, line = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
         try:

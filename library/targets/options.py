@@ -10,7 +10,6 @@ from pathlib import Path
 from library.checkpoints.safetensors_io import read_header
 from library.options import OptionError, did_you_mean, named_values, opt, require
 
-
 KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
 
 
@@ -20,7 +19,7 @@ class NetworkOptions:
 
     network_module: str | None = opt(help="Python module of the network, for example networks.lora or lycoris.kohya")
     network_dim: int | None = opt(help="rank; 4 without this option")
-    network_alpha: float = opt(1, help="alpha: the network's strength is alpha / rank")
+    network_alpha: float = opt(1, help="alpha: the network's strength is alpha / rank; 0 stands for the rank")
     network_dropout: float | None = opt(help="share of the rank's activations dropped during training (0-1)")
     network_args: tuple[str, ...] | None = opt(help="further arguments of the network module, as name=value")
     network_weights: str | None = opt(help="network file to start from")

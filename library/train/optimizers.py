@@ -114,7 +114,7 @@ def _row(name: str) -> Row:
     )
 
 
-def _import_class(row: Row) -> type[torch.optim.Optimizer]:
+def _import_class(row: Row) -> Any:
     package = PIP_NAMES.get(row.package, row.package)
     needed = f"{row.path} needs the package {package}"
     return import_class(row.path, torch.optim.Optimizer, "--optimizer_type", (needed, f"pip install {package}"))

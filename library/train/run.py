@@ -166,8 +166,8 @@ class Run:
             self.target.save(path, dtype=dtype, metadata=content)
         except NonFiniteError as error:
             if dtype in (None, torch.float32):
-                raise OptionError("", str(error), "look at learning rate and alpha, and at the input files") from None
-            logger.warning("--save_precision: %s; %s is saved in float32", error, path.name)
+                raise
+            logger.warning("%s; %s is saved in float32", error, path.name)
             self.target.save(path, dtype=torch.float32, metadata=content)
 
     def write_state(self, folder: Path, step: int) -> None:
