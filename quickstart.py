@@ -271,7 +271,8 @@ def say_what_next(picture: Path, curve: Path, lora: Path, seconds: float) -> Non
     python = shlex.quote(relative(PYTHON)) if os.name != "nt" else relative(PYTHON)
     train = (
         "--pretrained_model_name_or_path MODEL.safetensors --train_data_dir PICTURES --resolution 512",
-        "--max_train_steps 1500 --learning_rate 1e-4 --network_module networks.lora --network_dim 16 --network_alpha 16",
+        "--max_train_steps 1500 --learning_rate 1e-4",
+        "--network_module networks.lora --network_dim 16 --network_alpha 16",
         "--cache_latents --gradient_checkpointing --mixed_precision bf16 --output_dir outputs/mine --output_name mine",
     )
     generate = f'{python} gen_img_diffusers.py --ckpt MODEL.safetensors --prompt "YOUR PROMPT --d 1" --outdir'
