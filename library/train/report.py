@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from library.data.dataset import TrainingData
 from library.targets.base import ParamGroup
 from library.train.options import RunConfig
 from library.train.plan import TrainPlan
@@ -24,18 +25,12 @@ def trained_rows(groups: Sequence[ParamGroup], default_lr: float, chooses_own_ra
         yield f"trained: {group.name}", f"{len(group.parameters)} tensors, {count:,} parameters, learning rate {rate}"
 
 
-def plan_rows(
-    config: RunConfig, plan: TrainPlan, num_train_images: int, num_reg_images: int, num_processes: int, start_step: int
-) -> Iterable[tuple[str, str]]:
-    reg = f" + {num_reg_images} regularisation" if num_reg_images else ""
-    yield "images x repeats", f"{num_train_images}{reg}"
-    yield (
-        "batches per epoch",
-        (
-            f"{plan.batches_per_epoch} (batch size {config.loader.train_batch_size}"
-            + (f" x {num_processes} processes)" if num_processes > 1 else ")")
-        ),
-    )
+def plan_rows(data: TrainingData, plan: TrainPlan, num_processes: int, start_step: int) -> Iterable[tuple[str, str]]:
+    reg = f" + {data.num_reg_images} regularisation" if data.num_reg_images else ""
+    yield "images x repeats", f"{data.num_train_images}{reg}"
+    sizes = dict.fromkeys(str(dataset.config.batch_size) for dataset in data.datasets)
+    processes = f" x {num_processes} processes" if num_processes > 1 else ""
+    yield "batches per epoch", f"{plan.batches_per_epoch} (batch size {' and '.join(sizes)}{processes})"
     accumulation = f" (each of {plan.accumulation} batches)" if plan.accumulation > 1 else ""
     epochs = "1 epoch" if plan.epochs == 1 else f"{plan.epochs} epochs"
     yield "steps", f"{plan.steps} in {epochs} of {plan.steps_per_epoch}{accumulation}"

@@ -211,10 +211,7 @@ def print_plan(run: Run) -> None:
         *report.trained_rows(run.groups, run.config.optimizer.learning_rate, run.built.chooses_own_rate),
         ("optimizer", run.built.description),
         ("schedule", _schedule_name(run.config, run.built)),
-        *report.plan_rows(
-            run.config, run.plan, run.data.num_train_images, run.data.num_reg_images,
-            run.accelerator.num_processes, run.start_step,
-        ),
+        *report.plan_rows(run.data, run.plan, run.accelerator.num_processes, run.start_step),
         *report.saving_rows(run.config, run.plan, run.names.final_file(), file_bytes),
         ("seed", str(run.seed)),
     ]  # fmt: skip
