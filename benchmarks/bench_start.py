@@ -22,6 +22,7 @@ def first_step_seconds() -> tuple[float, float]:
             sys.executable, "train_network.py", "--config_file", "starter/train.toml",
             "--pretrained_model_name_or_path", str(next((ROOT / "starter").rglob("*.safetensors"))),
             "--dataset_config", "starter/dataset.toml", "--output_dir", folder, "--max_train_steps", "3",
+            "--lr_warmup_steps", "0",
         ]  # fmt: skip
         start = time.perf_counter()
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:

@@ -186,7 +186,12 @@ def require(condition: bool, where: str, problem: str, way_out: str = "") -> Non
 
 
 class OptionParser(argparse.ArgumentParser):
-    """An argparse parser over option groups whose errors are one sentence with the way out (exit code 2)."""
+    """An argparse parser over option groups whose errors are one sentence with the way out (exit code 2).
+
+    `not_yet` are flags that the trade's script of this name has and this one does not have so far.
+    """
+
+    not_yet: frozenset[str] = frozenset()
 
     def error(self, message: str) -> NoReturn:
         for prefix in ("argument ", "unrecognized arguments: "):
@@ -203,6 +208,8 @@ class OptionParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+            if flag.split("=")[0] in self.not_yet:
+                self.error(f"{flag.split('=')[0]}: the trade's script has this flag, this program does not have it yet")
             hint = did_you_mean(flag.split("=")[0], self._option_string_actions)
             self.error(
                 f"{flag}: unknown flag" + (f"; {hint}" if hint else "")

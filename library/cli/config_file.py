@@ -36,7 +36,10 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any
     except UnicodeDecodeError:
         raise OptionError("--config_file", f"{path} is not UTF-8 text", "save it as UTF-8") from None
     except (toml.TomlDecodeError, IndexError, RecursionError) as error:  # the parser can fail with any of these
-        raise OptionError("--config_file", f"{path} is not valid TOML ({error})") from None
+        way_out = (
+            "write Windows paths in single quotes: 'C:\\models\\model.safetensors'" if "escape" in str(error) else ""
+        )
+        raise OptionError("--config_file", f"{path} is not valid TOML ({error})", way_out) from None
     values: dict[str, Any] = {}
     for name, value in content.items():
         section = value if isinstance(value, dict) else {name: value}

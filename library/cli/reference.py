@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from library.options import Option, options_of
 
 
-def options_page(script: str, groups: Iterable[type], defaults: Mapping[str, Any] | None = None) -> str:
+def options_page(script: str, groups: Collection[type], defaults: Mapping[str, Any] | None = None) -> str:
     """A table per option group: flag, value, default, meaning."""
-    lines = [f"# Options of {script}", "", "Made from the code; a flag is also the key in a `--config_file`.", ""]
+    has_file = any(option.name == "config_file" for group in groups for option in options_of(group))
+    also = " A flag is also the key in a `--config_file`." if has_file else ""
+    lines = [f"# Options of {script}", "", f"Made from the code.{also}", ""]
     for group in groups:
         options = options_of(group)
         lines += [f"## {(group.__doc__ or '').strip().splitlines()[0].rstrip('.')}", ""]

@@ -84,6 +84,7 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
 
 def build_parser(script: Script) -> OptionParser:
     parser = OptionParser(description=script.description)
+    parser.not_yet = legacy.NOT_YET
     for group in script.groups():
         add_arguments(parser, group, script.defaults)
     return parser

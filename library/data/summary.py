@@ -64,8 +64,8 @@ def report_lines(datasets: Sequence[LoadedDataset]) -> list[str]:
 
 def _regularisation_line(dataset: LoadedDataset) -> str:
     shown, total = dataset.num_reg_per_epoch, dataset.num_reg
-    rest = ", others each epoch until all were shown" if shown < total else ""
-    return f"  regularisation: {shown} of {total} per epoch{rest}, to balance {dataset.num_train} training images"
+    how = ", others each epoch until all were shown" if shown < total else ", shown again" if shown > total else ""
+    return f"  regularisation: {shown} per epoch from {total}{how}, to balance {dataset.num_train} training images"
 
 
 def _some_captions(datasets: Sequence[LoadedDataset]) -> list[str]:

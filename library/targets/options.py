@@ -11,6 +11,7 @@ from library.checkpoints.safetensors_io import read_header
 from library.options import OptionError, did_you_mean, named_values, opt, require
 
 KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
+PACKAGES = {"lycoris.kohya": "pip install lycoris-lora"}  # what brings a module that is not ours
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class NetworkOptions:
         """
         name = str(self.network_module)
         if not _can_be_found(name):
-            way_out = did_you_mean(name, KNOWN_MODULES) or "networks.lora is ours; others must be installed"
+            way_out = (
+                PACKAGES.get(name) or did_you_mean(name, KNOWN_MODULES) or "use networks.lora, or install the module"
+            )
             raise OptionError("--network_module", f"there is no module {name!r}", way_out)
         if _can_be_found(f"{name}_settings"):
             importlib.import_module(f"{name}_settings").check_arguments(**self.arguments)

@@ -251,6 +251,9 @@ class RunConfig:
         is_too_long = self.training.max_train_epochs is None and warmup > steps
         require(not is_too_long, "--lr_warmup_steps", f"{warmup} is longer than the run's {steps} steps")
         warnings = [note for group in self.groups() if hasattr(group, "notes") for note in group.notes()]
+        rates = (getattr(self.target, name, None) for name in ("unet_lr", "text_encoder_lr"))
+        if self.optimizer == OptimizerOptions() and not any(rates):
+            warnings.append("--learning_rate: not given, 2e-06 is used; 1e-4 is usual for a LoRA")
         if self.noise.zero_terminal_snr and not v_prediction:
             warnings.append(
                 "--zero_terminal_snr: noise prediction learns nothing at the last timestep; use it with v-prediction"

@@ -175,7 +175,7 @@ def test_the_report_names_folders_buckets_and_captions(folders):
     for part in (
         "2_cat: 5 images x 2",
         "1_animal: 12 images x 1, regularisation",
-        "10 of 12 per epoch",
+        "10 per epoch from 12",
         "64x64: ",
         "% of the picture",
     ):
