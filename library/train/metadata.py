@@ -34,7 +34,7 @@ PLAIN = (
     "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "prior_loss_weight",
     "min_snr_gamma", "scale_weight_norms", "learning_rate", "text_encoder_lr", "unet_lr", "output_name",
 )  # fmt: skip
-"""Not yet options of this program, and so at the trade's defaults."""
+# not yet options of this program, and so at the trade's defaults
 DEFAULTS = {
     "full_fp16": False, "lowram": False, "multires_noise_iterations": None, "multires_noise_discount": 0.3,
     "adaptive_noise_scale": None, "ip_noise_gamma": None, "face_crop_aug_range": None,
