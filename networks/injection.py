@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ OTHER_NETWORK = "use a network that was made for this kind of model"
 # ---------------------------------------------------------------------------------------------- adapters
 
 
-class Adapter(torch.nn.Module):
+class Adapter(torch.nn.Module, ABC):
     """One layer's change. Subclasses say what the layer computes with it, and what it adds to the weight."""
 
     def __init__(self, name: str, layer: torch.nn.Module, multiplier: float) -> None:
@@ -57,12 +58,13 @@ class Adapter(torch.nn.Module):
         self._base_forward = self.layer.forward
         self.layer.forward = self.forward
 
+    @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """The layer's output with the change."""
 
+    @abstractmethod
     def weight_change(self) -> torch.Tensor:
         """What the adapter, as it is now and at its multiplier, adds to the layer's weight: float32, of its shape."""
-        raise NotImplementedError
 
     def merge(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
         """Add the change to the layer's weight: summed in float32 on `device`, stored as `dtype` (None: as before)."""

@@ -20,9 +20,9 @@ import torch
 
 from library.checkpoints.safetensors_io import is_finite
 from library.checkpoints.weights import load_tensors
-from library.options import OptionError, did_you_mean
+from library.options import OptionError
+from library.targets.options import no_such_module
 
-KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
 FLAG = "--network_module"
 WAY_OUT = "use a version of it that has, or another network module"
 
@@ -34,12 +34,7 @@ def import_network_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if name == missing or name.startswith(missing + "."):
-            hint = did_you_mean(name, KNOWN_MODULES)
-            if missing == "lycoris":
-                hint = "install the package lycoris-lora"
-            raise OptionError(
-                FLAG, f"there is no Python module {name!r}", hint or "use networks.lora for a LoRA"
-            ) from None
+            raise no_such_module(name) from None
         raise OptionError(FLAG, f"{name} needs the package {missing}", f"install {missing}") from None
     except ImportError as error:
         raise OptionError(FLAG, f"{name} can't be imported: {error}") from error

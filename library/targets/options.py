@@ -11,7 +11,7 @@ from library.checkpoints.safetensors_io import read_header
 from library.options import OptionError, did_you_mean, named_values, opt, require
 
 KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
-PACKAGES = {"lycoris.kohya": "pip install lycoris-lora"}  # what brings a module that is not ours
+PACKAGES = {"lycoris": "lycoris-lora"}  # what brings modules that are not ours, by their first name
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,7 @@ class NetworkOptions:
         """
         name = str(self.network_module)
         if not _can_be_found(name):
-            way_out = (
-                PACKAGES.get(name) or did_you_mean(name, KNOWN_MODULES) or "use networks.lora, or install the module"
-            )
-            raise OptionError("--network_module", f"there is no module {name!r}", way_out)
+            raise no_such_module(name)
         if _can_be_found(f"{name}_settings"):
             importlib.import_module(f"{name}_settings").check_arguments(**self.arguments)
         weights = [self.network_weights] if self.network_weights else []
@@ -107,6 +104,15 @@ class NetworkOptions:
                     raise OptionError(flag, f"{file} does not exist", "check the path")
                 if Path(file).suffix == ".safetensors":
                     read_header(file, flag)
+
+
+def no_such_module(name: str) -> OptionError:
+    """The error for a --network_module that can't be found, with the nearest way out."""
+    package = PACKAGES.get(name.partition(".")[0])
+    way_out = f"install the package {package}" if package else did_you_mean(name, KNOWN_MODULES)
+    return OptionError(
+        "--network_module", f"there is no Python module {name!r}", way_out or "use networks.lora for a LoRA"
+    )
 
 
 def _can_be_found(module: str) -> bool:
