@@ -214,7 +214,7 @@ def test_each_mistake_is_one_sentence(tiny_sd1_path: Path, tmp_path: Path, capsy
         ([*model, "--prompt", "a", *lora, tmp_path / "broken.safetensors"], f"--network_weights: {tmp_path}/broken"),
         (
             [*model, "--prompt", "a", "--network_module", "networks.lorra", "--network_weights", tiny_sd1_path],
-            "--network_module: there is no module 'networks.lorra'; did you mean networks.lora?",
+            "--network_module: there is no Python module 'networks.lorra'; did you mean networks.lora?",
         ),
     ]  # fmt: skip
     for arguments, sentence in cases:
