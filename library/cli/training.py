@@ -20,7 +20,7 @@ from library.cli.config_file import config_path, read_config_file, write_config_
 from library.cli.console import start_console, start_log_file
 from library.cli.ending import Ending
 from library.options import Option, OptionError, OptionParser, add_arguments, build, opt, options_of
-from library.train.options import CONFIG_GROUPS, RunConfig
+from library.train.config import CONFIG_GROUPS, RunConfig
 from library.train.preflight import check_before_start
 
 logger = logging.getLogger(__name__)

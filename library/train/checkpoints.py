@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from library.checkpoints.safetensors_io import save_file
 from library.options import OptionError
-from library.train.options import SavingOptions
+from library.train.callbacks import Callback
+from library.train.output_options import SavingOptions
 from library.train.plan import TrainPlan
 from library.train.resume import PARTIAL, REPLACED, STATE_FILE, STATE_FORMAT, FileNames, RunState
 
@@ -35,7 +36,7 @@ DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, Saf
 
 
 @dataclass
-class Checkpointer:
+class Checkpointer(Callback):
     """Writes model files and states when the plan says so, and removes old ones."""
 
     saving: SavingOptions

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from library.options import OptionError
 from library.train.guard import NonFiniteGuard
 from library.train.last_good import LastGood
-from library.train.options import LoggingOptions
+from library.train.output_options import LoggingOptions
 from library.train.placement import trackers
 
 LONGEST_AVERAGE = 10_000  # steps; keeps the moving average of huge data sets within reason

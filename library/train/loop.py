@@ -28,6 +28,7 @@ def train(run: Run) -> int:
     """
     with run.stop.listening():
         try:
+            run.before_first_step()
             while run.step < run.plan.steps and not run.stop_requested():
                 train_one_step(run)
         except Exception:
@@ -49,10 +50,10 @@ def train_one_step(run: Run) -> None:
     if run.guard.gives_up:
         raise TrainingDiverged(run.guard.in_a_row, run.save_last_good())
     run.last_good.consider(run.step)
-    run.checkpoints.after_step(run.step)
+    run.after_step(run.step)
     if run.plan.ends_epoch(run.step):
         run.log.end_epoch(epoch, run.step)
-        run.checkpoints.after_epoch(epoch, run.step)
+        run.after_epoch(epoch, run.step)
 
 
 def update(run: Run, batches: Iterator[Batch], step: int) -> StepRecord:

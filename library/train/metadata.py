@@ -14,7 +14,7 @@ from typing import Any
 
 from library.checkpoints.model_spec import ModelSpec, model_spec_metadata
 from library.checkpoints.safetensors_io import file_sha256, legacy_model_hash
-from library.train.options import RunConfig
+from library.train.config import RunConfig
 from library.train.plan import TrainPlan
 
 # what --no_metadata keeps: without these a file can't be loaded rightly

@@ -16,7 +16,8 @@ from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.families.options import TextOptions
 from library.options import OptionError
 from library.targets.base import TrainTarget
-from library.train.options import LoggingOptions, RunConfig
+from library.train.config import RunConfig
+from library.train.output_options import LoggingOptions
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

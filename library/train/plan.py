@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.data.batch import Position
-from library.train.options import SavingOptions, TrainingOptions
+from library.train.options import TrainingOptions
+from library.train.output_options import SavingOptions
 
 
 @dataclass(frozen=True)

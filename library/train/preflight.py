@@ -12,7 +12,8 @@ from library.checkpoints.probe import check_vae, probe
 from library.checkpoints.source import ModelSource
 from library.data.config import DatasetConfig, check_cacheable, load_configs
 from library.options import OptionError
-from library.train.options import LoggingOptions, RunConfig
+from library.train.config import RunConfig
+from library.train.output_options import LoggingOptions
 from library.train.resume import FileNames, RunState, check_same_settings, find_state, read_state, settings_that_matter
 
 logger = logging.getLogger(__name__)

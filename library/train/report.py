@@ -7,7 +7,7 @@ from pathlib import Path
 
 from library.data.dataset import TrainingData
 from library.targets.base import ParamGroup
-from library.train.options import RunConfig
+from library.train.config import RunConfig
 from library.train.plan import TrainPlan
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options import OptionError
-from library.train.options import SavingOptions
+from library.train.output_options import SavingOptions
 
 STATE_FORMAT = 1
 STATE_FILE = "train_state.json"  # written last: where it is, the state is complete

@@ -22,11 +22,12 @@ from library.families.base import ModelBundle, ModelFamily
 from library.options import OptionError
 from library.targets.base import ParamGroup, TrainTarget
 from library.train import checkpoints, metadata
+from library.train.callbacks import Callback
+from library.train.config import RunConfig
 from library.train.guard import NonFiniteGuard, StopRequest
 from library.train.last_good import LastGood
 from library.train.logs import TrainLog
 from library.train.optimizers import BuiltOptimizer
-from library.train.options import RunConfig
 from library.train.placement import SAVE_DTYPES
 from library.train.plan import TrainPlan
 from library.train.resume import FileNames, RunState
@@ -63,6 +64,7 @@ class Run:
     stop: StopRequest
     start_step: int = 0
     step: int = 0  # updates done
+    callbacks: list[Callback] = field(default_factory=list)  # called in this order, before files are saved
     recent_losses: list[float] = field(default_factory=list)
     metadata_of: Any = None  # (step, epoch) -> metadata of a file; main process only
 
@@ -138,6 +140,23 @@ class Run:
         self.stop.signal_number = int(numbers.max()) or None
         return bool(self.stop)
 
+    # ------------------------------------------------------------------------------------------ callbacks
+
+    def before_first_step(self) -> None:
+        for callback in self._all_callbacks():
+            callback.before_first_step(self.step)
+
+    def after_step(self, step: int) -> None:
+        for callback in self._all_callbacks():
+            callback.after_step(step)
+
+    def after_epoch(self, epoch: int, step: int) -> None:
+        for callback in self._all_callbacks():
+            callback.after_epoch(epoch, step)
+
+    def _all_callbacks(self) -> list[Callback]:
+        return [*self.callbacks, self.checkpoints]
+
     # ------------------------------------------------------------------------------------------ log
 
     def open_log(self) -> None:
@@ -200,6 +219,7 @@ class Run:
             "optimizer": self.built.optimizer,
             "lr_scheduler": self.lr_scheduler,
             "scaler": self.accelerator.scaler,
+            **{callback.state_name: callback for callback in self.callbacks if callback.state_name},
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -207,7 +227,8 @@ class Run:
         """Save what the run ends with: the final file, or, when it was asked to stop, model and state."""
         self.log.close()
         if self.step >= self.plan.steps:
-            self.checkpoints.at_end(self.step)
+            for callback in self._all_callbacks():
+                callback.at_end(self.step)
             self.accelerator.wait_for_everyone()
             logger.info("model saved.")
             return 0

@@ -24,11 +24,11 @@ from library.options import OptionError
 from library.randomness import seed_global_generators
 from library.targets.base import TrainTarget
 from library.train import logs, metadata, placement, report
+from library.train.config import RunConfig
 from library.train.guard import NonFiniteGuard, StopRequest
 from library.train.loop import train
 from library.train.lr_schedulers import build_lr_scheduler
 from library.train.optimizers import BuiltOptimizer, build_optimizer, check_optimizer
-from library.train.options import RunConfig
 from library.train.plan import TrainPlan
 from library.train.preflight import CheckedRun
 from library.train.resume import RunState, check_same_data, settings_that_matter

@@ -96,7 +96,7 @@ def command_lines_start_without_torch(files: Sequence[SourceFile]) -> list[str]:
     breaches = []
     for file in files:
         is_light = file.is_entry_script or within(file.module, ("library.cli", "library.options"))
-        if is_light or (file.path.startswith("library/") and file.path.endswith("/options.py")):
+        if is_light or (file.path.startswith("library/") and file.path.endswith("options.py")):
             chain = _chain_to_heavy(file, by_module, frozenset())
             if chain:
                 breaches.append(" -> ".join(chain))

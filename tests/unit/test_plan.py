@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from library.options import OptionError
 from library.train.checkpoints import Checkpointer
-from library.train.options import SavingOptions, TrainingOptions
+from library.train.options import TrainingOptions
+from library.train.output_options import SavingOptions
 from library.train.plan import TrainPlan
 from library.train.resume import FileNames
 
