@@ -60,6 +60,26 @@ def blamed_on(flag: str) -> Iterator[None]:
         raise OptionError(flag, str(error)) from None
 
 
+def finding_layers_once(make: Callable[[], Any], unet: torch.nn.Module) -> Any:
+    """What `make` makes; once more without the class name of the time embedding, where a layer was found twice.
+
+    LyCORIS 4.1 looks for the two layers of diffusers' TimestepEmbedding by the class around them and by their own
+    names, and stops at the second find.
+    """
+    try:
+        return make()
+    except AssertionError as error:
+        if "duplicated lora name" not in str(error):
+            raise
+    embedding = unet.get_submodule("time_embedding")
+    shown = type(embedding)
+    embedding.__class__ = type(f"Named{shown.__name__}", (shown,), {})
+    try:
+        return make()
+    finally:
+        embedding.__class__ = shown
+
+
 class NetworkFactory:
     """The functions of a network module."""
 
@@ -93,7 +113,11 @@ class NetworkFactory:
         arguments.setdefault("dropout", dropout)
         if _accepts(create, "neuron_dropout"):
             arguments.setdefault("neuron_dropout", dropout)
-        return self._adapted(create(1.0, dim, alpha, models.vae, models.text_encoder, models.unet, **arguments))
+
+        def make() -> Any:
+            return create(1.0, dim, alpha, models.vae, models.text_encoder, models.unet, **arguments)
+
+        return self._adapted(finding_layers_once(make, models.unet))
 
     def create_from_weights(
         self,
@@ -115,7 +139,11 @@ class NetworkFactory:
             arguments["for_inference"] = for_inference
         if weights_sd is not None and "weights_sd" in inspect.signature(create).parameters:
             arguments["weights_sd"] = weights_sd
-        made = create(multiplier, file, models.vae, models.text_encoder, models.unet, **arguments)
+
+        def make() -> Any:
+            return create(multiplier, file, models.vae, models.text_encoder, models.unet, **arguments)
+
+        made = finding_layers_once(make, models.unet)
         network, tensors = made if isinstance(made, tuple) else (made, None)
         return self._adapted(network), tensors
 

@@ -84,6 +84,7 @@ def test_our_modules_are_importable_by_name():
 )
 def test_missing_modules(name, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "lycoris", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "lycoris.kohya", raising=False)
     with pytest.raises(OptionError, match=message):
         import_network_module(name)
 
