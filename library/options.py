@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import toml
+
 Group = TypeVar("Group")
 
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
@@ -46,6 +48,7 @@ class Option:
     choices: tuple[Any, ...] | None
     help: str
     parse: Callable[[Any], Any] | None  # raw value (command line text or TOML value) -> field value
+    secret: bool = False  # never written into a file or a log
 
     @property
     def flag(self) -> str:
@@ -59,13 +62,16 @@ def opt(
     choices: Sequence[Any] | None = None,
     cli: type | None = None,
     parse: Callable[[Any], Any] | None = None,
+    secret: bool = False,
 ) -> Any:
     """Declare an option.
 
     `cli` names the type on the command line where it differs from the annotation; `parse` turns that text, or the
-    TOML value, into the field's value and raises ValueError with the reason when it can't.
+    TOML value, into the field's value and raises ValueError with the reason when it can't. A `secret` value is
+    written nowhere.
     """
-    metadata = {"help": help, "choices": tuple(choices) if choices is not None else None, "cli": cli, "parse": parse}
+    choices = tuple(choices) if choices is not None else None
+    metadata = {"help": help, "choices": choices, "cli": cli, "parse": parse, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -90,6 +96,7 @@ def _resolve(field: dataclasses.Field, hint: Any) -> Option:
         choices=field.metadata["choices"],
         help=field.metadata["help"],
         parse=field.metadata["parse"],
+        secret=field.metadata["secret"],
     )
 
 
@@ -99,7 +106,7 @@ def _resolve(field: dataclasses.Field, hint: Any) -> Option:
 def convert(option: Option, value: Any, where: str) -> Any:
     """A TOML or command-line value as the field's value; raises OptionError naming `where`.
 
-    Integers stand for switches (0, 1) and for numbers, as GUIs write them; nothing else is guessed.
+    Integers stand for switches (0, 1) and texts for numbers ("512"), as GUIs write them; nothing else is guessed.
     """
     if value is None:
         return option.default
@@ -119,17 +126,35 @@ def convert(option: Option, value: Any, where: str) -> Any:
 
 def _scalar(option: Option, value: Any, where: str) -> Any:
     kind = option.kind
+    number = _number(value) if isinstance(value, str) else value
     if kind is bool and value in (0, 1, True, False):
         return bool(value)
     if kind is Path and isinstance(value, (str, Path)):
         return Path(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return value  # a whole number stays one: metadata shows values as they were given
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+    if kind is float and _is_finite_number(number):
+        return number  # a whole number stays one: metadata shows values as they were given
+    if kind is int and _is_finite_number(number) and number == int(number):
+        return int(number)
+    if kind is str and isinstance(value, str):
         return value
     raise OptionError(where, f"{value!r} is not {WORDS.get(kind, kind.__name__)}")
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
+def _number(text: str) -> int | float | str:
+    """The number that a text is, or the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def build(group: type[Group], values: Mapping[str, Any], where: Callable[[str], str] = "--{}".format) -> Group:
@@ -154,6 +179,31 @@ def named_values(items: Sequence[str] | None, where: str) -> dict[str, str]:
             raise OptionError(where, f"{name} is given twice", "keep one of them")
         values[name] = value
     return values
+
+
+def read_text(path: Path | str, where: str) -> str:
+    """A text file in UTF-8, with or without byte-order mark; OptionError names `where` (a flag)."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise OptionError(where, f"{path} does not exist", "check the path") from None
+    except OSError as error:
+        raise OptionError(where, f"{path} can't be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise OptionError(where, f"{path} is not UTF-8 text", "save it as UTF-8") from None
+
+
+def read_toml(path: Path | str, where: str) -> dict[str, Any]:
+    """The content of a TOML file; OptionError as :func:`read_text`, or names the file for what is wrong in it."""
+    text = read_text(path, where)
+    try:
+        return toml.loads(text)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # the parser lets all out
+        line, lines = getattr(error, "lineno", 0), text.splitlines()
+        has_backslash = "\\" in (lines[min(line, len(lines)) - 1] if line and lines else text)
+        way_out = "write paths with / or in single quotes" if has_backslash else "correct it"
+        reason = (getattr(error, "msg", str(error)).splitlines() or [type(error).__name__])[0]
+        raise OptionError(str(path), f"{f'line {line} ' if line else ''}is not TOML ({reason})", way_out) from None
 
 
 def path_of(value: Any) -> Path:
@@ -188,10 +238,10 @@ def require(condition: bool, where: str, problem: str, way_out: str = "") -> Non
 class OptionParser(argparse.ArgumentParser):
     """An argparse parser over option groups whose errors are one sentence with the way out (exit code 2).
 
-    `not_yet` are flags that the trade's script of this name has and this one does not have so far.
+    `explain` gives the sentence for a flag of another script, or None.
     """
 
-    not_yet: frozenset[str] = frozenset()
+    explain: Callable[[str], str | None] = staticmethod(lambda flag: None)
 
     def error(self, message: str) -> NoReturn:
         for prefix in ("argument ", "unrecognized arguments: "):
@@ -208,8 +258,8 @@ class OptionParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), unknown[0])
-            if flag.split("=")[0] in self.not_yet:
-                self.error(f"{flag.split('=')[0]}: the trade's script has this flag, this program does not have it yet")
+            if flag.startswith("-") and (sentence := self.explain(flag.split("=")[0])):
+                self.error(sentence)
             hint = did_you_mean(flag.split("=")[0], self._option_string_actions)
             self.error(
                 f"{flag}: unknown flag" + (f"; {hint}" if hint else "")

@@ -214,6 +214,8 @@ def write_network_file(
     if Path(file).suffix == ".safetensors":
         metadata = dict(metadata or {})
         metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = sshs_hashes(tensors, metadata)
+        if "modelspec.sai_model_spec" in metadata:
+            metadata["modelspec.hash_sha256"] = f"0x{metadata['sshs_model_hash']}"
         save_file(tensors, file, metadata)
         return
     for key, tensor in tensors.items():

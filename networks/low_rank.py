@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from library.models.float8 import widened
+from library.models.precision import compute_dtype
+
 Size2 = tuple[int, int]
 
 
@@ -27,7 +30,7 @@ def linear(
 
     `down_RI` and `up_OR` may be masters of a higher precision; they are cast inside and get gradients of their dtype.
     """
-    return _LowRankLinear.apply(x, base.weight, base.bias, down_RI, up_OR, scale)
+    return _LowRankLinear.apply(x, base.weight, _scale_of(base), base.bias, down_RI, up_OR, scale)
 
 
 def conv2d(
@@ -37,16 +40,13 @@ def conv2d(
 
     The base must have no groups, no dilation and numeric zero padding.
     """
-    geometry = (base.stride, base.padding)
-    return _LowRankConv.apply(x_BIHW, base.weight, base.bias, down_RIkk, up_OR11, scale, geometry)
+    how = (scale, (base.stride, base.padding))
+    return _LowRankConv.apply(x_BIHW, base.weight, _scale_of(base), base.bias, down_RIkk, up_OR11, how)
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype a matrix product on `x` runs in: autocast's where it is on (it leaves float64 alone), else x's own."""
-    kind = x.device.type
-    if x.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+def _scale_of(base: torch.nn.Module) -> torch.Tensor | None:
+    """The scales of a base weight that is kept in 8 bits (library/models/float8.py)."""
+    return getattr(base, "weight_scale", None)
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -54,14 +54,15 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, down, up, scale):  # type: ignore[override]
+    def forward(ctx: Any, x, weight, weight_scale, bias, down, up, scale):  # type: ignore[override]
         dtype = compute_dtype(x)
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
-        weight, down, up = weight.to(dtype), down.to(dtype), up.to(dtype)
-        out_NO = F.linear(x_NI, weight, None if bias is None else bias.to(dtype))
+        down, up = down.to(dtype), up.to(dtype)
+        out_NO = F.linear(x_NI, widened(weight, weight_scale, dtype), None if bias is None else bias.to(dtype))
         low_NR = torch.mm(x_NI, down.t())
         out_NO.addmm_(low_NR, up.t(), alpha=scale)
-        ctx.save_for_backward(x_NI, weight, down, up, low_NR)
+        # the weight as it is stored: what it was widened to is not kept for the backward pass
+        ctx.save_for_backward(x_NI, weight, weight_scale, down, up, low_NR)
         ctx.scale, ctx.shape = scale, x.shape
         # not a view in autograd's books: callers may change the output in place
         return torch.ops.aten._unsafe_view.default(out_NO, (*x.shape[:-1], weight.shape[0]))
@@ -69,51 +70,54 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[override]
-        x_NI, weight, down, up, low_NR = ctx.saved_tensors
-        needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
+        x_NI, weight, weight_scale, down, up, low_NR = ctx.saved_tensors
+        needs_x, _, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_down = grad_up = None
         if needs_up:
             grad_up = torch.addmm(up, grad_NO.t(), low_NR, beta=0, alpha=ctx.scale)
         if not (needs_x or needs_down):
-            return None, None, None, None, grad_up, None
+            return None, None, None, None, None, grad_up, None
         grad_low_NR = torch.addmm(low_NR, grad_NO, up, beta=0, alpha=ctx.scale)
         if needs_down:
             grad_down = torch.mm(grad_low_NR.t(), x_NI)
         if needs_x:
-            grad_x = torch.mm(grad_NO, weight).addmm_(grad_low_NR, down).view(ctx.shape)
-        return grad_x, None, None, grad_down, grad_up, None
+            full = widened(weight, weight_scale, grad_NO.dtype)
+            grad_x = torch.mm(grad_NO, full).addmm_(grad_low_NR, down).view(ctx.shape)
+        return grad_x, None, None, None, grad_down, grad_up, None
 
 
 class _LowRankConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, down, up, scale, geometry):  # type: ignore[override]
+    def forward(ctx: Any, x, weight, weight_scale, bias, down, up, how):  # type: ignore[override]
         dtype = compute_dtype(x)
-        x, weight, down, up = x.to(dtype), weight.to(dtype), down.to(dtype), up.to(dtype)
+        scale, geometry = how
+        x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
         stride, padding = geometry
-        out = torch.conv2d(x, weight, None if bias is None else bias.to(dtype), stride, padding)
+        out = torch.conv2d(x, widened(weight, weight_scale, dtype), None if bias is None else bias.to(dtype), stride, padding)
         up_OR = up.flatten(1)
         pointwise = down.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
         low = _mix(down.flatten(1), x) if pointwise else torch.conv2d(x, down, None, stride, padding)
         _add_mix_(out, up_OR, low, scale)
-        ctx.save_for_backward(x, weight, down, up_OR, low)
+        ctx.save_for_backward(x, weight, weight_scale, down, up_OR, low)
         ctx.scale, ctx.geometry, ctx.pointwise = scale, geometry, pointwise
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[override]
-        x, weight, down, up_OR, low = ctx.saved_tensors
-        needs_x, _, _, needs_down, needs_up, _, _ = ctx.needs_input_grad
+        x, weight, weight_scale, down, up_OR, low = ctx.saved_tensors
+        needs_x, _, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
         grad_x: Any = None
         grad_down = grad_up = None
         if needs_up:
             grad_up = _outer(grad, low, ctx.scale)[:, :, None, None]
         if not (needs_x or needs_down):
-            return None, None, None, None, grad_up, None, None
+            return None, None, None, None, None, grad_up, None
         grad_low = _mix(up_OR.t(), grad, ctx.scale)
         if needs_x:
-            grad_x = _conv_gradients(grad, x, weight, ctx.geometry, (True, False))[0]
+            full = widened(weight, weight_scale, grad.dtype)
+            grad_x = _conv_gradients(grad, x, full, ctx.geometry, (True, False))[0]
         if not ctx.pointwise:
             grad_x_low, grad_down = _conv_gradients(grad_low, x, down, ctx.geometry, (needs_x, needs_down))
             if needs_x:
@@ -123,7 +127,7 @@ class _LowRankConv(torch.autograd.Function):
                 grad_down = _outer(grad_low, x)[:, :, None, None]
             if needs_x:
                 _add_mix_(grad_x, down.flatten(1).t(), grad_low, 1.0)
-        return grad_x, None, None, grad_down, grad_up, None, None
+        return grad_x, None, None, None, grad_down, grad_up, None
 
 
 def _conv_gradients(

@@ -49,7 +49,7 @@ def script(name: str, *words: str, **kwargs) -> subprocess.CompletedProcess[str]
     """A script as users start it."""
     command = [sys.executable, str(ROOT / name), *map(str, words)]
     return subprocess.run(
-        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **{"cwd": ROOT, **kwargs}
+        command, capture_output=True, text=True, timeout=300, **{"cwd": ROOT, "env": ENVIRONMENT, **kwargs}
     )
 
 

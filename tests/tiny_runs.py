@@ -17,23 +17,34 @@ from library.data.options import (
     CacheOptions,
     CaptionOptions,
     LoaderOptions,
+    MaskOptions,
     SourceOptions,
 )
 from library.diffusion.noise import NoiseSource
 from library.diffusion.options import NoiseOptions
+from library.text.tokens import Tokens
 
 BUCKETS = BucketOptions((64, 64), True, min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=16)
 EVERYTHING = CaptionOptions(shuffle_caption=True, caption_dropout_rate=0.2, caption_tag_dropout_rate=0.2)
+NO_MASKS = MaskOptions()
 
 
 def letters(captions):
     """Stands for a tokenizer: the captions' characters in one window of 77."""
     codes = [[ord(letter) for letter in caption[:77].ljust(77)] for caption in captions]
-    return (torch.tensor(codes)[:, None],)
+    return Tokens((torch.tensor(codes)[:, None],))
 
 
 def build(
-    folder, reg=None, *, bucket=BUCKETS, caption=EVERYTHING, augment=None, batch_size=2, seed=1, on_bad_image="stop"
+    folder,
+    reg=None,
+    *,
+    bucket=BUCKETS,
+    caption=EVERYTHING,
+    augment=None,
+    masks=NO_MASKS,
+    batch_size=2,
+    on_bad_image="stop",
 ):
     configs = load_configs(
         SourceOptions(str(folder), reg and str(reg)),
@@ -41,8 +52,9 @@ def build(
         caption,
         augment or AugmentOptions(flip_aug=True, random_crop=True, color_aug=True),
         LoaderOptions(batch_size),
+        masks=masks,
     )
-    return TrainingData.build(configs, seed=seed, on_bad_image=on_bad_image)
+    return TrainingData.build(configs, seed=1, on_bad_image=on_bad_image)
 
 
 def run_facts(**changes):
@@ -71,8 +83,8 @@ def assert_equal(first: Batch, second: Batch):
         a, b = getattr(first, field.name), getattr(second, field.name)
         if isinstance(a, torch.Tensor):
             assert a.dtype == b.dtype and torch.equal(a, b), field.name
-        elif field.name == "token_ids":
-            assert all(map(torch.equal, a, b))
+        elif isinstance(a, tuple) and a and isinstance(a[0], torch.Tensor):
+            assert all(map(torch.equal, a, b)), field.name
         else:
             assert a == b, field.name
 

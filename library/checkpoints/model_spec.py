@@ -1,4 +1,4 @@
-"""modelspec.* metadata: what a file is, in the words of Stability AI's model metadata standard 1.0.0."""
+"""modelspec.* metadata: what a file is, in the words of Stability AI's model metadata standard 1.0.1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ class ModelSpec:
     description: str | None = None
     license: str | None = None
     tags: str | None = None
+    usage_hint: str | None = None
+    trigger_phrase: str | None = None
+    thumbnail: str | None = None  # data URL
     merged_from: str | None = None
+    preprocessor: str | None = None
+    is_negative_embedding: str | None = None
     timestep_range: tuple[int, int] | None = None  # (lowest, upper bound)
     clip_skip: int | None = None
     date: datetime = field(default_factory=datetime.now)  # local time
@@ -40,10 +45,10 @@ def model_spec_metadata(spec: ModelSpec) -> dict[str, str]:
     width, height = spec.resolution or (default_resolution(spec.kind, spec.v_prediction),) * 2
     is_diffusers = spec.as_diffusers or (spec.adapter == "lora" and spec.kind != "sdxl")
     metadata = {
-        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture(spec.kind, spec.v_prediction, spec.adapter),
         "modelspec.implementation": DIFFUSERS if is_diffusers else STABILITY,
-        "modelspec.title": spec.title or f"{WORDS[spec.adapter]}@{spec.date.timestamp()}",
+        "modelspec.title": spec.title or f"{WORDS[spec.adapter]}@{int(spec.date.timestamp())}",
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": spec.date.replace(microsecond=0, tzinfo=None).isoformat(),
         "modelspec.prediction_type": "v" if spec.v_prediction else "epsilon",
@@ -53,7 +58,12 @@ def model_spec_metadata(spec: ModelSpec) -> dict[str, str]:
         "description": spec.description,
         "license": spec.license,
         "tags": spec.tags,
+        "usage_hint": spec.usage_hint,
+        "trigger_phrase": spec.trigger_phrase,
+        "thumbnail": spec.thumbnail,
         "merged_from": spec.merged_from,
+        "preprocessor": spec.preprocessor,
+        "is_negative_embedding": spec.is_negative_embedding,
         "timestep_range": None if spec.timestep_range is None else "{},{}".format(*spec.timestep_range),
         "encoder_layer": None if spec.clip_skip is None else str(spec.clip_skip),
     }

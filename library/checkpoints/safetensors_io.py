@@ -7,6 +7,7 @@ hashes are byte-equal to the trade's.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -340,7 +341,13 @@ def legacy_model_hash(path: Path | str) -> str:
 
 
 def file_sha256(path: Path | str) -> str:
-    """The SHA-256 of a whole file, in hexadecimal digits."""
+    """The SHA-256 of a whole file, in hexadecimal digits; a file that has not changed is read once."""
+    status = os.stat(path)
+    return _sha256(str(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: str, size: int, changed_ns: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(CHUNK):

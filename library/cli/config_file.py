@@ -2,60 +2,70 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import toml
 
-from library.options import Option, OptionError, convert, did_you_mean
+from library.cli import foreign
+from library.options import Option, OptionError, convert, did_you_mean, read_toml
 
-logger = logging.getLogger(__name__)
-
-SECRET = frozenset({"wandb_api_key", "huggingface_token"})
 OWN = frozenset({"config_file", "output_config"})
 
 
 def config_path(name: str) -> Path:
     """The file that --config_file names; the extension may be left out."""
+    if name.lower().endswith(".json"):
+        way_out = "name the .toml file that the GUI writes when it starts a training"
+        raise OptionError("--config_file", f"{name} is not TOML, as a GUI's presets are not", way_out)
     return Path(name) if name.lower().endswith(".toml") else Path(name + ".toml")
 
 
-def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
-    """Raw values by option name. Sections are only for reading: their names mean nothing.
+def read_config_file(path: Path, options: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
+    """(raw values by option name, sentences to print). Sections are only for reading: their names mean nothing.
 
-    Keys, types and choices are checked as on the command line; OptionError names the file and the key.
+    Keys, types and choices are checked as on the command line; OptionError names the file and the key. There is a
+    sentence for each key that belongs to another program, and for each value that is bent to what is meant.
     """
-    try:
-        content = toml.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise OptionError("--config_file", f"{path} does not exist") from None
-    except OSError as error:
-        raise OptionError("--config_file", f"{path} can't be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise OptionError("--config_file", f"{path} is not UTF-8 text", "save it as UTF-8") from None
-    except (toml.TomlDecodeError, IndexError, RecursionError) as error:  # the parser can fail with any of these
-        way_out = (
-            "write Windows paths in single quotes: 'C:\\models\\model.safetensors'" if "escape" in str(error) else ""
-        )
-        raise OptionError("--config_file", f"{path} is not valid TOML ({error})", way_out) from None
     values: dict[str, Any] = {}
-    for name, value in content.items():
-        section = value if isinstance(value, dict) else {name: value}
-        for twice in [key for key in section if key in values and values[key] != section[key]]:
-            raise OptionError(
-                f"{path}: {twice}", f"is both {values[twice]!r} and {section[twice]!r}", "keep one of them"
-            )
-        values |= section
-    for name in OWN & set(values):
-        logger.warning("%s: %s has no effect inside a file", path, name)
-        del values[name]
-    for name, value in values.items():
-        if name not in options:
-            raise OptionError(f"{path}: {name}", "unknown key", did_you_mean(name, options))
-        convert(options[name], value, f"{path}: {name}")
+    notes = []
+    for name, value in _flattened(path, read_toml(path, "--config_file")).items():
+        option, where = options.get(name), f"{path}: {name}"
+        if name in OWN:
+            note = f"{name} has no effect inside a file"
+        elif option is None:
+            note = foreign.note_on_key(name)
+            if note is None:
+                raise OptionError(where, "unknown key", did_you_mean(name, options))
+        else:
+            value, note = foreign.as_meant(option, value)
+            if value is not None:
+                converted = convert(option, value, where)
+                values[name] = converted if option.parse is None else value  # build() parses it
+        notes += [f"{path}: {note}"] if note else []
+    return values, notes
+
+
+def _flattened(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in _entries(path, content):
+        if name in values and values[name] != value:
+            raise OptionError(f"{path}: {name}", f"is both {values[name]!r} and {value!r}", "keep one of them")
+        values[name] = value
     return values
+
+
+def _entries(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            is_data = name == "datasets"
+            way_out = "give this file as --dataset_config" if is_data else f"write [{name}] with one pair of brackets"
+            raise OptionError(f"{path}: {name}", "is a list of tables", way_out)
+        for key, inner in value.items() if isinstance(value, dict) else [(name, value)]:
+            if isinstance(inner, dict):
+                raise OptionError(f"{path}: {name}.{key}", "is a table inside a table", f"write [{key}] on its own")
+            yield key, inner
 
 
 def write_config_file(path: Path, values: Mapping[str, Any], options: Mapping[str, Option]) -> None:
@@ -63,9 +73,9 @@ def write_config_file(path: Path, values: Mapping[str, Any], options: Mapping[st
     if path.exists():
         raise OptionError("--output_config", f"{path} exists already", "remove it or name another file")
     kept = {
-        name: _plain(value)
-        for name, value in values.items()
-        if name in options and name not in SECRET | OWN and value is not None and value != options[name].default
+        name: _plain(values[name])
+        for name, option in options.items()
+        if not option.secret and name not in OWN and values.get(name) not in (None, option.default)
     }
     try:
         path.write_text(toml.dumps(kept), encoding="utf-8")

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-CHATTY = ("accelerate", "diffusers", "transformers", "torch", "PIL", "urllib3", "filelock")
+from library.options import OptionError
+
+CHATTY = (
+    "accelerate", "diffusers", "transformers", "torch", "PIL", "urllib3", "filelock", "httpx", "httpx2",
+    "huggingface_hub",
+)  # fmt: skip
 
 
 class _BarFriendlyHandler(logging.StreamHandler):
@@ -24,28 +29,39 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def start_console() -> None:
-    """Messages of the main process on the screen; other processes show only warnings.
+def start_console(level: str | None = None, file: str | None = None) -> None:
+    """Messages of the main process on the screen, or at the end of `file`; other processes show only warnings.
+
+    `level` is the least weighty kind shown (INFO by default); with DEBUG the libraries speak as well. Raises
+    OptionError for a file that can't be written.
 
     Called before torch is loaded, it also shortens how long OpenMP's threads spin while they wait for each other: on an
     idle machine that costs nothing, on a busy one their default slows training down many times.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    console = _BarFriendlyHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
-    console.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    lowest = logging.getLevelName(level or "INFO")
+    to_file = file is not None and is_main_process()
+    console = _file_handler(file, "--console_log_file") if to_file else _BarFriendlyHandler()
+    console.setLevel(lowest if is_main_process() else max(lowest, logging.WARNING))
     _install(console, "console")
-    logging.getLogger().setLevel(logging.INFO)
+    logging.getLogger().setLevel(min(lowest, logging.INFO))  # a run's own log is complete whatever is shown
     for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger(chatty).setLevel(logging.INFO if level == "DEBUG" else logging.WARNING)
 
 
 def start_log_file(path: Path) -> None:
     """The main process's messages also at the end of `path`."""
     if is_main_process():
-        file = logging.FileHandler(path, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        _install(file, "log file")
+        _install(_file_handler(path, "--output_dir"), "log file")
+
+
+def _file_handler(path: Path | str, flag: str) -> logging.Handler:
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(flag, f"can't write to {path} ({error.strerror})", "choose another place") from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler
 
 
 def _install(handler: logging.Handler, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import platform
 import sys
 import tempfile
@@ -34,6 +35,8 @@ class Ending:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if error is None or isinstance(error, SystemExit):
             return False
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            error = OptionError("", f"{str(error.filename)[:60]}... is too long for a path", "check the paths")
         if isinstance(error, OptionError):
             self.code = getattr(error, "exit_code", USER_MISTAKE)
             self._say(str(error))

@@ -24,39 +24,31 @@ class LegacyOptions:
     tokenizer_cache_dir: str | None = opt(help="without effect: the CLIP vocabulary is part of this program")
     persistent_data_loader_workers: bool = opt(False, help="without effect: workers always live as long as the run")
     lowram: bool = opt(False, help="without effect: weights always go straight to their device")
+    async_upload: bool = opt(False, help="without effect: uploads always go on beside the training")
+    console_log_simple: bool = opt(False, help="without effect: messages are always plain lines")
 
 
-# flags of the trade's train_network.py that are still to come
-NOT_YET_NAMES = (
-    "adaptive_noise_scale", "alpha_mask", "async_upload", "cache_info", "caption_separator",
-    "conditioning_data_dir", "console_log_file", "console_log_level", "console_log_simple",
-    "cpu_offload_checkpointing", "dataset_class", "dataset_repeats", "ddp_gradient_as_bucket_view",
-    "ddp_static_graph", "ddp_timeout", "debiased_estimation_loss", "debug_dataset", "deepspeed",
-    "dynamo_backend", "enable_wildcard", "face_crop_aug_range", "fp8_base", "fp8_base_unet", "full_bf16",
-    "full_fp16", "fused_backward_pass", "highvram", "huber_c", "huber_scale", "huber_schedule",
-    "huggingface_path_in_repo", "huggingface_repo_id", "huggingface_repo_type", "huggingface_repo_visibility",
-    "huggingface_token", "in_json", "initial_epoch", "initial_step", "ip_noise_gamma",
-    "ip_noise_gamma_random_strength", "keep_tokens_separator", "log_config", "loss_type", "lr_decay_steps",
-    "lr_scheduler_min_lr_ratio", "lr_scheduler_timescale", "masked_loss", "max_validation_steps",
-    "multires_noise_discount", "multires_noise_iterations", "noise_offset_random_strength",
-    "resize_interpolation", "resume_from_huggingface", "sample_at_first", "sample_every_n_epochs",
-    "sample_every_n_steps", "sample_prompts", "sample_sampler", "save_state_on_train_end",
-    "save_state_to_huggingface", "secondary_separator", "skip_cache_check", "skip_until_initial_step",
-    "torch_compile", "validate_every_n_epochs", "validate_every_n_steps", "validation_seed", "validation_split",
-    "wandb_run_name", "weighted_captions",
-)  # fmt: skip
-NOT_YET = frozenset(f"--{name}" for name in NOT_YET_NAMES)
 WITHOUT_EFFECT = {
     "tokenizer_cache_dir": "the CLIP vocabulary is part of this program, nothing is downloaded",
     "persistent_data_loader_workers": "workers always live as long as the run",
     "lowram": "weights are always read straight to their device, one copy at a time",
+    "async_upload": "uploads always go on beside the training",
+    "console_log_simple": "messages are always plain lines",
 }
+# options for which 0 says "off", in batch files and above all in a GUI's files
+ZERO_IS_OFF = (
+    "clip_skip", "ddp_timeout", "initial_epoch", "initial_step", "lr_decay_steps", "lr_scheduler_num_cycles",
+    "lr_scheduler_timescale", "max_train_epochs", "max_validation_steps", "min_snr_gamma", "save_every_n_epochs",
+    "save_every_n_steps", "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps",
+    "save_last_n_steps_state", "save_n_epoch_ratio", "scale_weight_norms", "vae_batch_size", "validate_every_n_epochs",
+    "validate_every_n_steps",
+)  # fmt: skip
 OPTIMIZER_SWITCHES = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 
 
 def translate(values: dict[str, Any]) -> dict[str, Any]:
     """Values by option name with old spellings in today's form; raises OptionError where both contradict."""
-    values = dict(values)
+    values = {name: None if name in ZERO_IS_OFF and value in (0, "0") else value for name, value in values.items()}
     if values.get("caption_extention"):
         values["caption_extension"] = values["caption_extention"]
     chosen = [name for name in OPTIMIZER_SWITCHES if values.get(name)]

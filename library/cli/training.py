@@ -10,12 +10,12 @@ import importlib
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from library.cli import legacy
+from library.cli import foreign, legacy
 from library.cli.config_file import config_path, read_config_file, write_config_file
 from library.cli.console import start_console, start_log_file
 from library.cli.ending import Ending
@@ -69,13 +69,21 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
         config, notes = parse(script, argv)
         if config is None:
             return 0
-        start_console()
+        start_console(config.logging.console_log_level, config.logging.console_log_file)
         for note in notes:
             logger.warning(note)
         checked = check_before_start(config, script.sdxl_script)
         ending.log_file = checked.names.log_file()
         start_log_file(ending.log_file)
         family, target = _load(script, checked.config)
+        if checked.config.training.plan:
+            from library.train.planning import plan_training  # brings torch
+
+            return plan_training(checked, family, target)
+        if checked.config.source.debug_dataset:
+            from library.train.debug_dataset import show_dataset
+
+            return show_dataset(checked, family)
         from library.train.session import run_training  # brings torch
 
         return run_training(checked, family, target, script.tracker_name)
@@ -84,7 +92,7 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
 
 def build_parser(script: Script) -> OptionParser:
     parser = OptionParser(description=script.description)
-    parser.not_yet = legacy.NOT_YET
+    parser.explain = foreign.why_not_here
     for group in script.groups():
         add_arguments(parser, group, script.defaults)
     return parser
@@ -95,16 +103,25 @@ def parse(script: Script, argv: Sequence[str] | None = None) -> tuple[RunConfig 
     parser = build_parser(script)
     namespace = parser.parse_strictly(argv)
     options = script.options()
+    notes: list[str] = []
     if namespace.config_file and not namespace.output_config:
-        parser.set_defaults(**read_config_file(config_path(namespace.config_file), options))
+        file_values, notes = read_config_file(config_path(namespace.config_file), options)
+        parser.set_defaults(**file_values)
         namespace = parser.parse_strictly(argv)
     if namespace.output_config:
         _write_config(namespace, options)
         return None, []
+    hide_secrets(text for name, option in options.items() if option.secret and (text := getattr(namespace, name)))
     values = legacy.translate(vars(namespace))
     groups = {name: build(group, values) for name, group in CONFIG_GROUPS.items()}
     config = RunConfig(**groups, target=build(script.target_options, values))
-    return config, legacy.notes(values)
+    return config, [*notes, *legacy.notes(values)]
+
+
+def hide_secrets(secrets: Iterable[str]) -> None:
+    """Take tokens out of the process's own command line, which trackers record and send away."""
+    for secret in secrets:
+        sys.argv[1:] = [word.replace(secret, "***") for word in sys.argv[1:]]
 
 
 def _write_config(namespace: Namespace, options: Mapping[str, Option]) -> None:

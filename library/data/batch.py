@@ -6,6 +6,7 @@ Shape letters: B samples, C channels, H W pixels or latent pixels, N windows of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +21,7 @@ class Batch:
     sum(weight * loss) / denominator is the mean over the batch.
     """
 
-    noise_BCHW: torch.Tensor
+    noise_BCHW: torch.Tensor  # what the latents are mixed with, save for the offset where that is set below
     timesteps_B: torch.Tensor  # int64, 0-999
     token_ids: tuple[torch.Tensor, ...]  # one (B, N, 77) int64 per tokenizer
     captions: tuple[str, ...]  # as processed: what was tokenized
@@ -33,12 +34,27 @@ class Batch:
     images_BCHW: torch.Tensor | None = None  # [-1, 1]
     latents_BCHW: torch.Tensor | None = None
     posterior_noise_BCHW: torch.Tensor | None = None  # N(0, 1) for the VAE's sample; set with images
+    offset_noise_BC11: torch.Tensor | None = None  # N(0, 1), to be added at a strength that depends on the latents
+    noise_offset_B: torch.Tensor | None = None  # that strength without the latents' part; set with the offset noise
+    input_perturbation_BCHW: torch.Tensor | None = None  # noise that the model sees beside `noise`, not to be predicted
+    token_weights: tuple[torch.Tensor, ...] | None = None  # emphasis, float32, shaped like the ids
     conditioning_BCHW: torch.Tensor | None = None
-    mask_B1HW: torch.Tensor | None = None
+    network_multiplier: float = 1.0  # strength of the network that is trained, on these samples
+    mask_B1HW: torch.Tensor | None = None  # weight of each latent pixel in the loss, [0, 1]
 
     @property
     def size(self) -> int:
         return self.timesteps_B.shape[0]
+
+
+class NoiseDraw(NamedTuple):
+    """What is drawn for one sample: its part of the fields of `Batch` that have these names."""
+
+    noise_CHW: torch.Tensor
+    timestep: int
+    offset_noise_C11: torch.Tensor | None = None
+    noise_offset: torch.Tensor | None = None  # a scalar
+    input_perturbation_CHW: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

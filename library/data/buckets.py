@@ -6,6 +6,7 @@ Sizes are (width, height) in pixels. Rounding is floor(x + 0.5) everywhere, as i
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -21,11 +22,34 @@ class Placement(NamedTuple):
 
     bucket_wh: Size
     resized_wh: Size
+    interpolation: str | None = None  # of resizing; None: by area or Lanczos
 
     @property
     def cropped_share(self) -> float:
         """The share of the resized image that is cut away (0-1)."""
         return 1 - math.prod(self.bucket_wh) / math.prod(self.resized_wh)
+
+
+class Cut(NamedTuple):
+    """One way to cut a training image out of its resized image, in pixels of the latter."""
+
+    resized_wh: Size
+    x: int
+    y: int
+    size_wh: Size
+
+
+def central_cut(placement: Placement) -> Cut:
+    """Equally much is cut away on opposite sides."""
+    (width, height), (bucket_w, bucket_h) = placement.resized_wh, placement.bucket_wh
+    return Cut(placement.resized_wh, (width - bucket_w) // 2, (height - bucket_h) // 2, placement.bucket_wh)
+
+
+def random_cut(placement: Placement, draw: random.Random) -> Cut:
+    """Anywhere, each place as likely as another."""
+    (width, height), (bucket_w, bucket_h) = placement.resized_wh, placement.bucket_wh
+    x = draw.randint(0, width - bucket_w)
+    return Cut(placement.resized_wh, x, draw.randint(0, height - bucket_h), placement.bucket_wh)
 
 
 def bucket_sizes(options: BucketOptions) -> list[Size]:
@@ -36,7 +60,7 @@ def bucket_sizes(options: BucketOptions) -> list[Size]:
     assert options.resolution is not None
     if not options.enable_bucket:
         return [options.resolution]
-    step = options.bucket_reso_steps
+    step = options.side_step
     low = options.min_bucket_reso // step * step
     high = -(-options.max_bucket_reso // step) * step
     area = (options.resolution[0] // step) * (options.resolution[1] // step)
@@ -59,6 +83,14 @@ def place_images(sizes: Iterable[Size], options: BucketOptions) -> list[Placemen
             known[size] = place(size)
         placements.append(known[size])
     return placements
+
+
+def covering(size_wh: Size, bucket_wh: Size) -> Placement:
+    """The image scaled, its aspect ratio kept, to cover the bucket."""
+    width, height = size_wh
+    is_wider = width / height > bucket_wh[0] / bucket_wh[1]
+    scale = bucket_wh[1] / height if is_wider else bucket_wh[0] / width
+    return Placement(bucket_wh, (_rounded(width * scale), _rounded(height * scale)))
 
 
 def aspect_error(size_wh: Size, placement: Placement) -> float:
@@ -99,8 +131,7 @@ class _FixedBuckets:
         width, height = size_wh
         ratio = width / height
         bucket = size_wh if size_wh in self.sizes else self.sizes[int(np.abs(self.ratios - ratio).argmin())]
-        scale = bucket[1] / height if ratio > bucket[0] / bucket[1] else bucket[0] / width
-        return Placement(bucket, (_rounded(width * scale), _rounded(height * scale)))
+        return covering(size_wh, bucket)
 
 
 class _FreeBuckets:
@@ -108,7 +139,7 @@ class _FreeBuckets:
 
     def __init__(self, options: BucketOptions) -> None:
         assert options.resolution is not None
-        self.step = options.bucket_reso_steps
+        self.step = options.side_step
         self.area = math.prod(options.resolution)
 
     def __call__(self, size_wh: Size) -> Placement:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from library.data import cache_files
-from library.data.buckets import Size
-from library.data.cache_files import NOT_OURS, VALID, CacheItem, SourceBytes, State, latent_shape
+from library.data.buckets import Size, central_cut
+from library.data.cache_files import NOT_OURS, UNCHECKED, VALID, CacheItem, SourceBytes, State, latent_shape
 from library.data.headers import BadImage
-from library.data.images import load_image, place, reason, to_tensor, usable_cores
+from library.data.images import Picture, cut_out, load_picture, reason, to_tensor, usable_cores
+from library.data.masks import latent_mask
 from library.data.progress import progress
 from library.options import OptionError
 from library.randomness import torch_generator
@@ -41,14 +42,25 @@ class DiskLatents:
     """Latents read from their files when they are drawn.
 
     `image_hashes` are those of the states of the files, by index, as far as this process checked or wrote them.
+    `indices` are the items that it has latents of, by default all.
     """
 
     in_memory = False
 
-    def __init__(self, items: Sequence[CacheItem], vae_fingerprint: str, image_hashes: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        items: Sequence[CacheItem],
+        vae_fingerprint: str,
+        image_hashes: Mapping[int, str],
+        indices: Collection[int] | None = None,
+    ) -> None:
         self.items = items
         self.vae_fingerprint = vae_fingerprint
         self.image_hashes = image_hashes
+        self.indices = range(len(items)) if indices is None else frozenset(indices)
+
+    def holds(self, index: int) -> bool:
+        return index in self.indices
 
     def load(self, index: int, *, flipped: bool) -> torch.Tensor:
         """(C, H, W) float32; raises OptionError for a file that is no longer the one of the start."""
@@ -60,42 +72,80 @@ class DiskLatents:
         )
         return torch.from_numpy(latents_CHW).float()
 
+    def load_alpha(self, index: int) -> np.ndarray:
+        """The alpha channel, (h, w) in [0, 1], of an item that asks for it."""
+        return cache_files.read_alpha(self.items[index])
+
 
 class MemoryLatents:
-    """Latents in one float32 tensor per bucket."""
+    """Latents in one float32 tensor per bucket, of all items but those `left_out`."""
 
     in_memory = True
 
-    def __init__(self, items: Sequence[CacheItem]) -> None:
+    def __init__(self, items: Sequence[CacheItem], left_out: Collection[int] = ()) -> None:
         rows: Counter[Size] = Counter()
         self.rows: dict[tuple[int, bool], tuple[Size, int]] = {}
         for index, item in enumerate(items):
-            for flipped in _variants(item):
+            for flipped in _variants(item) if index not in left_out else ():
                 bucket = item.placement.bucket_wh
                 self.rows[index, flipped] = bucket, rows[bucket]
                 rows[bucket] += 1
         self.latents = {bucket: torch.empty(count, *latent_shape(bucket)) for bucket, count in rows.items()}
+        self.alphas: dict[int, np.ndarray] = {}  # (h, w) by index
+
+    def holds(self, index: int) -> bool:
+        return (index, False) in self.rows
 
     def load(self, index: int, *, flipped: bool) -> torch.Tensor:
         """(C, H, W) float32."""
         bucket, row = self.rows[index, flipped]
         return self.latents[bucket][row]
 
-    def keep(self, index: int, latents: dict[bool, torch.Tensor]) -> None:
-        """Take the latents of one item, by whether they are of the mirrored image."""
+    def load_alpha(self, index: int) -> np.ndarray:
+        """The alpha channel, (h, w) in [0, 1], of an item that asks for it."""
+        return self.alphas[index]
+
+    def keep(self, index: int, latents: dict[bool, torch.Tensor], alpha_hw: np.ndarray | None = None) -> None:
+        """Take the latents of one item, by whether they are of the mirrored image, and its alpha channel."""
+        if alpha_hw is not None:
+            self.alphas[index] = alpha_hw
         for flipped, latents_CHW in latents.items():
             bucket, row = self.rows[index, flipped]
             self.latents[bucket][row] = latents_CHW
 
 
-LatentStore = DiskLatents | MemoryLatents
+class JoinedLatents:
+    """Latents of two places."""
+
+    def __init__(self, first: DiskLatents, second: MemoryLatents) -> None:
+        self.first, self.second = first, second
+        self.in_memory = not first.indices
+
+    def holds(self, index: int) -> bool:
+        return self.first.holds(index) or self.second.holds(index)
+
+    def load(self, index: int, *, flipped: bool) -> torch.Tensor:
+        """(C, H, W) float32."""
+        return self._holder(index).load(index, flipped=flipped)
+
+    def load_alpha(self, index: int) -> np.ndarray:
+        """The alpha channel, (h, w) in [0, 1], of an item that asks for it."""
+        return self._holder(index).load_alpha(index)
+
+    def _holder(self, index: int) -> DiskLatents | MemoryLatents:
+        return self.first if self.first.holds(index) else self.second
 
 
-def fill_memory(items: Sequence[CacheItem], encode: Encode, batch_size: int) -> MemoryLatents:
-    """Encode everything and keep it."""
-    store = MemoryLatents(items)
-    for index, latents, _ in _encoded(items, _groups(items, batch_size), encode):
-        store.keep(index, latents)
+LatentStore = DiskLatents | MemoryLatents | JoinedLatents
+
+
+def fill_memory(
+    items: Sequence[CacheItem], encode: Encode, batch_size: int, left_out: Collection[int] = ()
+) -> MemoryLatents:
+    """Encode everything but what is `left_out`, and keep it."""
+    store = MemoryLatents(items, left_out)
+    for index, latents, loaded in _encoded(items, _groups(items, batch_size, left_out), encode):
+        store.keep(index, latents, loaded.alpha_hw)
     return store
 
 
@@ -105,31 +155,37 @@ def fill_disk(
     batch_size: int,
     *,
     vae_fingerprint: str,
+    is_checked: bool = True,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> DiskLatents:
     """Encode what has no valid cache file, every process its own share of the groups.
 
-    A group with one missing file is encoded whole, as it was the first time, but only that file is written. The
-    caller lets the processes wait for each other afterwards.
+    A group with one missing file is encoded whole, as it was the first time, but only that file is written. Without
+    `is_checked`, every file that is there counts as valid. The caller lets the processes wait for each other
+    afterwards.
     """
-    groups = _groups(items, batch_size)[process_index::num_processes]
-    share = sorted(index for group in groups for index in group)
-    states = _states(items, share, vae_fingerprint)
+    imageless = [index for index, item in enumerate(items) if not item.has_image]
+    groups = _groups(items, batch_size, imageless)[process_index::num_processes]
+    share = sorted([*imageless, *(index for group in groups for index in group)])
+    states = states_of(items, share, vae_fingerprint, is_checked=is_checked)
     needed = {index for index in share if states[index].reason not in VALID}
+    refuse_without_image({items[index].npz: states[index].reason for index in imageless if index in needed})
     _refuse_foreign_files([items[index].npz for index in share if states[index].reason == NOT_OURS])
     _report(Counter(state.reason for state in states.values()))
     _check_writable({os.path.dirname(items[index].npz) for index in needed})
-    image_hashes = {index: states[index].image_hash for index in share if index not in needed}
+    image_hashes = {
+        index: states[index].image_hash for index in share if index not in needed and states[index].reason != UNCHECKED
+    }
     with ThreadPoolExecutor(4) as pool:
         writing: deque[Future] = deque()
-        for index, latents, source in _encoded(items, [group for group in groups if needed & set(group)], encode):
+        for index, latents, loaded in _encoded(items, [group for group in groups if needed & set(group)], encode):
             if index not in needed:
                 continue
-            image_hashes[index] = source.hash
+            image_hashes[index] = loaded.source.hash
             arrays = {flipped: latents_CHW.numpy() for flipped, latents_CHW in latents.items()}
-            fingerprint = cache_files.fingerprint_of(items[index], source, vae_fingerprint)
-            writing.append(pool.submit(cache_files.write, items[index], arrays, fingerprint))
+            fingerprint = cache_files.fingerprint_of(items[index], loaded.source, vae_fingerprint)
+            writing.append(pool.submit(cache_files.write, items[index], arrays, fingerprint, loaded.alpha_hw))
             while len(writing) > 2 * batch_size + 8:
                 writing.popleft().result()
         for job in writing:
@@ -137,8 +193,13 @@ def fill_disk(
     return DiskLatents(items, vae_fingerprint, image_hashes)
 
 
-def _states(items: Sequence[CacheItem], share: Sequence[int], vae_fingerprint: str) -> dict[int, State]:
+def states_of(
+    items: Sequence[CacheItem], share: Collection[int], vae_fingerprint: str, *, is_checked: bool = True
+) -> dict[int, State]:
     """The states of these items' files; valid ones that took a look at their image are spared it the next time."""
+    if not is_checked:
+        found = {index: os.path.isfile(items[index].npz) for index in share}
+        return {index: State(UNCHECKED if is_there else "missing") for index, is_there in found.items()}
     states: dict[int, State] = {}
     with progress("checking cached latents", len(share)) as bar:
         for index in share:
@@ -156,12 +217,13 @@ def _states(items: Sequence[CacheItem], share: Sequence[int], vae_fingerprint: s
 class _Loaded(NamedTuple):
     pixels_HWC: np.ndarray
     source: SourceBytes
+    alpha_hw: np.ndarray | None  # where the item asks for it
 
 
 def _encoded(
     items: Sequence[CacheItem], groups: Sequence[Sequence[int]], encode: Encode
-) -> Iterator[tuple[int, dict[bool, torch.Tensor], SourceBytes]]:
-    """(index, latents by flipped, source) of each item; images are decoded ahead while the VAE works."""
+) -> Iterator[tuple[int, dict[bool, torch.Tensor], _Loaded]]:
+    """(index, latents by flipped, what was loaded) of each item; images are decoded ahead while the VAE works."""
     num_images = sum(map(len, groups))
     with ThreadPoolExecutor(usable_cores()) as pool, progress("caching latents", num_images, stays=True) as bar:
         ahead: deque[list[Future[_Loaded]]] = deque()
@@ -175,10 +237,13 @@ def _encoded(
             bar.update(len(group))
 
 
-def _groups(items: Sequence[CacheItem], size: int) -> list[list[int]]:
-    """Indices of items of one bucket, at most `size` together, small buckets first."""
+def _groups(items: Sequence[CacheItem], size: int, left_out: Collection[int] = ()) -> list[list[int]]:
+    """Indices of items of one bucket but those `left_out`, at most `size` together, small buckets first."""
     by_bucket: dict[Size, list[int]] = {}
+    left_out = frozenset(left_out)
     for index, item in enumerate(items):
+        if index in left_out:
+            continue
         by_bucket.setdefault(item.placement.bucket_wh, []).append(index)
     ordered = sorted(by_bucket, key=lambda bucket: (bucket[0] * bucket[1], bucket))
     return [
@@ -190,7 +255,7 @@ def _groups(items: Sequence[CacheItem], size: int) -> list[list[int]]:
 
 def _encode_group(
     items: Sequence[CacheItem], group: Sequence[int], loaded: Sequence[_Loaded], encode: Encode
-) -> Iterator[tuple[int, dict[bool, torch.Tensor], SourceBytes]]:
+) -> Iterator[tuple[int, dict[bool, torch.Tensor], _Loaded]]:
     latents: dict[int, dict[bool, torch.Tensor]] = {index: {} for index in group}
     for flipped in (False, True):
         members = [(index, one) for index, one in zip(group, loaded, strict=True) if flipped in _variants(items[index])]
@@ -204,7 +269,7 @@ def _encode_group(
         for (index, _), latents_CHW in zip(members, encoded_BCHW, strict=True):
             latents[index][flipped] = latents_CHW
     for index, one in zip(group, loaded, strict=True):
-        yield index, latents[index], one.source
+        yield index, latents[index], one
 
 
 def posterior_noise(shape_chw: tuple[int, int, int], content_hash: str, *, flipped: bool) -> torch.Tensor:
@@ -227,12 +292,20 @@ def _load(item: CacheItem) -> _Loaded:
         status = os.stat(item.path)
         with open(item.path, "rb") as file:
             content = file.read()
-        pixels_HWC = place(load_image(content, item.orientation), item.placement)
+        picture = load_picture(content, item.orientation)
     except (OSError, BadImage) as error:
         raise OptionError(
             "training images", f"{item.path} can't be read ({reason(error)})", "mend or remove it"
         ) from None
-    return _Loaded(pixels_HWC, SourceBytes.of(cache_files.hash_of(content), status))
+    cut = central_cut(item.placement)
+    pixels_HWC = cut_out(picture.rgb_HWC, cut, item.placement.interpolation)
+    alpha_hw = latent_mask(_alpha_of(picture), cut) if item.alpha_too else None
+    return _Loaded(pixels_HWC, SourceBytes.of(cache_files.hash_of(content), status), alpha_hw)
+
+
+def _alpha_of(picture: Picture) -> np.ndarray:
+    """255 all over for a picture that can't be transparent."""
+    return np.full(picture.rgb_HWC.shape[:2], 255, np.uint8) if picture.alpha_HW is None else picture.alpha_HW
 
 
 def _variants(item: CacheItem) -> tuple[bool, ...]:
@@ -252,6 +325,14 @@ def _refuse_foreign_files(paths: Sequence[str]) -> None:
         )
 
 
+def refuse_without_image(reasons: Mapping[str, str]) -> None:
+    """Raise OptionError for latents that can't be used, by file, where there is no image to make them anew from."""
+    if reasons:
+        table = "".join(f"\n  {npz}: {reason}" for npz, reason in sorted(reasons.items()))
+        problem = f"{len(reasons)} entries of a metadata file have latents that can't be used, and no image"
+        raise OptionError("metadata_file", f"{problem}; put the images back, or remove the entries:{table}")
+
+
 def _check_writable(folders: set[str]) -> None:
     for folder in sorted(folders):
         if not os.access(folder or ".", os.W_OK):
@@ -260,6 +341,8 @@ def _check_writable(folders: set[str]) -> None:
 
 def _report(states: Counter[str]) -> None:
     total, new, foreign = sum(states.values()), states["missing"], states["of another program"]
+    if states[UNCHECKED]:
+        logger.info("latents: %d cache files taken unchecked, as --skip_cache_check asks", states[UNCHECKED])
     stale = {reason: count for reason, count in states.items() if reason not in VALID | {"missing"}}
     if foreign:
         logger.info("latents: %d cache files of another program used, as they say nothing of their VAE", foreign)

@@ -21,7 +21,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -33,13 +33,15 @@ from library.options import OptionError
 
 CODE_VERSION = 1  # of everything between the file's bytes and the VAE's input; raise it when that changes
 LATENT_CHANNELS = 4
-KEYS = ("latents", "latents_flipped", "original_size", "crop_ltrb", "fingerprint")
+ALPHA = "alpha_mask"
+KEYS = ("latents", "latents_flipped", "original_size", "crop_ltrb", ALPHA, "fingerprint")
 DAMAGE = (  # what reading a damaged file raises
     OSError, EOFError, KeyError, ValueError, RuntimeError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 FLAG = "--cache_latents_to_disk"
 
-VALID = {"valid", "of another program"}
+UNCHECKED = "taken unchecked"
+VALID = {"valid", "of another program", UNCHECKED}
 NOT_OURS = "not a latent cache"
 OF_ANOTHER_PROGRAM = ""  # in place of an image's hash
 
@@ -54,6 +56,10 @@ class CacheItem:
     placement: Placement
     flipped_too: bool
     npz: str
+    flipped_npz: str | None = None  # of older tools: the mirrored latents, where `npz` lacks them
+    has_image: bool = True  # False: there is only the npz, and `path` is its name
+    alpha_too: bool = False  # the alpha channel is wanted as well
+    given_with: int | None = None  # its dataset brings latents for all its images: used without being asked to cache
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -66,11 +72,11 @@ def latent_shape(bucket_wh: Size) -> tuple[int, int, int]:
     return LATENT_CHANNELS, bucket_wh[1] // LATENT_STRIDE, bucket_wh[0] // LATENT_STRIDE
 
 
-def cache_file_names(images: Sequence[tuple[str, Placement]]) -> list[str]:
+def cache_file_names(images: Sequence[tuple[str, Placement]], taken: Collection[str] = ()) -> list[str]:
     """The cache file of each image: `<base>.npz` as in the trade, longer where two would share that name.
 
     Images of one stem but several extensions use the whole file name; one image trained at several sizes has the
-    sizes in the name. Equal (path, placement) pairs share a file.
+    sizes in the name. Equal (path, placement) pairs share a file. Names that are `taken` count as shared.
     """
     unique = list(dict.fromkeys(images))
     names = {image: f"{os.path.splitext(image[0])[0]}.npz" for image in unique}
@@ -78,8 +84,12 @@ def cache_file_names(images: Sequence[tuple[str, Placement]]) -> list[str]:
         lambda path, _: f"{path}.npz",
         lambda path, placement: f"{path}.{_size_text(placement.bucket_wh)}.npz",
         lambda path, placement: f"{path}.{_size_text(placement.bucket_wh)}.{_size_text(placement.resized_wh)}.npz",
+        lambda path, placement: (
+            f"{path}.{_size_text(placement.bucket_wh)}.{_size_text(placement.resized_wh)}"
+            f".{placement.interpolation or 'default'}.npz"
+        ),
     ):
-        uses = Counter(names.values())
+        uses = Counter([*names.values(), *taken])
         names = {image: lengthen(*image) if uses[name] > 1 else name for image, name in names.items()}
     return [names[image] for image in images]
 
@@ -111,7 +121,8 @@ def hash_of(content: bytes) -> str:
 
 def fingerprint_of(item: CacheItem, source: SourceBytes, vae_fingerprint: str) -> dict[str, str | int]:
     """What a cache file says of its making."""
-    return {
+    resizing = {"interpolation": item.placement.interpolation} if item.placement.interpolation else {}
+    return resizing | {
         "code": CODE_VERSION,
         "image": source.hash,
         "bytes": source.num_bytes,
@@ -126,8 +137,11 @@ def fingerprint_of(item: CacheItem, source: SourceBytes, vae_fingerprint: str) -
 def _difference(found: Mapping[str, Any], item: CacheItem, vae_fingerprint: str) -> str | None:
     """What the latents were made with that would now be something else; the image apart."""
     expected = fingerprint_of(item, SourceBytes("", 0, 0, 0), vae_fingerprint)
-    reasons = {"code": "older code", "resized": "other size", "bucket": "other size", "vae": "other VAE"}
-    return next((reason for key, reason in reasons.items() if found.get(key) != expected[key]), None)
+    reasons = {
+        "code": "older code", "resized": "other size", "bucket": "other size", "interpolation": "other resizing",
+        "vae": "other VAE",
+    }  # fmt: skip
+    return next((reason for key, reason in reasons.items() if found.get(key) != expected.get(key)), None)
 
 
 def decoded_before(path: str, npz: str) -> bool:
@@ -170,12 +184,25 @@ def state_of(item: CacheItem, vae_fingerprint: str) -> State:
         return State("unreadable" if _may_be_a_cache(content) else NOT_OURS)
     if "latents" not in arrays:
         return State(NOT_OURS)
+    if (mirrored := _mirrored_beside(item, arrays)) is not None:
+        arrays[KEYS[1]] = mirrored
     if misfit := _misfit(item, arrays, found, vae_fingerprint):
         return State(misfit)
     try:
         return _state_of_source(item, arrays, found, vae_fingerprint)
     except OSError:
         return State("image changed")
+
+
+def _mirrored_beside(item: CacheItem, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Mirrored latents from a file of their own, where the item needs them and its npz lacks them."""
+    if not item.flipped_too or KEYS[1] in arrays or item.flipped_npz is None:
+        return None
+    try:
+        found = _arrays(item.flipped_npz)
+    except DAMAGE:
+        return None
+    return found.get(KEYS[1], found.get(KEYS[0]))
 
 
 def _may_be_a_cache(content: bytes) -> bool:
@@ -192,6 +219,8 @@ def _misfit(
     """What about the contents does not suit the item."""
     if any(key not in arrays for key in item.keys):
         return "without mirrored latents"
+    if item.alpha_too and not _is_mask(arrays.get(ALPHA)):
+        return "without alpha mask"
     if found is None and item.orientation != 1:
         return "not rotated"  # other programs take no notice of it
     if found is not None and (difference := _difference(found, item, vae_fingerprint)):
@@ -208,10 +237,16 @@ def _misfit(
     return None
 
 
+def _is_mask(array: np.ndarray | None) -> bool:
+    return array is not None and array.ndim == 2 and array.size > 0 and bool(((array >= 0) & (array <= 1)).all())
+
+
 def _state_of_source(
     item: CacheItem, arrays: dict[str, np.ndarray], found: Mapping[str, Any] | None, vae_fingerprint: str
 ) -> State:
     """State of a file that suits the item, by whether its image has changed; raises OSError without an image."""
+    if not item.has_image:
+        return State("of another program" if found is None else "valid", str((found or {}).get("image", "")))
     status = os.stat(item.path)
     if found is None:
         newer = os.stat(item.npz).st_mtime_ns >= status.st_mtime_ns
@@ -237,15 +272,44 @@ def read_latents(item: CacheItem, *, flipped: bool, vae_fingerprint: str, image_
     key = KEYS[flipped]
     try:
         arrays = _arrays(item.npz, (key, "fingerprint"))
-        found, latents_CHW = _fingerprint_in(arrays), arrays[key]
+        mirrored = _mirrored_beside(item, arrays) if flipped else None
+        found, latents_CHW = _fingerprint_in(arrays), arrays[key] if mirrored is None else mirrored
     except DAMAGE as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OptionError(FLAG, f"{item.npz} can't be read any more ({reason})", "delete it and resume") from None
+        raise _unreadable(item.npz, error) from None
     same_image = image_hash in (None, OF_ANOTHER_PROGRAM if found is None else found.get("image"))
     same_making = found is None or _difference(found, item, vae_fingerprint) is None
     if not (same_image and same_making and latents_CHW.shape == latent_shape(item.placement.bucket_wh)):
         raise OptionError(FLAG, f"another run has rewritten {item.npz}", "resume when that run has ended")
     return latents_CHW
+
+
+def original_size(npz: str) -> Size:
+    """(width, height) of the image that a file's latents were made of; raises one of DAMAGE."""
+    width, height = _arrays(npz, ("original_size",))["original_size"].ravel().tolist()
+    return int(width), int(height)
+
+
+def read_alpha(item: CacheItem) -> np.ndarray:
+    """(h, w) in [0, 1] of a file that was valid at the start; at latent size or, by other programs, at image size."""
+    try:
+        return _arrays(item.npz, (ALPHA,))[ALPHA]
+    except DAMAGE as error:
+        raise _unreadable(item.npz, error) from None
+
+
+def _unreadable(npz: str, error: BaseException) -> OptionError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return OptionError(FLAG, f"{npz} can't be read any more ({reason})", "delete it and resume")
+
+
+def peek_latents(item: CacheItem, *, flipped: bool) -> np.ndarray:
+    """(C, H, W) of an item's file as it is, for a look; raises OptionError where there are none."""
+    try:
+        arrays = _arrays(item.npz)
+        mirrored = _mirrored_beside(item, arrays) if flipped else None
+        return arrays[KEYS[flipped]] if mirrored is None else mirrored
+    except DAMAGE as error:
+        raise OptionError("metadata_file", f"{item.npz} can't be read ({error})", "remove its entry") from None
 
 
 def _arrays(npz: str | BinaryIO, keys: Sequence[str] = KEYS) -> dict[str, np.ndarray]:
@@ -278,9 +342,15 @@ def _fingerprint_in(arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def write(item: CacheItem, latents: Mapping[bool, np.ndarray], fingerprint: Mapping[str, str | int]) -> None:
+def write(
+    item: CacheItem,
+    latents: Mapping[bool, np.ndarray],
+    fingerprint: Mapping[str, str | int],
+    alpha_hw: np.ndarray | None = None,
+) -> None:
     """Write a cache file, whole or not at all; `latents` (C, H, W) by whether they are of the mirrored image."""
-    arrays = {
+    arrays = {} if alpha_hw is None else {ALPHA: alpha_hw}
+    arrays |= {
         "original_size": np.array(item.size_wh),
         "crop_ltrb": np.array(crop_ltrb(item.size_wh, item.placement.bucket_wh)),
         "fingerprint": np.array(json.dumps(fingerprint)),

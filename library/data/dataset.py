@@ -12,15 +12,31 @@ from typing import Any
 
 from library.data.assembly import Assembly
 from library.data.batch import Batch, Position
-from library.data.buckets import Size, place_images
-from library.data.cache import Encode, LatentStore, fill_disk, fill_memory
-from library.data.cache_files import CacheItem, cache_file_names, decoded_before
+from library.data.buckets import Size
+from library.data.cache import Encode, JoinedLatents, LatentStore, fill_disk, fill_memory
+from library.data.cache_files import CacheItem, decoded_before
 from library.data.config import DatasetConfig, SubsetConfig, check_cacheable
+from library.data.face_crop import report_faces
+from library.data.given_latents import datasets_with_latents, given_latents
 from library.data.images import find_broken, usable_cores
-from library.data.loading import RunFacts, Samples, TrainImage, load_batches
+from library.data.inspect import ShownSample, shown_samples
+from library.data.loading import RunFacts, Samples, load_batches
+from library.data.lookalikes import Looks
+from library.data.mask_files import report_masks, with_mask_files
+from library.data.metadata_source import scan_metadata
 from library.data.options import CacheOptions
-from library.data.sources import FolderContents, report_broken, report_captions, report_passed_over, scan_folder
-from library.data.summary import LoadedDataset, metadata, report_lines
+from library.data.placed_images import placed_images
+from library.data.scan import Scan
+from library.data.sources import (
+    FolderContents,
+    ImageRecord,
+    report_broken,
+    report_captions,
+    report_passed_over,
+    scan_folder,
+)
+from library.data.summary import LoadedDataset, metadata
+from library.data.validation_set import ValidationSet, split_images, with_own_items
 from library.options import OptionError
 
 logger = logging.getLogger(__name__)
@@ -29,9 +45,17 @@ logger = logging.getLogger(__name__)
 class TrainingData:
     """All datasets of a run. Make it with :meth:`build`."""
 
-    def __init__(self, datasets: Sequence[LoadedDataset], items: Sequence[CacheItem], samples: Samples) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[LoadedDataset],
+        items: Sequence[CacheItem],
+        samples: Samples,
+        validation: ValidationSet | None = None,
+    ) -> None:
         self.datasets = tuple(datasets)
+        self.validation = validation
         self._items = items
+        self.scan = Scan()  # what else was seen while they were found
         self._samples = samples
         self._store: LatentStore | None = None
 
@@ -45,16 +69,30 @@ class TrainingData:
         found = [_scan(subset) for subset in subsets]
         report_passed_over(found)
         report_captions(
-            (contents, subset.caption.caption_extension, subset.folder.class_tokens)
+            (contents, subset.caption.caption_extension, None if subset.is_metadata else subset.folder.class_tokens)
             for contents, subset in zip(found, subsets, strict=True)
         )
-        images, items = _placed_images(configs, found)
-        broken = {path: reason for contents in found for path, reason in contents.broken.items()}
-        unchecked = {item.path: None for item in items if not decoded_before(item.path, item.npz)}
-        broken |= find_broken(unchecked)
+        found, broken_masks = with_mask_files(found, subsets)
+        with_latents, unusable = datasets_with_latents(configs, found)
+        images, items = placed_images(configs, found, with_latents)
+        broken = {path: reason for contents in found for path, reason in contents.broken.items()} | unusable
+        broken |= broken_masks
+        unchecked = {item.path: None for item in items if _needs_a_look(item)}
+        unchecked |= {image.record.mask.path: None for image in images if image.record.mask}
+        looks = Looks()
+        broken |= find_broken(unchecked, looks.note)
         report_broken(broken, on_bad_image)
         if broken:
-            images, items = _placed_images(configs, [contents.without(broken) for contents in found])
+            found = [contents.without(broken) for contents in found]
+            images, items = placed_images(configs, found, with_latents)
+        report_masks(found, subsets)
+        crops_faces = [config.crops_faces(subset) for config in configs for subset in config.subsets]
+        report_faces([image.face is not None for image in images if crops_faces[image.subset]])
+        split = split_images(configs, images, seed)
+        validation = None
+        if split.validation:
+            validation = ValidationSet(configs, *with_own_items(split.validation, items), seed)
+            images, items = with_own_items(split.training, items)
         assembly = Assembly(images, subsets)
         starts = accumulate((len(config.subsets) for config in configs), initial=0)
         datasets = [
@@ -62,11 +100,13 @@ class TrainingData:
             for config, start in zip(configs, starts, strict=False)
         ]
         if not any(dataset.num_train for dataset in datasets):
-            looked_at = ", ".join(str(subset.image_dir) for subset in subsets)
+            looked_at = ", ".join(str(subset.source) for subset in subsets)
             raise OptionError(
                 "training images", f"none left to train on in {looked_at}", "add images that are not is_reg"
             )
-        return cls(datasets, items, assembly.samples(seed))
+        data = cls(datasets, items, assembly.samples(seed), validation)
+        data.scan = Scan(tuple(found), broken, looks.by_path)
+        return data
 
     # ------------------------------------------------------------------------------------------ facts
 
@@ -88,6 +128,21 @@ class TrainingData:
     def latents_in_memory(self) -> bool:
         return self._store is not None and self._store.in_memory
 
+    @property
+    def brings_latents(self) -> bool:
+        """Whether a dataset comes with latents, which are used without being asked to cache."""
+        return any(item.given_with is not None for item in self._items)
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether images are encoded while training."""
+        parts = [(self._items, self._store)]
+        if self.validation is not None:
+            parts.append((self.validation.items, self.validation.store))
+        return not all(
+            store is not None and store.holds(index) for items, store in parts for index in range(len(items))
+        )
+
     def batches_per_epoch(self, num_processes: int) -> int:
         """Batches over all processes; the same for every epoch."""
         return sum(pool.num_batches(num_processes) for pool in self._samples.pools)
@@ -96,13 +151,11 @@ class TrainingData:
         """For each dataset: its buckets in use as ((width, height), samples per epoch), ascending."""
         return [list(dataset.bucket_counts) for dataset in self.datasets]
 
-    def report_lines(self) -> list[str]:
-        """The data as a user wants to check it before the start."""
-        return report_lines(self.datasets)
-
     def metadata(self, *, num_processes: int = 1, accumulation: int = 1) -> dict[str, Any]:
         """The ss_* keys about the data, for str()."""
-        return metadata(self.datasets, samples_per_step=num_processes * accumulation)
+        num_validation = 0 if self.validation is None else self.validation.num_images
+        facts = metadata(self.datasets, samples_per_step=num_processes * accumulation)
+        return facts | {"ss_num_validation_images": num_validation}
 
     def digest(self) -> str:
         """Changes with whatever samples are made of: names and sizes of images, captions, all options of the datasets.
@@ -113,8 +166,7 @@ class TrainingData:
         for dataset in self.datasets:
             digest.update(repr(_without_place(dataset.config)).encode())
         for image in self._samples.images:
-            record = replace(image.record, path=os.path.basename(image.record.path))
-            digest.update(repr((record, image.placement, image.subset)).encode())
+            digest.update(repr((_without_folders(image.record), image.placement, image.subset)).encode())
         return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------------ latents
@@ -124,22 +176,35 @@ class TrainingData:
     ) -> None:
         """Encode all images, or take latents from valid cache files; batches then hold latents.
 
+        Without an order to cache, this only takes up the latents that datasets bring along.
+
         `encode` turns images (B, 3, H, W) in [-1, 1] and noise (B, 4, H/8, W/8) into unscaled latents, shaped like
         the noise; `fingerprint` identifies the VAE's weights. On disk every process encodes its own share: let them
         wait for each other before the first batch. In memory every process encodes everything.
         """
         check_cacheable([dataset.config for dataset in self.datasets], cache)
-        if cache.cache_latents_to_disk:
-            self._store = fill_disk(
-                self._items,
+
+        def filled(items: Sequence[CacheItem]) -> LatentStore:
+            is_checked = not cache.skip_cache_check
+            if not cache.cache_latents_to_disk:
+                left_to = None if cache.enabled else "the images themselves are"
+                given = given_latents(items, fingerprint, left_to=left_to, is_checked=is_checked)
+                if not cache.enabled:
+                    return given
+                return JoinedLatents(given, fill_memory(items, encode, cache.vae_batch_size, given.indices))
+            return fill_disk(
+                items,
                 encode,
                 cache.vae_batch_size,
                 vae_fingerprint=fingerprint,
+                is_checked=is_checked,
                 process_index=process_index,
                 num_processes=num_processes,
             )
-        else:
-            self._store = fill_memory(self._items, encode, cache.vae_batch_size)
+
+        self._store = filled(self._items)
+        if self.validation is not None:
+            self.validation.store = filled(self.validation.items)
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -151,49 +216,55 @@ class TrainingData:
         workers = 0 if self.latents_in_memory else min(workers, usable_cores())
         return load_batches(self._samples, self._store, RunFacts(**run), start=start, workers=workers)
 
+    def first_epoch(self, *, num_pictured: int, workers: int, **run: Any) -> Iterator[ShownSample]:
+        """The samples of the first epoch in their order, for a look; those of the first batches with pictures."""
+        facts = RunFacts(**{**run, "epochs": 1})
+        return shown_samples(self._samples, self._items, facts, num_pictured=num_pictured, workers=workers)
+
 
 # ---------------------------------------------------------------------------------------------- assembly
 
 
 def _without_place(config: DatasetConfig) -> DatasetConfig:
     """The same, wherever its folders are and wherever it was written."""
-    subsets = tuple(replace(subset, folder=replace(subset.folder, image_dir=None)) for subset in config.subsets)
+    subsets = tuple(
+        replace(
+            subset,
+            folder=replace(subset.folder, image_dir=None, metadata_file=None, custom_attributes=None),
+            caption=replace(subset.caption, cache_info=False),
+            masks=replace(subset.masks, conditioning_data_dir=None),
+        )
+        for subset in config.subsets
+    )
     return replace(config, subsets=subsets, from_file=False)
 
 
+def _without_folders(record: ImageRecord) -> ImageRecord:
+    """The record with the bare names of its files."""
+    mask, metadata = record.mask, record.metadata
+    return replace(
+        record,
+        path=os.path.basename(record.path),
+        mask=mask and replace(mask, path=os.path.basename(mask.path)),
+        metadata=metadata and replace(metadata, npz=None, flipped_npz=None),
+    )
+
+
+def _needs_a_look(item: CacheItem) -> bool:
+    """Whether nothing shows so far that the image can be decoded, and it will be."""
+    return item.has_image and item.given_with is None and not decoded_before(item.path, item.npz)
+
+
 def _scan(subset: SubsetConfig) -> FolderContents:
+    if subset.is_metadata:
+        return scan_metadata(subset.source, subset.image_dir)
     contents = scan_folder(
         subset.image_dir,
         caption_extension=subset.caption.caption_extension,
         class_tokens=subset.folder.class_tokens,
+        all_lines=subset.caption.enable_wildcard,
+        cache_info=subset.caption.cache_info,
     )
     if not (contents.images or contents.broken or contents.unreadable_captions):
         logger.warning("%s: no images, passed over", subset.image_dir)
     return contents
-
-
-def _placed_images(
-    configs: Sequence[DatasetConfig], found: Sequence[FolderContents]
-) -> tuple[list[TrainImage], list[CacheItem]]:
-    """Every image with its bucket, and the cache items they share: one per image and placement."""
-    drafts = []
-    subset_index = 0
-    for config in configs:
-        for subset in config.subsets:
-            records = found[subset_index].images
-            placements = place_images((record.size_wh for record in records), config.bucket)
-            for record, placement in zip(records, placements, strict=True):
-                drafts.append((record, subset_index, placement, subset.augment.flip_aug))
-            subset_index += 1
-    keys = [(record.path, placement) for record, _, placement, _ in drafts]
-    npz_of = dict(zip(keys, cache_file_names(keys), strict=True))
-    flipped = {key for key, (*_, flip) in zip(keys, drafts, strict=True) if flip}
-    index_of = {key: index for index, key in enumerate(npz_of)}
-    items: dict[int, CacheItem] = {}
-    images = []
-    for key, (record, subset_index, placement, _) in zip(keys, drafts, strict=True):
-        images.append(TrainImage(record, subset_index, placement, index_of[key]))
-        items[index_of[key]] = CacheItem(
-            record.path, record.size_wh, record.orientation, placement, key in flipped, npz_of[key]
-        )
-    return images, [items[index] for index in range(len(index_of))]

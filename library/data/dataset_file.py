@@ -8,22 +8,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import toml
-
-from library.data.options import AugmentOptions, BucketOptions, CaptionOptions, FolderOptions
-from library.options import OptionError, did_you_mean, options_of, require
+from library.data.options import (
+    AugmentOptions,
+    BucketOptions,
+    CaptionOptions,
+    DatasetOptions,
+    FolderOptions,
+    MaskOptions,
+    ValidationSplitOptions,
+)
+from library.options import OptionError, did_you_mean, options_of, read_text, read_toml, require
 
 KEYS = {"train_batch_size": "batch_size"}  # option -> its key in a dataset file
 
-DATASET_KEYS = {option.name for option in options_of(BucketOptions)} | {"batch_size"}
-FOLDER_ONLY_KEYS = {"image_dir", "is_reg"}
-SUBSET_KEYS = {option.name for group in (CaptionOptions, AugmentOptions, FolderOptions) for option in options_of(group)}
+
+def _names(*groups: type) -> frozenset[str]:
+    return frozenset(option.name for group in groups for option in options_of(group))
+
+
+DATASET_KEYS = _names(BucketOptions, DatasetOptions, ValidationSplitOptions) | {"batch_size"}
+SUBSET_KEYS = _names(CaptionOptions, AugmentOptions, MaskOptions, FolderOptions)
+FOLDER_ONLY_KEYS = SUBSET_KEYS & {"image_dir", "is_reg", "metadata_file", "conditioning_data_dir"}
 INHERITED_KEYS = SUBSET_KEYS - FOLDER_ONLY_KEYS  # may stand at the levels above as well
 
-OTHER_KINDS = {
-    "metadata_file": "a dataset of a metadata file",
-    "conditioning_data_dir": "a ControlNet dataset",
-    "face_crop_aug_range": "cutting around faces",
+NOT_OF_METADATA = {  # keys that a dataset of metadata files can't have, and why
+    "caption_extension": "its captions stand in metadata_file",
+    "class_tokens": "its captions stand in metadata_file",
+    "is_reg": "regularisation images need a dataset of folders",
+    "cache_info": "metadata_file says it all",
 }
 
 
@@ -53,7 +65,7 @@ class DatasetFile:
 
 def read(path: Path) -> DatasetFile:
     """Read and check a dataset file; raises OptionError naming the line or the key with its place."""
-    content = _parse(path)
+    content = _table(parse_file(path, "--dataset_config"), "the file")
     _check_keys(content, "", {"general", "datasets"}, {})
     general = _table(content.get("general", {}), "general")
     _check_keys(
@@ -69,30 +81,41 @@ def read(path: Path) -> DatasetFile:
             subset_place = f"{place}.subsets[{number}]"
             _check_keys(subset, subset_place, SUBSET_KEYS, dict.fromkeys(DATASET_KEYS, "[[datasets]] or [general]"))
             subsets.append(Level(subset_place, subset))
-        datasets.append(DatasetLevel(Level(place, table), tuple(subsets)))
+        level = DatasetLevel(Level(place, table), tuple(subsets))
+        _check_kind(level)
+        datasets.append(level)
     return DatasetFile(Level("general", general), tuple(datasets))
 
 
-def _parse(path: Path) -> Mapping[str, Any]:
+def _check_kind(dataset: DatasetLevel) -> None:
+    """A dataset is one of folders or one of metadata files, with the keys of its kind."""
+    with_metadata = [level for level in dataset.subsets if level.values.get("metadata_file") is not None]
+    if not with_metadata:
+        return
+    if len(with_metadata) < len(dataset.subsets):
+        raise OptionError(
+            f"{with_metadata[0].place}.metadata_file",
+            "stands beside a subset without one, and a dataset can't have both kinds",
+            "give it a [[datasets]] of its own",
+        )
+    for level in (dataset.own, *with_metadata):
+        for key, why in NOT_OF_METADATA.items():
+            if level.values.get(key) is not None:
+                raise OptionError(f"{level.place}.{key}", f"is not for a dataset of metadata files: {why}", "remove it")
+
+
+def parse_file(path: Path, flag: str) -> Any:
+    """The content of a .toml or .json file; raises OptionError naming `flag`, or the line that is broken."""
     kind = path.suffix.lower()
-    require(kind in (".toml", ".json"), "--dataset_config", f"{str(path)!r} is neither .toml nor .json")
+    require(kind in (".toml", ".json"), flag, f"{str(path)!r} is neither .toml nor .json")
+    if kind == ".toml":
+        return read_toml(path, flag)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise OptionError("--dataset_config", f"{str(path)!r} can't be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise OptionError("--dataset_config", f"{path} is not UTF-8", "save it as UTF-8") from None
-    try:
-        content = toml.loads(text) if kind == ".toml" else json.loads(text)
-    except toml.TomlDecodeError as error:
-        backslash = "\\" in text.splitlines()[min(error.lineno, len(text.splitlines())) - 1]
-        way_out = "write paths with / or in single quotes" if backslash else "correct that line"
-        raise OptionError(str(path), f"line {error.lineno} is not TOML ({error.msg})", way_out) from None
+        return json.loads(read_text(path, flag))
     except json.JSONDecodeError as error:
         raise OptionError(str(path), f"line {error.lineno} is not JSON ({error.msg})", "correct that line") from None
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # what toml lets out on some broken files
-        raise OptionError(str(path), f"is not TOML ({error})", "correct it") from None
-    return _table(content, "the file")
+    except (RecursionError, ValueError) as error:  # tables without end, a number of 5,000 digits
+        raise OptionError(str(path), f"is not JSON ({error})", "correct it") from None
 
 
 def _table(value: Any, place: str) -> Mapping[str, Any]:
@@ -114,8 +137,6 @@ def _check_keys(table: Mapping[str, Any], place: str, known: set[str], elsewhere
         if key in known:
             continue
         where = f"{place}.{key}" if place else key
-        if key in OTHER_KINDS:
-            raise OptionError(where, f"{OTHER_KINDS[key]} is not supported for class-folder data")
         if key in elsewhere:
             raise OptionError(where, "unknown at this level", f"move it to {elsewhere[key]}")
         raise OptionError(where, "unknown key", did_you_mean(key, sorted(known)))

@@ -24,6 +24,7 @@ HEAD_BYTES = 4096  # covers nearly every header, and a page of the disk is read 
 MAX_SIDE = 20_000  # an image of this width and height is the largest that is read
 MAX_TEXT_BYTES = 64 * 2**20  # of one text in a PNG; image generators keep whole workflows there
 ORIENTATION_TAG = 0x0112
+PNG_ALPHA_TYPES = (4, 6)  # grey and colour with alpha; others may have a tRNS chunk
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:="|>)([1-8])""")
 JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -40,9 +41,10 @@ class Header(NamedTuple):
     size_wh: tuple[int, int]  # upright: after the rotation that `orientation` asks for
     orientation: int  # of Exif or XMP: 1 (upright) to 8
     num_bytes: int  # of the file
+    has_alpha: bool = False  # whether it can have transparent parts
 
 
-Stored = tuple[tuple[int, int], int]  # (width, height) as stored, orientation
+Stored = tuple[tuple[int, int], int, bool]  # (width, height) as stored, orientation, whether it has alpha
 
 
 class _Unknown(Exception):
@@ -55,15 +57,15 @@ def read_header(path: str) -> Header:
         with open(path, "rb", buffering=0) as file:
             view = _View(file)
             try:
-                size, orientation = _reader(view)(view)
+                size, orientation, has_alpha = _reader(view)(view)
             except _Unknown:
-                size, orientation = _read_with_pillow(path)
+                size, orientation, has_alpha = _read_with_pillow(path)
     except OSError as error:
         raise BadImage(error.strerror or "can't be read") from None
     except (struct.error, IndexError):
         raise BadImage("cut off within its header") from None
     check_size(size)
-    return Header((size[1], size[0]) if orientation >= 5 else size, orientation, view.length)
+    return Header((size[1], size[0]) if orientation >= 5 else size, orientation, view.length, has_alpha)
 
 
 def check_size(size_wh: tuple[int, int]) -> None:
@@ -143,12 +145,12 @@ def _read_with_pillow(path: str) -> Stored:
     try:
         with open_image(path) as image:
             orientation = image.getexif().get(ORIENTATION_TAG, 1)
-            size = image.size
+            size, has_alpha = image.size, image.has_transparency_data
     except UnidentifiedImageError:
         raise BadImage("is not an image, or of a kind that this Pillow can't read") from None
     except Exception as error:  # plug-ins raise whatever they like on broken files
         raise BadImage(f"can't be read ({error})") from None
-    return size, orientation if orientation in range(1, 9) else 1
+    return size, orientation if orientation in range(1, 9) else 1, has_alpha
 
 
 # ---------------------------------------------------------------------------------------------- formats
@@ -156,9 +158,11 @@ def _read_with_pillow(path: str) -> Stored:
 
 def _png(view: _View) -> Stored:
     size = struct.unpack(">II", view.at(16, 8))
+    has_alpha = view.at(25, 1)[0] in PNG_ALPHA_TYPES
     orientation, offset = 1, 33
     while True:
         length, kind = struct.unpack(">I4s", view.at(offset, 8))
+        has_alpha |= kind == b"tRNS"
         if kind == b"eXIf":
             orientation = _tiff_orientation(view.at(offset + 8, length))
         elif kind in (b"tEXt", b"zTXt", b"iTXt") and orientation == 1:
@@ -168,7 +172,7 @@ def _png(view: _View) -> Stored:
         elif kind in (b"IDAT", b"IEND"):
             break
         offset += 12 + length
-    return size, orientation
+    return size, orientation, has_alpha
 
 
 def _jpeg(view: _View) -> Stored:
@@ -194,24 +198,24 @@ def _jpeg(view: _View) -> Stored:
             height, width = struct.unpack(">HH", view.at(offset + 5, 4))
             break
         offset += 2 + length
-    return (width, height), xmp_orientation if orientation == 1 else orientation
+    return (width, height), xmp_orientation if orientation == 1 else orientation, False
 
 
 def _webp(view: _View) -> Stored:
     kind = view.at(12, 4)
     if kind == b"VP8 ":
         width, height = struct.unpack("<HH", view.at(26, 4))
-        return (width & 0x3FFF, height & 0x3FFF), 1
+        return (width & 0x3FFF, height & 0x3FFF), 1, False
     if kind == b"VP8L":
         bits = struct.unpack("<I", view.at(21, 4))[0]
-        return ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1), 1
+        return ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1), 1, bool(bits >> 28 & 1)
     if kind != b"VP8X":
         raise _Unknown
     flags, size = view.at(20, 1)[0], view.at(24, 6)
     width, height = (int.from_bytes(part, "little") + 1 for part in (size[:3], size[3:]))
     if len(size) < 6:
         raise BadImage("cut off within its header")
-    return (width, height), _webp_orientation(view) if flags & 0x08 else 1
+    return (width, height), _webp_orientation(view) if flags & 0x08 else 1, bool(flags & 0x10)
 
 
 def _webp_orientation(view: _View) -> int:
@@ -228,7 +232,7 @@ def _bmp(view: _View) -> Stored:
     if struct.unpack("<I", view.at(14, 4))[0] < 40:
         raise _Unknown  # the OS/2 variant
     width, height = struct.unpack("<ii", view.at(18, 8))
-    return (width, abs(height)), 1
+    return (width, abs(height)), 1, False
 
 
 def _tiff_orientation(block: bytes) -> int:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import io
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from library.data.buckets import Placement
+from library.data.buckets import Cut, Placement, central_cut
 from library.data.headers import BadImage, open_image
 from library.data.progress import progress
 
@@ -29,21 +30,46 @@ UPRIGHT = {  # Exif orientation -> how the stored picture becomes upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+RESAMPLING = {  # Pillow's ways by name of --resize_interpolation; unlike OpenCV's they see all pixels when they shrink
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "cubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "linear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+}
 CHECKED_TOGETHER = 32  # images per task of a thread
 COLOR_AUG_RATE = 0.33
 MAX_HUE_SHIFT = 8  # of OpenCV's 180 hue values
 GAMMA_RANGE = (0.95, 1.05)
 
+Note = Callable[[str, Image.Image], None]
+
+
+class Picture(NamedTuple):
+    """A decoded image, upright."""
+
+    rgb_HWC: np.ndarray
+    alpha_HW: np.ndarray | None  # uint8, 255 where opaque; None for a picture that can't be transparent
+
 
 def load_image(source: str | bytes, orientation: int = 1) -> np.ndarray:
-    """The upright picture as RGB, transparent parts on white; `source` is a path or the file's bytes.
+    """The upright picture as RGB, transparent parts on white; see :func:`load_picture`."""
+    return load_picture(source, orientation).rgb_HWC
+
+
+def load_picture(source: str | bytes, orientation: int = 1, *, background: str = "white") -> Picture:
+    """The upright picture with transparent parts on `background`; `source` is a path or the file's bytes.
 
     Raises BadImage with the reason.
     """
     try:
         with open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            rgb = _to_rgb(image)
-            return np.asarray(rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb)
+            layers = _layers(image, background)
+            if orientation in UPRIGHT:
+                layers = [layer.transpose(UPRIGHT[orientation]) for layer in layers]
+            return Picture(np.asarray(layers[0]), np.asarray(layers[1]) if layers[1:] else None)
     except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error ...
         raise BadImage(reason(error)) from None
 
@@ -55,34 +81,43 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A stored picture as RGB, transparent parts on white."""
+    return _layers(image, "white")[0]
+
+
+def _layers(image: Image.Image, background: str) -> list[Image.Image]:
+    """[RGB] or, for a picture with transparency, [RGB, alpha]."""
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        return [Image.fromarray(grey.astype(np.uint8)).convert("RGB")]
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        on_background = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+        return [on_background.convert("RGB"), image.getchannel("A")]
+    return [image.convert("RGB")]
 
 
-def place(image: np.ndarray, placement: Placement, random_crop: random.Random | None = None) -> np.ndarray:
-    """Resized and cut to the bucket: in the centre, or where `random_crop` says."""
-    image = resize(image, placement.resized_wh)
-    (width, height), (bucket_w, bucket_h) = placement.resized_wh, placement.bucket_wh
-    spare_x, spare_y = width - bucket_w, height - bucket_h
-    x = random_crop.randint(0, spare_x) if random_crop else spare_x // 2
-    y = random_crop.randint(0, spare_y) if random_crop else spare_y // 2
-    return image[y : y + bucket_h, x : x + bucket_w]
+def place(image: np.ndarray, placement: Placement) -> np.ndarray:
+    """Resized and cut to the bucket in its centre."""
+    return cut_out(image, central_cut(placement), placement.interpolation)
 
 
-def resize(image: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
-    """By area when both sides shrink, else Lanczos: averaging makes blocks when it enlarges."""
+def cut_out(image: np.ndarray, cut: Cut, interpolation: str | None = None) -> np.ndarray:
+    """Resized and cut."""
+    width, height = cut.size_wh
+    return resize(image, cut.resized_wh, interpolation)[cut.y : cut.y + height, cut.x : cut.x + width]
+
+
+def resize(image: np.ndarray, size_wh: tuple[int, int], interpolation: str | None = None) -> np.ndarray:
+    """In the way named; else by area when both sides shrink and by Lanczos when not: averaging enlarges to blocks."""
     height, width = image.shape[:2]
     if (width, height) == size_wh:
         return image
-    if size_wh[0] <= width and size_wh[1] <= height:
+    shrinks = size_wh[0] <= width and size_wh[1] <= height
+    if (interpolation or ("area" if shrinks else "lanczos")) == "area":
         return cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA)
-    return np.asarray(Image.fromarray(image).resize(size_wh, Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(image).resize(size_wh, RESAMPLING[interpolation or "lanczos"]))
 
 
 def augment_color(image: np.ndarray, draw: random.Random) -> np.ndarray:
@@ -110,22 +145,27 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def find_broken(paths: Iterable[str]) -> dict[str, str]:
+def find_broken(paths: Iterable[str], note: Note = lambda path, image: None) -> dict[str, str]:
     """Paths of images that can't be decoded to the end, with the reason; on all cores.
 
+    `note` is shown every image that can, from several threads, while its pixels are at hand (a JPEG's at an eighth).
     Checksums alone would not do: a PNG may have right ones around too few pixels, or around none that it can have.
     """
     paths = list(paths)
     chunks = [paths[start : start + CHECKED_TOGETHER] for start in range(0, len(paths), CHECKED_TOGETHER)]
     broken: dict[str, str] = {}
+
+    def check(chunk: list[str]) -> list[str | None]:
+        return [_why_broken(path, note) for path in chunk]
+
     with progress("checking images", len(paths)) as bar, ThreadPoolExecutor(usable_cores()) as pool:
-        for chunk, reasons in zip(chunks, pool.map(lambda chunk: [*map(_why_broken, chunk)], chunks), strict=True):
+        for chunk, reasons in zip(chunks, pool.map(check, chunks), strict=True):
             broken |= {path: reason for path, reason in zip(chunk, reasons, strict=True) if reason}
             bar.update(len(chunk))
     return broken
 
 
-def _why_broken(path: str) -> str | None:
+def _why_broken(path: str, note: Note) -> str | None:
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -133,6 +173,7 @@ def _why_broken(path: str) -> str | None:
             # a JPEG decoded at an eighth of its size is read to the end as well, at half the cost
             image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
+            note(path, image)
     except Exception as error:
         return reason(error)
     return None

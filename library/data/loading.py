@@ -7,7 +7,7 @@ the number of workers changes nothing, and a run can start anywhere without maki
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,29 +17,32 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from library.data.batch import Batch, Position
-from library.data.buckets import Placement, crop_yx
+from library.data.batch import Batch, NoiseDraw, Position
+from library.data.buckets import Cut, Placement, central_cut, crop_yx
 from library.data.cache import LatentStore
 from library.data.cache_files import latent_shape
 from library.data.captions import process_caption
 from library.data.config import SubsetConfig
+from library.data.drawing import MaskFiles, draw_picture, joined_mask
 from library.data.epoch_plan import EpochPlan, Pool, Share
-from library.data.headers import BadImage
-from library.data.images import augment_color, load_image, place, to_tensor
+from library.data.face_crop import Face
+from library.data.images import to_tensor
+from library.data.masks import averaged
 from library.data.sources import ImageRecord
 from library.options import OptionError
 from library.randomness import python_random, torch_generator
+from library.text.tokens import Tokens
 
-Draw = Callable[[int, int, tuple[int, int, int]], tuple[torch.Tensor, int]]
-Tokenize = Callable[[Sequence[str]], tuple[torch.Tensor, ...]]
+Draw = Callable[[int, int, tuple[int, int, int]], NoiseDraw]
+Tokenize = Callable[[Sequence[str]], Tokens]
 
 
 @dataclass(frozen=True)
 class RunFacts:
     """What making batches needs to know of the run; the callables travel to worker processes."""
 
-    draw: Draw  # (epoch, sample id, latent (C, H, W)) -> noise_CHW float32, timestep
-    tokenize: Tokenize  # captions -> one (B, N, 77) int64 per tokenizer
+    draw: Draw  # (epoch, sample id, latent (C, H, W))
+    tokenize: Tokenize  # captions -> ids, and weights where captions hold emphasis
     accumulation: int  # batches per optimizer update
     max_train_steps: int
     epochs: int
@@ -56,6 +59,7 @@ class TrainImage:
     subset: int  # index into the run's subsets
     placement: Placement
     latents: int  # index of its item in the latent cache
+    face: Face | None = None  # around which it is cut
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Samples:
 
     images: Sequence[TrainImage]
     subsets: Sequence[SubsetConfig]
-    image_of_sample: np.ndarray  # sample id -> index into `images`
+    image_of_sample: np.ndarray | Mapping[int, int]  # sample id -> index into `images`
     pools: Sequence[Pool]
     seed: int
 
@@ -77,11 +81,15 @@ def load_batches(
     One loader serves the whole run, so there is no gap between epochs. Raises OptionError when a file has become
     unreadable.
     """
-    builder = BatchBuilder(samples, store, run)
+    return served(BatchBuilder(samples, store, run), run.epochs, start=start, workers=workers)
+
+
+def served(builder: Any, epochs: int, *, start: Position, workers: int) -> Iterator[tuple[Position, Batch]]:
+    """What a builder makes of the positions from `start` on; it has `batches_per_epoch` and `__getitem__`."""
     loader = DataLoader(
         builder,
         batch_size=None,
-        sampler=RunPositions(start, builder.batches_per_epoch, run.epochs),  # type: ignore[arg-type]
+        sampler=RunPositions(start, builder.batches_per_epoch, epochs),  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_start_worker,
@@ -116,14 +124,16 @@ class Failure(NamedTuple):
     sentence: str
 
 
-class _Sample(NamedTuple):
+class DrawnSample(NamedTuple):
+    """One showing of one image, with everything random drawn."""
+
     image: TrainImage
     caption: str
     flipped: bool
     pixels_or_latents: torch.Tensor
-    noise: torch.Tensor
-    timestep: int
+    draw: NoiseDraw
     posterior_noise: torch.Tensor | None
+    mask: torch.Tensor | None  # (1, h, w); of every sample or of none
 
 
 @dataclass
@@ -134,9 +144,13 @@ class BatchBuilder(TorchDataset):
     store: LatentStore | None
     run: RunFacts
     batches_per_epoch: int = field(init=False)
+    has_masks: bool = field(init=False)
+    mask_files: MaskFiles = field(init=False, repr=False)
     _plan: tuple[int, EpochPlan] | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self.has_masks = any(subset.masks.enabled for subset in self.samples.subsets)
+        self.mask_files = MaskFiles(keeps=self.store is not None and self.store.in_memory)
         self.batches_per_epoch = sum(pool.num_batches(self.run.num_processes) for pool in self.samples.pools)
 
     def __getitem__(self, position: Position) -> tuple[Position, Batch | Failure]:
@@ -146,9 +160,15 @@ class BatchBuilder(TorchDataset):
             return position, Failure(str(error))
 
     def _batch(self, position: Position) -> Batch:
-        share = self._epoch_plan(position.epoch).share(position.batch_index, self.run.process_index)
+        return self._collated(self.samples_of(position), self._share(position))
+
+    def samples_of(self, position: Position) -> list[DrawnSample]:
+        """What this process's share of a batch is made of."""
         step = self._step(position)
-        return self._collated([self._sample(sample_id, position.epoch, step) for sample_id in share.samples], share)
+        return [self._sample(sample_id, position.epoch, step) for sample_id in self._share(position).samples]
+
+    def _share(self, position: Position) -> Share:
+        return self._epoch_plan(position.epoch).share(position.batch_index, self.run.process_index)
 
     def _epoch_plan(self, epoch: int) -> EpochPlan:
         if self._plan is None or self._plan[0] != epoch:
@@ -159,11 +179,9 @@ class BatchBuilder(TorchDataset):
         return self._plan[1]
 
     def _step(self, position: Position) -> int:
-        """Optimizer updates done before this batch."""
-        steps_per_epoch = -(-self.batches_per_epoch // self.run.accumulation)
-        return (position.epoch - 1) * steps_per_epoch + position.batch_index // self.run.accumulation
+        return updates_before(position, self.batches_per_epoch, self.run.accumulation)
 
-    def _sample(self, sample_id: int, epoch: int, step: int) -> _Sample:
+    def _sample(self, sample_id: int, epoch: int, step: int) -> DrawnSample:
         seed, place_in_run = self.samples.seed, (epoch, sample_id)
         image = self.samples.images[self.samples.image_of_sample[sample_id]]
         subset = self.samples.subsets[image.subset]
@@ -177,39 +195,47 @@ class BatchBuilder(TorchDataset):
         )
         flipped = subset.augment.flip_aug and python_random(seed, "flip", *place_in_run).random() < 0.5
         shape = latent_shape(image.placement.bucket_wh)
-        noise, timestep = self.run.draw(epoch, sample_id, shape)
-        if self.store is not None:
+        draw = self.run.draw(epoch, sample_id, shape)
+        if self.store is not None and self.store.holds(image.latents):
             latents = self.store.load(image.latents, flipped=flipped)
-            return _Sample(image, caption, flipped, latents, noise, timestep, None)
-        pixels = self._pixels(image, flipped, place_in_run)
+            alpha_hw = self.store.load_alpha(image.latents) if subset.masks.alpha_mask else None
+            mask = self._mask(image, central_cut(image.placement), alpha_hw, flipped)
+            return DrawnSample(image, caption, flipped, latents, draw, None, mask)
+        picture = draw_picture(
+            image.record,
+            image.placement,
+            image.face,
+            subset.augment,
+            seed,
+            place_in_run,
+            with_alpha=subset.masks.alpha_mask,
+        )
+        pixels = to_tensor(picture.pixels_HWC[:, ::-1] if flipped else picture.pixels_HWC)
         posterior_noise = torch.randn(shape, generator=torch_generator(seed, "posterior", *place_in_run))
-        return _Sample(image, caption, flipped, pixels, noise, timestep, posterior_noise)
+        mask = self._mask(image, picture.cut, picture.alpha_hw, flipped)
+        return DrawnSample(image, caption, flipped, pixels, draw, posterior_noise, mask)
 
-    def _pixels(self, image: TrainImage, flipped: bool, place_in_run: tuple[int, int]) -> torch.Tensor:
-        seed, augment = self.samples.seed, self.samples.subsets[image.subset].augment
-        try:
-            pixels_HWC = load_image(image.record.path, image.record.orientation)
-        except BadImage as error:
-            problem = f"{image.record.path} can't be read any more ({error})"
-            raise OptionError("training images", problem, "mend it and resume") from None
-        crop = python_random(seed, "crop", *place_in_run) if augment.random_crop else None
-        pixels_HWC = place(pixels_HWC, image.placement, crop)
-        if augment.color_aug:
-            pixels_HWC = augment_color(pixels_HWC, python_random(seed, "color", *place_in_run))
-        return to_tensor(pixels_HWC[:, ::-1] if flipped else pixels_HWC)
+    def _mask(self, image: TrainImage, cut: Cut, alpha_hw: np.ndarray | None, flipped: bool) -> torch.Tensor | None:
+        if not self.has_masks:
+            return None
+        _, h, w = latent_shape(image.placement.bucket_wh)
+        masks_hw = [] if alpha_hw is None else [averaged(alpha_hw, (h, w))]
+        if image.record.mask is not None:
+            masks_hw.append(self.mask_files(image.record.mask, cut))
+        return joined_mask(masks_hw, (h, w), flipped=flipped)
 
-    def _collated(self, parts: Sequence[_Sample], share: Share) -> Batch:
+    def _collated(self, parts: Sequence[DrawnSample], share: Share) -> Batch:
         stacked = torch.stack([part.pixels_or_latents for part in parts])
-        posterior = [part.posterior_noise for part in parts if part.posterior_noise is not None]
         captions = tuple(part.caption for part in parts)
+        tokens = self.run.tokenize(captions)
         images = [part.image for part in parts]
-        is_latents = self.store is not None
+        is_latents = parts[0].posterior_noise is None
         return Batch(
-            noise_BCHW=torch.stack([part.noise for part in parts]),
-            timesteps_B=torch.tensor([part.timestep for part in parts]),
-            token_ids=tuple(self.run.tokenize(captions)),
+            **noise_fields([part.draw for part in parts]),
+            token_ids=tokens.ids,
+            token_weights=tokens.weights,
             captions=captions,
-            loss_weight_B=torch.tensor([self._weight(image) for image in images]) * _real(share),
+            loss_weight_B=torch.tensor([self.weight(image) for image in images]) * _real(share),
             denominator=share.denominator,
             original_hw_B2=torch.tensor([image.record.size_wh[::-1] for image in images]),
             crop_yx_B2=torch.tensor(
@@ -222,11 +248,37 @@ class BatchBuilder(TorchDataset):
             image_names=tuple(image.record.path for image in images),
             images_BCHW=None if is_latents else stacked,
             latents_BCHW=stacked if is_latents else None,
-            posterior_noise_BCHW=torch.stack(posterior) if posterior else None,
+            posterior_noise_BCHW=_stacked([part.posterior_noise for part in parts]),
+            network_multiplier=self.samples.subsets[images[0].subset].network_multiplier,
+            mask_B1HW=_stacked([part.mask for part in parts]),
         )
 
-    def _weight(self, image: TrainImage) -> float:
+    def weight(self, image: TrainImage) -> float:
+        """In the loss."""
         return self.run.prior_loss_weight if self.samples.subsets[image.subset].folder.is_reg else 1.0
+
+
+def updates_before(position: Position, batches_per_epoch: int, accumulation: int) -> int:
+    """Optimizer updates done before this batch."""
+    steps_per_epoch = -(-batches_per_epoch // accumulation)
+    return (position.epoch - 1) * steps_per_epoch + position.batch_index // accumulation
+
+
+def noise_fields(draws: Sequence[NoiseDraw]) -> dict[str, Any]:
+    """The fields of a batch that are drawn."""
+    return {
+        "noise_BCHW": torch.stack([draw.noise_CHW for draw in draws]),
+        "timesteps_B": torch.tensor([draw.timestep for draw in draws]),
+        "offset_noise_BC11": _stacked([draw.offset_noise_C11 for draw in draws]),
+        "noise_offset_B": _stacked([draw.noise_offset for draw in draws]),
+        "input_perturbation_BCHW": _stacked([draw.input_perturbation_CHW for draw in draws]),
+    }
+
+
+def _stacked(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One tensor of what all samples have; None where the run has no such thing."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
 
 
 def _real(share: Share) -> torch.Tensor:

@@ -38,6 +38,25 @@ def parse_extension(value: Any) -> str:
     return value if value.startswith(".") else f".{value}"
 
 
+def parse_range(value: Any) -> tuple[float, float]:
+    """Two numbers: "1.5,3" on the command line, [1.5, 3] in TOML."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    try:
+        numbers = [float(part) for part in parts if not isinstance(part, bool)]
+    except (TypeError, ValueError):
+        raise ValueError("is not two numbers, such as 1.5,3.0") from None
+    if len(numbers) != 2 or len(parts) != 2 or not all(map(math.isfinite, numbers)):
+        raise ValueError("is not two numbers, such as 1.5,3.0")
+    return (numbers[0], numbers[1])
+
+
+def parse_table(value: Any) -> dict[str, Any]:
+    """A TOML table as it is."""
+    if not isinstance(value, dict):
+        raise ValueError("is not a table")
+    return value
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """Where the training images are."""
@@ -47,19 +66,81 @@ class SourceOptions:
     )
     reg_data_dir: str | None = opt(help="regularisation images, in sub-folders named <repeats>_<class>")
     dataset_config: Path | None = opt(help="dataset file (.toml or .json) in place of --train_data_dir")
+    in_json: str | None = opt(
+        help="metadata file (.json or .jsonl) with captions and tags; its images are in --train_data_dir"
+    )
+    dataset_repeats: int = opt(
+        1, help="how often every image is shown per epoch, where neither a folder's name nor the dataset file says it"
+    )
+    dataset_class: str | None = opt(
+        help="package.module.Class: a dataset of your own in place of folders; its items are whole batches"
+    )
+    debug_dataset: bool = opt(
+        False, help="no training: write what the first epoch's samples look like, as pictures and a table, and end"
+    )
     on_bad_image: str = opt(
         "stop", choices=("stop", "skip"), help="broken images: list them and stop, or list them and train without"
     )
 
+    def __post_init__(self) -> None:
+        repeats = self.dataset_repeats
+        require(repeats >= 1, "--dataset_repeats", f"{repeats} is no number of showings", "use 1 or more")
+
+    def given(self, *names: str) -> list[str]:
+        """The flags of these options that were given a value."""
+        return [f"--{name}" for name in names if getattr(self, name)]
+
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """One folder of images (keys of [[datasets.subsets]] that have no flag)."""
+    """One folder of images, or one metadata file (keys of [[datasets.subsets]] that have no flag)."""
 
     image_dir: Path | None = opt(parse=path_of, help="the folder of images; its sub-folders are not looked at")
     num_repeats: int = opt(1, help="how often every image is shown per epoch")
     class_tokens: str | None = opt(help="caption of images that have no caption file")
     is_reg: bool = opt(False, help="regularisation images")
+    metadata_file: Path | None = opt(
+        parse=path_of, help="metadata file (.json or .jsonl): its entries name images and give captions and tags"
+    )
+    custom_attributes: dict[str, Any] | None = opt(
+        parse=parse_table, help="a table of your own; kept with the subset, changes nothing"
+    )
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """Keys of [[datasets]] that have no flag."""
+
+    network_multiplier: float = opt(1.0, help="strength of the network while it is trained on this dataset's images")
+
+    def __post_init__(self) -> None:
+        multiplier = self.network_multiplier
+        require(multiplier != 0, "--network_multiplier", "0 would train nothing", "leave the dataset out")
+
+
+@dataclass(frozen=True)
+class ValidationSplitOptions:
+    """Images held out for validation."""
+
+    validation_split: float = opt(
+        0.0, help="share of the images (0-1) that is never trained on, but measured; 1 in a dataset of its own"
+    )
+    validation_seed: int | None = opt(
+        help="decides which images are held out, and their noise; --seed without this option"
+    )
+
+    def __post_init__(self) -> None:
+        split, seed = self.validation_split, self.validation_seed
+        require(0 <= split <= 1, "--validation_split", f"{split} is out of range", "use 0 to 1; 0.1 is usual")
+        require(seed is None or 0 <= seed < 2**63, "--validation_seed", f"{seed} is out of range", "use 0 to 2^63 - 1")
+
+    def without_effect(self, *, is_split: bool) -> list[str]:
+        """A sentence for each option that does nothing; `is_split` says whether any dataset holds images out."""
+        if is_split:
+            return []
+        if self.validation_split:
+            return ["--validation_split has no effect: the dataset's own setting is 0, or it is of a class of its own"]
+        return ["--validation_seed has no effect without --validation_split"] * (self.validation_seed is not None)
 
 
 @dataclass(frozen=True)
@@ -80,30 +161,34 @@ class BucketOptions:
             require(side > 0, "--resolution", f"{side} is no size", "512 is usual for SD 1.x")
             nearest = max(1, round(side / LATENT_STRIDE)) * LATENT_STRIDE
             require(side % LATENT_STRIDE == 0, "--resolution", f"{side} is not a multiple of 8", f"use {nearest}")
-        step = self.bucket_reso_steps
-        require(
-            step > 0 and step % LATENT_STRIDE == 0,
-            "--bucket_reso_steps",
-            f"{step} is not a multiple of 8",
-            "64 is usual",
-        )
+        require(self.bucket_reso_steps > 0, "--bucket_reso_steps", f"{self.bucket_reso_steps} is no step", "use 64")
         require(self.min_bucket_reso > 0, "--min_bucket_reso", f"{self.min_bucket_reso} is no size")
+        require(self.max_bucket_reso > 0, "--max_bucket_reso", f"{self.max_bucket_reso} is no size")
         for name in ("resolution", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"):
             value = getattr(self, name)
             largest = max(value) if isinstance(value, tuple) else value or 0
             require(largest <= MAX_SIDE, f"--{name}", f"{largest} is too large", f"the largest is {MAX_SIDE}")
 
+    @property
+    def side_step(self) -> int:
+        """--bucket_reso_steps as the model can use it: the next multiple of 8."""
+        return -(-self.bucket_reso_steps // LATENT_STRIDE) * LATENT_STRIDE
+
     def without_effect(self) -> list[str]:
-        """A sentence for each option that another one would have to go with."""
+        """A sentence for each option that another one would have to go with, or that is not used as it is."""
+        sentences = []
         if self.bucket_no_upscale and not self.enable_bucket:
-            return ["--bucket_no_upscale has no effect without --enable_bucket"]
-        return []
+            sentences.append("--bucket_no_upscale has no effect without --enable_bucket")
+        if self.side_step != self.bucket_reso_steps and self.enable_bucket:
+            given = self.bucket_reso_steps
+            sentences.append(f"--bucket_reso_steps {given}: {self.side_step} is used, sides are multiples of 8")
+        return sentences
 
     def check(self, where: Callable[[str], str] = "--{}".format) -> None:
         """The rules between these options, on the values one dataset really uses; `where` names an option's place."""
         if self.resolution is None:
             raise OptionError(where("resolution"), "is not given", "512 is usual for SD 1.x, 768 for SD 2.x")
-        low, high, step = self.min_bucket_reso, self.max_bucket_reso, self.bucket_reso_steps
+        low, high, step = self.min_bucket_reso, self.max_bucket_reso, self.side_step
         if not self.enable_bucket:
             return
         require(
@@ -138,6 +223,9 @@ class CaptionOptions:
 
     shuffle_caption: bool = opt(False, help="shuffle the comma-separated parts of the caption")
     caption_extension: str = opt(".caption", parse=parse_extension, help="extension of caption files")
+    cache_info: bool = opt(
+        False, help="note the images' sizes and captions in metadata_cache.json of their folder: quicker next time"
+    )
     keep_tokens: int = opt(0, help="how many parts at the beginning are neither shuffled nor dropped")
     caption_prefix: str | None = opt(help="text put before every caption, with a blank")
     caption_suffix: str | None = opt(help="text put after every caption, with a blank")
@@ -148,6 +236,17 @@ class CaptionOptions:
     token_warmup_step: float = opt(
         0, help="steps until the whole caption is used; below 1, a share of all training steps"
     )
+    caption_separator: str = opt(",", help="what stands between the parts of a caption")
+    keep_tokens_separator: str | None = opt(
+        help="text in captions that divides kept parts from others: kept ||| loose, or kept ||| loose ||| kept at the "
+        "end; overrides --keep_tokens for captions that have it"
+    )
+    secondary_separator: str | None = opt(
+        help="text that becomes the separator after shuffling, so that parts joined by it stay together"
+    )
+    enable_wildcard: bool = opt(
+        False, help="{a|b|c} in captions is one of its alternatives, and caption files of several lines give one line"
+    )
 
     def __post_init__(self) -> None:
         for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
@@ -156,13 +255,33 @@ class CaptionOptions:
         for name in ("keep_tokens", "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"--{name}", f"{value} is out of range", "use 0 or more")
+        require(bool(self.caption_separator), "--caption_separator", "is an empty text", 'the usual one is ","')
+        for name in ("keep_tokens_separator", "secondary_separator"):
+            separator = getattr(self, name)
+            same = separator == self.caption_separator
+            require(not same, f"--{name}", f"{separator!r} is the caption separator too", "choose another text")
+        kept, secondary = self.keep_tokens_separator, self.secondary_separator
+        require(not kept or kept != secondary, "--secondary_separator", f"{secondary!r} is --keep_tokens_separator too")
+
+    @property
+    def varies_parts(self) -> bool:
+        """Whether captions are taken apart each time they are drawn."""
+        return bool(self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0)
+
+    @property
+    def joint(self) -> str:
+        """What stands between parts that are joined again: the separator, with a blank."""
+        return self.caption_separator if self.caption_separator[-1].isspace() else f"{self.caption_separator} "
 
     def without_effect(self) -> list[str]:
         """A sentence for each option that another one would have to go with."""
         sentences = []
-        if self.keep_tokens and not (self.shuffle_caption or self.caption_tag_dropout_rate):
-            needed = "--shuffle_caption or --caption_tag_dropout_rate"
+        if self.keep_tokens and not self.varies_parts:
+            needed = "--shuffle_caption, --caption_tag_dropout_rate or --token_warmup_step"
             sentences.append(f"--keep_tokens {self.keep_tokens} has no effect without {needed}")
+        if self.keep_tokens_separator and not self.varies_parts:
+            needed = "--shuffle_caption, --caption_tag_dropout_rate or --token_warmup_step"
+            sentences.append(f"--keep_tokens_separator is only taken out of captions without {needed}")
         if self.token_warmup_min != 1 and not self.token_warmup_step:
             sentences.append(f"--token_warmup_min {self.token_warmup_min} has no effect without --token_warmup_step")
         return sentences
@@ -175,6 +294,40 @@ class AugmentOptions:
     color_aug: bool = opt(False, help="now and then a slight change of hue or gamma; not with cached latents")
     flip_aug: bool = opt(False, help="mirror half of the draws horizontally")
     random_crop: bool = opt(False, help="cut at a random place in place of the centre; not with cached latents")
+    face_crop_aug_range: tuple[float, float] | None = opt(
+        cli=str,
+        parse=parse_range,
+        help="images named name_cx_cy_w_h: cut around that face, the short side lo to hi times its size; two numbers "
+        "lo,hi; without buckets and cached latents",
+    )
+    resize_interpolation: str | None = opt(
+        choices=["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"],
+        help="how images are resized; without it by area when they shrink and by Lanczos when they grow",
+    )
+
+    def __post_init__(self) -> None:
+        low, high = self.face_crop_aug_range or (1.0, 1.0)
+        where, given = "--face_crop_aug_range", f"{low:g},{high:g}"
+        require(low > 0, where, f"{given} is out of range", "use numbers above 0, such as 1.5,3.0")
+        require(low <= high, where, f"{given}: the first number is above the second", f"write {high:g},{low:g}")
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """Parts of images that don't count in the loss."""
+
+    alpha_mask: bool = opt(
+        False, help="weigh the loss by the images' alpha channel: what is transparent is not learned"
+    )
+    conditioning_data_dir: Path | None = opt(
+        cli=str,
+        parse=path_of,
+        help="with --masked_loss: folder of masks, pictures with the names of the images: white counts, black does not",
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return self.alpha_mask or self.conditioning_data_dir is not None
 
 
 @dataclass(frozen=True)
@@ -184,6 +337,7 @@ class CacheOptions:
     cache_latents: bool = opt(False, help="encode every image once, before training, and keep the latents in memory")
     cache_latents_to_disk: bool = opt(False, help="keep the latents in .npz files next to the images")
     vae_batch_size: int = opt(1, help="images encoded at once while caching")
+    skip_cache_check: bool = opt(False, help="take cache files as they are at the start, without reading them")
 
     def __post_init__(self) -> None:
         require(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from library.data.headers import BadImage, Header, read_header
+from library.data.info_cache import read_with_notes
 from library.data.progress import progress
 from library.options import OptionError
 
@@ -38,30 +39,58 @@ ReadResult = tuple[Header | BadImage, str | None | UnicodeDecodeError]
 
 
 @dataclass(frozen=True, slots=True)
+class MaskFile:
+    """A picture that says which parts of an image count: white all, black not at all."""
+
+    path: str
+    size_wh: tuple[int, int]  # upright
+    orientation: int
+    num_bytes: int  # of the file
+
+
+@dataclass(frozen=True, slots=True)
+class FromMetadata:
+    """What a metadata file says of its image, and the latents that lie beside it."""
+
+    tags: str  # what its tag statistics count
+    train_wh: tuple[int, int] | None  # the size to train at
+    npz: str | None = None  # latents
+    flipped_npz: str | None = None  # those of the mirrored image, where older tools gave them a file of their own
+    has_image: bool = True  # False: there are only latents, and the record's path is theirs
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image file as found in its folder."""
+    """One image file as found in its folder, or by its metadata."""
 
     path: str
     size_wh: tuple[int, int]  # upright
     orientation: int  # of Exif, 1-8
     caption: str
     num_bytes: int  # of the file
+    has_alpha: bool = False  # whether its kind of file can be transparent
+    mask: MaskFile | None = None
+    metadata: FromMetadata | None = None
 
 
 @dataclass(frozen=True)
 class FolderContents:
-    """What a scan of one folder found."""
+    """What a scan of one folder, or of the images of one metadata file, found."""
 
     images: tuple[ImageRecord, ...]
     broken: dict[str, str] = field(default_factory=dict)  # path -> reason
     uncaptioned: tuple[str, ...] = ()  # paths of images without a caption file
-    caption_extension: str = ""  # the one used
+    caption_extension: str = ""  # the one used; empty where captions are in no files of their own
     unreadable_captions: tuple[str, ...] = ()  # not UTF-8
     passed_over: tuple[str, ...] = ()  # paths: images of other kinds, and folders named like an image
 
     def without(self, paths: Collection[str]) -> FolderContents:
         """The same, less these images."""
-        return replace(self, images=tuple(image for image in self.images if image.path not in paths))
+        return replace(self, images=tuple(image for image in self.images if not _files_of(image) & set(paths)))
+
+
+def _files_of(image: ImageRecord) -> set[str]:
+    return {image.path} | ({image.mask.path} if image.mask else set())
 
 
 @functools.cache
@@ -92,11 +121,20 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def scan_folder(folder: Path, *, caption_extension: str, class_tokens: str | None) -> FolderContents:
+def scan_folder(
+    folder: Path,
+    *,
+    caption_extension: str,
+    class_tokens: str | None,
+    all_lines: bool = False,
+    cache_info: bool = False,
+) -> FolderContents:
     """The images directly in `folder`, sorted by name, with sizes and captions.
 
-    An image without a caption file gets `class_tokens`, or the empty caption. When no image has a caption file of
-    `caption_extension` but there are .txt or .caption files, those are used.
+    Captions are the first line with text of their files, or, with `all_lines`, all those lines. An image without a
+    caption file gets `class_tokens`, or the empty caption. When no image has a caption file of `caption_extension` but
+    there are .txt or .caption files, those are used. With `cache_info`, what was read before and has not changed since
+    comes from the folder's metadata_cache.json.
     """
     files, broken, passed_over = _listing(folder)
     names = [name for name in files if is_image(name)]
@@ -105,15 +143,21 @@ def scan_folder(folder: Path, *, caption_extension: str, class_tokens: str | Non
     base = os.path.join(folder, "")
     files_of = [(base + name, _caption_name(name, by_name, extension)) for name in names]
     tasks = [(path, base + caption if caption else None) for path, caption in files_of]
+    read = functools.partial(read_all, name=folder.name, all_lines=all_lines)
+    results = read_with_notes(folder, tasks, read, all_lines=all_lines) if cache_info else read(tasks)
     images, uncaptioned, unreadable = [], [], []
-    for (path, caption_path), (header, caption) in zip(tasks, _read_all(tasks, folder.name), strict=True):
+    for (path, caption_path), (header, caption) in zip(tasks, results, strict=True):
         if isinstance(header, BadImage):
             broken[path] = str(header)
         elif isinstance(caption, UnicodeDecodeError):
             unreadable.append(caption_path)
         else:
             text = (class_tokens or "") if caption is None else caption
-            images.append(ImageRecord(path, header.size_wh, header.orientation, text, header.num_bytes))
+            images.append(
+                ImageRecord(
+                    path, header.size_wh, header.orientation, text, header.num_bytes, has_alpha=header.has_alpha
+                )
+            )
             uncaptioned += [] if caption_path else [path]
     return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable), passed_over)
 
@@ -135,37 +179,38 @@ def _listing(folder: Path) -> tuple[list[str], dict[str, str], tuple[str, ...]]:
     return sorted(files), broken, tuple(sorted(passed_over))
 
 
-def _read_all(tasks: Sequence[ReadTask], name: str) -> Iterator[ReadResult]:
-    """Read image by image; in threads where files answer slowly, as over a network.
+def read_all(tasks: Sequence[ReadTask], name: str, all_lines: bool = False) -> Iterator[ReadResult]:
+    """Header and caption of each image; in threads where files answer slowly, as over a network.
 
     From memory or a fast disk one thread is faster than many, which would take turns at the interpreter.
     """
+    read = functools.partial(_read, all_lines=all_lines)
     with progress(f"reading {name}", len(tasks)) as bar, ThreadPoolExecutor(SLOW_DISK_THREADS) as pool:
         waited = 0.0
         for start in range(0, len(tasks), READ_TOGETHER):
             chunk = tasks[start : start + READ_TOGETHER]
             before = time.perf_counter() - time.thread_time()
             is_slow = waited > SLOW_SECONDS * READ_TOGETHER
-            yield from [*(pool.map if is_slow else map)(_read, chunk)]
+            yield from [*(pool.map if is_slow else map)(read, chunk)]
             if not is_slow:
                 waited = time.perf_counter() - time.thread_time() - before
             bar.update(len(chunk))
 
 
-def _read(task: ReadTask) -> ReadResult:
+def _read(task: ReadTask, *, all_lines: bool) -> ReadResult:
     image_path, caption_path = task
     try:
         header = read_header(image_path)
     except BadImage as error:
         return error, None
     try:
-        return header, read_caption(caption_path) if caption_path else None
+        return header, read_caption(caption_path, all_lines=all_lines) if caption_path else None
     except UnicodeDecodeError as error:
         return header, error
 
 
-def read_caption(path: str) -> str:
-    """The first line with text in it, stripped; byte-order marks (UTF-8, UTF-16) are understood.
+def read_caption(path: str, *, all_lines: bool = False) -> str:
+    """The first line with text in it, stripped, or all of them; byte-order marks (UTF-8, UTF-16) are understood.
 
     Raises UnicodeDecodeError for text in other encodings, and OptionError where the file can't be read.
     """
@@ -178,8 +223,8 @@ def read_caption(path: str) -> str:
     text = raw.decode(encoding)
     if "\0" in text:  # UTF-16 without its mark, or UTF-32
         raise UnicodeDecodeError(encoding, raw, 0, len(raw), "holds NUL characters")
-    lines = (line.strip() for line in text.splitlines())
-    return next((line for line in lines if line), "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines if all_lines else lines[:1])
 
 
 def _by_caption_name(files: Sequence[str]) -> dict[str, str]:
@@ -219,8 +264,10 @@ def report_captions(folders: Iterable[tuple[FolderContents, str, str | None]]) -
     unreadable = [path for contents, _, _ in folders for path in contents.unreadable_captions]
     if unreadable:
         raise OptionError("captions", f"not UTF-8: {listed(unreadable)}", "save these files as UTF-8")
-    for asked in sorted({asked for contents, asked, _ in folders if contents.caption_extension != asked}):
-        used = sorted({c.caption_extension for c, a, _ in folders if a == asked and c.caption_extension != asked})
+    pairs = {(asked, contents.caption_extension) for contents, asked, _ in folders}
+    others = {(asked, used) for asked, used in pairs if used not in ("", asked)}
+    for asked in sorted({asked for asked, _ in others}):
+        used = sorted(used for each, used in others if each == asked)
         logger.info("captions: no %s files; using the %s files that are there", asked, " and ".join(used))
     with_class = [path for contents, _, tokens in folders if tokens for path in contents.uncaptioned]
     without = [path for contents, _, tokens in folders if not tokens for path in contents.uncaptioned]

@@ -1,20 +1,17 @@
-"""What is said of the training data: report lines before the start, and the ss_* metadata of trained files."""
+"""What trained files say of their data: the ss_* metadata."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 from library.data.buckets import Size, aspect_error
 from library.data.captions import tag_frequency
-from library.data.config import DatasetConfig, SubsetConfig
+from library.data.config import DatasetConfig, SubsetConfig, base_name
 from library.data.loading import TrainImage
-
-CAPTIONS_SHOWN = 3
-CAPTION_LETTERS = 90
 
 
 @dataclass(frozen=True)
@@ -35,45 +32,6 @@ class LoadedDataset:
     @property
     def subsets(self) -> list[tuple[SubsetConfig, tuple[TrainImage, ...]]]:
         return list(zip(self.config.subsets, self.images_of, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------- report
-
-
-def report_lines(datasets: Sequence[LoadedDataset]) -> list[str]:
-    """The data as a user wants to check it: folders, buckets with what is cut away, some captions."""
-    lines = []
-    for index, dataset in enumerate(datasets):
-        width, height = dataset.config.bucket.resolution or (0, 0)
-        kind = "buckets around" if dataset.config.bucket.enable_bucket else "all cut to"
-        lines.append(f"dataset {index + 1}: batch size {dataset.config.batch_size}, {kind} {width}x{height}")
-        for subset, images in dataset.subsets:
-            reg = ", regularisation" if subset.folder.is_reg else ""
-            lines.append(f"  {subset.image_dir}: {len(images)} images x {subset.folder.num_repeats}{reg}")
-        if dataset.num_reg_per_epoch:
-            lines.append(_regularisation_line(dataset))
-        cropped: dict[Size, list[float]] = {}
-        for image in dataset.images:
-            cropped.setdefault(image.placement.bucket_wh, []).append(image.placement.cropped_share)
-        for bucket, count in dataset.bucket_counts:
-            lost = f"{mean(cropped[bucket]):.0%} of the picture cut away on average"
-            lines.append(f"  {bucket[0]}x{bucket[1]}: {count} per epoch, {lost}")
-    lines += [f"caption: {caption}" for caption in _some_captions(datasets)]
-    return lines
-
-
-def _regularisation_line(dataset: LoadedDataset) -> str:
-    shown, total = dataset.num_reg_per_epoch, dataset.num_reg
-    how = ", others each epoch until all were shown" if shown < total else ", shown again" if shown > total else ""
-    return f"  regularisation: {shown} per epoch from {total}{how}, to balance {dataset.num_train} training images"
-
-
-def _some_captions(datasets: Sequence[LoadedDataset]) -> list[str]:
-    captions = dict.fromkeys(image.record.caption for dataset in datasets for image in dataset.images)
-    shown = list(captions)[:CAPTIONS_SHOWN]
-    return [
-        repr(caption if len(caption) <= CAPTION_LETTERS else f"{caption[:CAPTION_LETTERS]}...") for caption in shown
-    ]
 
 
 # ---------------------------------------------------------------------------------------------- metadata
@@ -110,6 +68,7 @@ def _of_dataset_file(datasets: Sequence[LoadedDataset]) -> dict[str, Any]:
 
 def _of_folders(dataset: LoadedDataset, samples_per_step: int) -> dict[str, Any]:
     bucket, subset = dataset.config.bucket, dataset.config.subsets[0]
+    low, high = _bucket_limits(dataset.config)
     return {
         "ss_batch_size_per_device": dataset.config.batch_size,
         "ss_total_batch_size": dataset.config.batch_size * samples_per_step,
@@ -120,9 +79,9 @@ def _of_folders(dataset: LoadedDataset, samples_per_step: int) -> dict[str, Any]
         "ss_shuffle_caption": subset.caption.shuffle_caption,
         "ss_keep_tokens": subset.caption.keep_tokens,
         "ss_enable_bucket": bucket.enable_bucket,
-        "ss_bucket_no_upscale": bucket.bucket_no_upscale,
-        "ss_min_bucket_reso": bucket.min_bucket_reso,
-        "ss_max_bucket_reso": bucket.max_bucket_reso,
+        "ss_bucket_no_upscale": bucket.enable_bucket and bucket.bucket_no_upscale,
+        "ss_min_bucket_reso": low,
+        "ss_max_bucket_reso": high,
         "ss_dataset_dirs": json.dumps(_add_folders({}, dataset, is_reg=False)),
         "ss_reg_dataset_dirs": json.dumps(_add_folders({}, dataset, is_reg=True)),
         "ss_tag_frequency": json.dumps(_tag_frequency(dataset)),
@@ -133,32 +92,44 @@ def _of_folders(dataset: LoadedDataset, samples_per_step: int) -> dict[str, Any]
 def _description(dataset: LoadedDataset) -> dict[str, Any]:
     """One entry of ss_datasets."""
     bucket = dataset.config.bucket
+    low, high = _bucket_limits(dataset.config)
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": not dataset.config.is_metadata,
         "batch_size_per_device": dataset.config.batch_size,
         "num_train_images": dataset.num_train,
         "num_reg_images": dataset.num_reg,
         "resolution": bucket.resolution,
         "enable_bucket": bucket.enable_bucket,
-        "min_bucket_reso": bucket.min_bucket_reso,
-        "max_bucket_reso": bucket.max_bucket_reso,
+        "min_bucket_reso": low,
+        "max_bucket_reso": high,
         "tag_frequency": _tag_frequency(dataset),
         "bucket_info": _bucket_info(dataset),
-        "subsets": [
-            {
-                "img_count": len(images),
-                "num_repeats": subset.folder.num_repeats,
-                "color_aug": subset.augment.color_aug,
-                "flip_aug": subset.augment.flip_aug,
-                "random_crop": subset.augment.random_crop,
-                "shuffle_caption": subset.caption.shuffle_caption,
-                "keep_tokens": subset.caption.keep_tokens,
-                "image_dir": subset.image_dir.name,
-                "class_tokens": subset.folder.class_tokens,
-                "is_reg": subset.folder.is_reg,
-            }
-            for subset, images in dataset.subsets
-        ],
+        "subsets": [_subset_description(subset, images) for subset, images in dataset.subsets],
+    }
+
+
+def _bucket_limits(config: DatasetConfig) -> tuple[int | None, int | None]:
+    """Shortest and longest side of buckets, as far as these options have an effect."""
+    bucket = config.bucket
+    is_free = config.train_sizes is not None or not bucket.enable_bucket
+    return (None, None) if is_free else (bucket.min_bucket_reso, bucket.max_bucket_reso)
+
+
+def _subset_description(subset: SubsetConfig, images: Sequence[TrainImage]) -> dict[str, Any]:
+    """One entry of `subsets` in ss_datasets."""
+    folder = subset.folder
+    place = {"image_dir": base_name(folder.image_dir)} if folder.image_dir else {}
+    kind = {"class_tokens": folder.class_tokens, "is_reg": folder.is_reg}
+    return {
+        "img_count": len(images),
+        "num_repeats": folder.num_repeats,
+        "color_aug": subset.augment.color_aug,
+        "flip_aug": subset.augment.flip_aug,
+        "random_crop": subset.augment.random_crop,
+        "shuffle_caption": subset.caption.shuffle_caption,
+        "keep_tokens": subset.caption.keep_tokens,
+        **place,
+        **({"metadata_file": subset.name} if subset.is_metadata else kind),
     }
 
 
@@ -173,11 +144,19 @@ def _bucket_info(dataset: LoadedDataset) -> dict[str, Any] | None:
 
 
 def _tag_frequency(dataset: LoadedDataset) -> dict[str, dict[str, int]]:
-    """By the name of the folder; folders of one name are counted together."""
-    captions: dict[str, list[str]] = {}
+    """By the name of the folder or metadata file; those of one name are counted together."""
+    counts: dict[str, Counter[str]] = {}
     for subset, images in dataset.subsets:
-        captions.setdefault(subset.image_dir.name, []).extend(image.record.caption for image in images)
-    return {name: tag_frequency(texts) for name, texts in captions.items()}
+        separator = subset.caption.caption_separator
+        texts = (_counted_text(image).replace("\n", separator) for image in images)
+        counts.setdefault(subset.name, Counter()).update(tag_frequency(texts, separator))
+    return {name: dict(counter) for name, counter in counts.items()}
+
+
+def _counted_text(image: TrainImage) -> str:
+    """What is split into tags: of a metadata file its tags, not its sentences."""
+    metadata = image.record.metadata
+    return image.record.caption if metadata is None else metadata.tags
 
 
 def _add_folders(
@@ -187,8 +166,8 @@ def _add_folders(
     for subset, images in dataset.subsets:
         if subset.folder.is_reg != is_reg:
             continue
-        name, number = subset.image_dir.name, 2
+        name, number = subset.name, 2
         while name in folders:
-            name, number = f"{subset.image_dir.name} ({number})", number + 1
+            name, number = f"{subset.name} ({number})", number + 1
         folders[name] = {"n_repeats": subset.folder.num_repeats, "img_count": len(images)}
     return folders

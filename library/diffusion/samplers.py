@@ -5,6 +5,7 @@ Importing this module imports neither torch nor diffusers, so command lines can 
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from library.options import OptionError, require
+from library.options import require
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,15 @@ def check_steps(where: str, sampler: str, steps: int) -> None:
     require(row.least_steps <= steps <= row.most_steps, where, problem, f"use {row.least_steps} to {row.most_steps}")
 
 
+def check_packages(where: str, sampler: str) -> None:
+    """Raise OptionError when a package that `sampler` needs is missing; `where` names the option.
+
+    diffusers imports without scipy, but its LMS scheduler cannot take a step then.
+    """
+    is_there = SAMPLERS[sampler] is not LMS or importlib.util.find_spec("scipy") is not None
+    require(is_there, where, f"{sampler!r} needs the package scipy", "run `pip install scipy`, or use euler")
+
+
 def make_scheduler(sampler: str, *, v_prediction: bool) -> Scheduler:
     """A fresh diffusers scheduler for one batch; raises OptionError when a package it needs is missing.
 
@@ -100,8 +110,7 @@ def make_scheduler(sampler: str, *, v_prediction: bool) -> Scheduler:
     from library.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
 
     row = SAMPLERS[sampler]
-    if row is LMS:
-        _require_scipy(sampler)
+    check_packages("--sampler", sampler)
     scheduler_class = getattr(diffusers, row.scheduler)
     known = inspect.signature(scheduler_class.__init__).parameters
     with warnings.catch_warnings():  # "dpmsolver" is announced to go in diffusers 1.0; the name stays the trade's
@@ -130,13 +139,3 @@ def stepper(
         return scheduler.step(prediction_BCHW, timestep, latents_BCHW, return_dict=False, **arguments)[0]
 
     return step
-
-
-def _require_scipy(sampler: str) -> None:
-    """diffusers imports without scipy, but its LMS scheduler cannot take a step then."""
-    try:
-        import scipy.integrate  # noqa: F401
-    except ImportError:
-        raise OptionError(
-            "--sampler", f"{sampler!r} needs the package scipy", "run `pip install scipy`, or use --sampler euler"
-        ) from None

@@ -15,6 +15,7 @@ import torch
 from library.checkpoints.source import ModelSource
 from library.families.options import ModelOptions, TextOptions
 from library.models.options import AttentionOptions
+from library.text.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,30 @@ class ModelFamily(Protocol):
         """The model on its device, frozen and in eval mode; raises OptionError on a wrong file."""
         ...
 
-    def tokenize(self, tokenizers: Sequence[Any], captions: Sequence[str], windows: int) -> tuple[torch.Tensor, ...]:
-        """(B, N, 77) int64 token ids per tokenizer: `windows` = N windows of 75 content tokens, begin, end, padding."""
+    def outline(self, options: ModelOptions, plan: LoadPlan) -> ModelBundle:
+        """The same without weights, on the meta device and from headers alone: for what depends on sizes only."""
+        ...
+
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], windows: int, *, weighted: bool = False
+    ) -> Tokens:
+        """Ids (B, N, 77) per tokenizer: `windows` = N windows of 75 content tokens, begin, end, padding.
+
+        `weighted` captions hold emphasis, which becomes the weights that go with the ids.
+        """
         ...
 
     def encode_text(
-        self, text_encoders: Sequence[torch.nn.Module], token_ids: Sequence[torch.Tensor], text: TextOptions
+        self,
+        text_encoders: Sequence[torch.nn.Module],
+        token_ids: Sequence[torch.Tensor],
+        text: TextOptions,
+        token_weights: Sequence[torch.Tensor] | None = None,
     ) -> Conditioning:
-        """Conditioning of (B, N, 77) ids per encoder; context_BTD has T = 75 N + 2 states. Differentiable."""
+        """Conditioning of (B, N, 77) ids and their weights, if any, per encoder. Differentiable.
+
+        context_BTD has T = 75 N + 2 states.
+        """
         ...
 
     def predict(

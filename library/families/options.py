@@ -36,7 +36,10 @@ class TextOptions:
 
     clip_skip: int | None = opt(help="take the text encoder's n-th layer from the end (1 = the last)")
     max_token_length: int | None = opt(
-        choices=[None, 150, 225], help="longest caption in tokens; 75 without this option"
+        choices=[None, 75, 150, 225], help="longest caption in tokens; 75 without this option"
+    )
+    weighted_captions: bool = opt(
+        False, help="captions hold emphasis, (word:1.2), (word) and [word], and BREAK, read as in prompts"
     )
 
     def __post_init__(self) -> None:

@@ -21,13 +21,21 @@ from library.checkpoints.source import ModelSource
 from library.checkpoints.weights import Weights, open_weights
 from library.families.base import Conditioning, LoadPlan, ModelBundle
 from library.families.options import ModelOptions, TextOptions
-from library.families.sd_parts import load_from_file, load_from_folder, load_vae
+from library.families.sd_parts import (
+    empty_parts_of_file,
+    empty_parts_of_folder,
+    empty_vae,
+    load_from_file,
+    load_from_folder,
+    load_vae,
+)
 from library.models import attention as attention_kernels
 from library.models.build import VAE_SCALE
 from library.models.options import AttentionOptions
-from library.models.text_encoder import encode_windows
+from library.models.text_encoder import encode_windows, join_windows
 from library.options import OptionError
-from library.text.tokens import ClipTokenizer
+from library.text.tokens import ClipTokenizer, Tokens
+from library.text.weighted_tokens import apply_weights, weighted_windows
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +49,37 @@ class StableDiffusion:
 
     def load(self, options: ModelOptions, attention: AttentionOptions, plan: LoadPlan) -> ModelBundle:
         """The model on its device, frozen and in eval mode; raises OptionError on a wrong file or flag."""
-        path = options.pretrained_model_name_or_path
-        assert path is not None  # ModelOptions checks it
-        found = resolve_model(path)
-        source = replace(probe(str(found), v2=options.v2), path=path)
-        source = self._with_prediction_type(source, options)
+        found, source = self._found(options)
         vae = load_vae(options.vae, plan) if options.vae else None
         if found.is_dir():
             unet, text_encoder, vae = load_from_folder(found, vae, plan, MODEL_FLAG)
         else:
             unet, text_encoder, vae = load_from_file(found, source.kind, vae, plan, MODEL_FLAG)
         attention_kernels.apply(unet, vae, attention.kind)
-        tokenizer = ClipTokenizer("zero" if source.kind == "sd2" else "eos")
-        return ModelBundle(unet, (text_encoder,), vae, (tokenizer,), source)
+        return ModelBundle(unet, (text_encoder,), vae, (self._tokenizer(source),), source)
+
+    def outline(self, options: ModelOptions, plan: LoadPlan) -> ModelBundle:
+        """The model on the meta device, frozen and in eval mode: names, sizes and precisions without weights."""
+        found, source = self._found(options)
+        vae = empty_vae(options.vae) if options.vae else None
+        if found.is_dir():
+            unet, text_encoder, vae = empty_parts_of_folder(found, vae, MODEL_FLAG)
+        else:
+            unet, text_encoder, vae = empty_parts_of_file(found, source.kind, vae, MODEL_FLAG)
+        for part, dtype in ((unet, plan.unet), (text_encoder, plan.text_encoders), (vae, plan.vae)):
+            torch.nn.Module.to(part, dtype).requires_grad_(False).eval()
+        return ModelBundle(unet, (text_encoder,), vae, (self._tokenizer(source),), source)
+
+    def _found(self, options: ModelOptions) -> tuple[Path, ModelSource]:
+        """The model's file or folder, and what it is."""
+        path = options.pretrained_model_name_or_path
+        assert path is not None  # ModelOptions checks it
+        found = resolve_model(path)
+        source = replace(probe(str(found), v2=options.v2), path=path)
+        return found, self._with_prediction_type(source, options)
+
+    def _tokenizer(self, source: ModelSource) -> ClipTokenizer:
+        return ClipTokenizer("zero" if source.kind == "sd2" else "eos")
 
     def _with_prediction_type(self, source: ModelSource, options: ModelOptions) -> ModelSource:
         if source.kind == "sd2" and source.is_single_file and not (source.v_prediction or options.v_parameterization):
@@ -63,16 +89,31 @@ class StableDiffusion:
             )
         return replace(source, v_prediction=source.v_prediction or options.v_parameterization)
 
-    def tokenize(self, tokenizers: Sequence[Any], captions: Sequence[str], windows: int) -> tuple[torch.Tensor, ...]:
-        """(B, N, 77) int64 token ids per tokenizer."""
-        return tuple(tokenizer.windows(captions, windows) for tokenizer in tokenizers)
+    def tokenize(
+        self, tokenizers: Sequence[Any], captions: Sequence[str], windows: int, *, weighted: bool = False
+    ) -> Tokens:
+        """Ids (B, N, 77) per tokenizer, and weights where captions hold emphasis."""
+        if weighted:
+            return weighted_windows(tokenizers, captions, windows)
+        return Tokens(tuple(tokenizer.windows(captions, windows) for tokenizer in tokenizers))
 
     def encode_text(
-        self, text_encoders: Sequence[torch.nn.Module], token_ids: Sequence[torch.Tensor], text: TextOptions
+        self,
+        text_encoders: Sequence[torch.nn.Module],
+        token_ids: Sequence[torch.Tensor],
+        text: TextOptions,
+        token_weights: Sequence[torch.Tensor] | None = None,
     ) -> Conditioning:
-        """Conditioning of (B, N, 77) ids: (B, 75 N + 2, D) states of the chosen layer, through the final norm."""
+        """Conditioning of (B, N, 77) ids: (B, 75 N + 2, D) states of the chosen layer, through the final norm.
+
+        With weights, each state is then multiplied by that of its token, and the mean of a sample is kept.
+        """
         (encoder,), (ids,) = text_encoders, token_ids
-        return Conditioning(encode_windows(encoder, ids, text.clip_skip))
+        context_BTD = encode_windows(encoder, ids, text.clip_skip)
+        if token_weights is not None:
+            (weights_BNT,) = token_weights
+            context_BTD = apply_weights(context_BTD, join_windows(weights_BNT.unsqueeze(-1)).squeeze(-1))
+        return Conditioning(context_BTD)
 
     def predict(
         self, unet: torch.nn.Module, noised_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning

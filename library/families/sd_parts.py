@@ -32,47 +32,85 @@ Parts = tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]  # U-Net, text 
 def load_from_file(path: Path, kind: str, vae: torch.nn.Module | None, plan: LoadPlan, flag: str) -> Parts:
     """The parts of a single file; `vae` replaces the file's own. Missing tensors are found before any is read."""
     with open_weights(path, flag) as weights:
-        modules: dict[str, torch.nn.Module] = {}
-        try:
-            with torch.device("meta"):
-                modules["unet"] = build_unet(unet_architecture(weights.shapes, kind))
-                modules["text_encoder"] = build_text_encoder(text_architecture(weights.shapes, kind))
-                if vae is None:
-                    modules["vae"] = build_vae(vae_architecture(weights.shapes))
-        except ArchitectureError as error:
-            way_out = "name a VAE with --vae" if VAE_PREFIX in str(error) else "use a complete checkpoint"
-            raise OptionError(flag, f"{path} is incomplete: {error}", way_out) from None
-        readers = {
-            part: part_reader(part, module.state_dict(), weights, kind=kind, subject=f"{flag}: {path}")
-            for part, module in modules.items()
-        }
+        modules = _empty_parts(weights, path, kind, vae, flag)
+        readers = _readers(modules, weights, path, kind, flag)
         dtypes = {"unet": plan.unet, "text_encoder": plan.text_encoders, "vae": plan.vae}
         for part, module in modules.items():
             fill(module, readers[part], dtype=dtypes[part], device=plan.device)
     return modules["unet"], modules["text_encoder"], vae or modules["vae"]
 
 
-def load_from_folder(folder: Path, vae: torch.nn.Module | None, plan: LoadPlan, flag: str) -> Parts:
-    """The parts of a Diffusers folder."""
+def _empty_parts(
+    weights: Weights, path: Path, kind: str, vae: torch.nn.Module | None, flag: str
+) -> dict[str, torch.nn.Module]:
+    """The parts of a single file by name on the meta device: sizes without values. Not the VAE where `vae` is it."""
+    modules: dict[str, torch.nn.Module] = {}
+    try:
+        with torch.device("meta"):
+            modules["unet"] = build_unet(unet_architecture(weights.shapes, kind))
+            modules["text_encoder"] = build_text_encoder(text_architecture(weights.shapes, kind))
+            if vae is None:
+                modules["vae"] = build_vae(vae_architecture(weights.shapes))
+    except ArchitectureError as error:
+        way_out = "name a VAE with --vae" if VAE_PREFIX in str(error) else "use a complete checkpoint"
+        raise OptionError(flag, f"{path} is incomplete: {error}", way_out) from None
+    return modules
+
+
+def _readers(
+    modules: dict[str, torch.nn.Module], weights: Weights, path: Path, kind: str, flag: str
+) -> dict[str, Callable[[str], torch.Tensor]]:
+    """A reader for each part; OptionError names tensors that are missing."""
+    return {
+        part: part_reader(part, module.state_dict(), weights, kind=kind, subject=f"{flag}: {path}")
+        for part, module in modules.items()
+    }
+
+
+def empty_parts_of_file(path: Path, kind: str, vae: torch.nn.Module | None, flag: str) -> Parts:
+    """The parts of a single file on the meta device, read from its header alone; what it lacks is found all the same."""
+    with open_weights(path, flag) as weights:
+        modules = _empty_parts(weights, path, kind, vae, flag)
+        _readers(modules, weights, path, kind, flag)
+    return modules["unet"], modules["text_encoder"], vae or modules["vae"]
+
+
+def empty_parts_of_folder(folder: Path, vae: torch.nn.Module | None, flag: str) -> Parts:
+    """The parts of a Diffusers folder on the meta device, from their configurations."""
     unet_config, text_config = (read_config(folder / part / "config.json", flag) for part in ("unet", "text_encoder"))
     with torch.device("meta"):
         unet = build_from_config(UNet2DConditionModel, unet_config)
         text_encoder = build_text_encoder(_text_architecture(text_config))
+        vae = vae or build_from_config(AutoencoderKL, read_config(folder / "vae" / "config.json", flag))
+    return unet, text_encoder, vae
+
+
+def empty_vae(path: str) -> torch.nn.Module:
+    """An external VAE on the meta device; see :func:`load_vae`."""
+    found = check_vae(path)
+    with torch.device("meta"):
+        if found.is_dir():
+            return build_from_config(AutoencoderKL, read_config(found / "config.json", VAE_FLAG))
+        with open_weights(found, VAE_FLAG) as weights:
+            return build_vae(vae_architecture(weights.shapes, vae_prefix(weights.shapes)))
+
+
+def load_from_folder(folder: Path, vae: torch.nn.Module | None, plan: LoadPlan, flag: str) -> Parts:
+    """The parts of a Diffusers folder."""
+    unet, text_encoder, empty_vae_part = empty_parts_of_folder(folder, vae, flag)
     _fill_from_folder(unet, folder / "unet", "diffusion_pytorch_model", plan.unet, plan.device, flag)
     _fill_from_folder(
         text_encoder, folder / "text_encoder", "model", plan.text_encoders, plan.device, flag, classic_text_key
     )
-    return unet, text_encoder, vae or _load_vae_folder(folder / "vae", plan, flag)
+    return unet, text_encoder, vae or _filled_vae(empty_vae_part, folder / "vae", plan, flag)
 
 
 def load_vae(path: str, plan: LoadPlan) -> torch.nn.Module:
     """An external VAE: a Diffusers folder (itself or its "vae"), a file in either layout, a checkpoint, a hub id."""
-    found = check_vae(path)
+    found, vae = check_vae(path), empty_vae(path)
     if found.is_dir():
-        return _load_vae_folder(found, plan, VAE_FLAG)
+        return _filled_vae(vae, found, plan, VAE_FLAG)
     with open_weights(found, VAE_FLAG) as weights:
-        with torch.device("meta"):
-            vae = build_vae(vae_architecture(weights.shapes, vae_prefix(weights.shapes)))
         if any(".down_blocks." in key for key in weights.shapes):
             reader = _named_reader(vae, weights, f"{VAE_FLAG}: {found}", modern_vae_key)
         else:
@@ -80,9 +118,7 @@ def load_vae(path: str, plan: LoadPlan) -> torch.nn.Module:
         return fill(vae, reader, dtype=plan.vae, device=plan.device)
 
 
-def _load_vae_folder(folder: Path, plan: LoadPlan, flag: str) -> torch.nn.Module:
-    with torch.device("meta"):
-        vae = build_from_config(AutoencoderKL, read_config(folder / "config.json", flag))
+def _filled_vae(vae: torch.nn.Module, folder: Path, plan: LoadPlan, flag: str) -> torch.nn.Module:
     _fill_from_folder(vae, folder, "diffusion_pytorch_model", plan.vae, plan.device, flag, modern_vae_key)
     return vae
 

@@ -34,11 +34,17 @@ class PromptEncoder:
     Prompts are encoded one by one, so that a prompt's conditioning does not depend on its batch.
     """
 
-    def __init__(self, family: ModelFamily, bundle: ModelBundle) -> None:
+    def __init__(self, family: ModelFamily, bundle: ModelBundle, way_out: str = "") -> None:
+        """`way_out` is added, in brackets, to what is said about prompts that are too long."""
         self.family = family
         self.bundle = bundle
+        self._way_out = f" ({way_out})" if way_out else ""
         self._tokens: dict[tuple[str, int], tuple[WeightedTokens, ...]] = {}
         self._kept: OrderedDict[tuple[str, int, int, int | None], Conditioning] = OrderedDict()
+
+    def forget(self) -> None:
+        """Encode everything anew from here on: the text encoders have learned something."""
+        self._kept.clear()
 
     def windows(self, request: GenerationRequest) -> int:
         """Windows that a request's conditioning has: the longer one of its prompt and its negative prompt."""
@@ -60,8 +66,8 @@ class PromptEncoder:
             num_cut = max(item.num_cut for item in tokens)
             if num_cut:
                 logger.warning(
-                    "%d tokens beyond the limit of %d are cut off (--max_embeddings_multiples raises it): %s",
-                    num_cut, max_windows * WINDOW, text,
+                    "%d tokens beyond the limit of %d are cut off%s: %s",
+                    num_cut, max_windows * WINDOW, self._way_out, text,
                 )  # fmt: skip
             self._tokens[key] = tokens
         return self._tokens[key]
@@ -86,7 +92,7 @@ class PromptEncoder:
         encoded = self.family.encode_text(self.bundle.text_encoders, ids, text)
         context_BTD = encoded.context_BTD.flatten(0, 1).unsqueeze(0)
         if tokens[0].is_weighted:
-            context_BTD = apply_weights(context_BTD, token_weights([tokens[0]], num_windows))
+            context_BTD = apply_weights(context_BTD, token_weights([tokens[0]], num_windows).flatten(1))
         vector_BD = None if encoded.vector_BD is None else encoded.vector_BD[:1]
         return Conditioning(context_BTD, vector_BD)
 

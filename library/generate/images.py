@@ -15,7 +15,7 @@ from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.generate.conditions import PromptEncoder
 from library.generate.denoise import decode, denoise
 from library.generate.options import ComputeOptions, GenerationConfig
-from library.generate.output import PictureWriter
+from library.generate.output import ModelNames, PictureWriter
 from library.generate.request import GenerationRequest, batches
 from library.options import OptionError
 
@@ -44,12 +44,12 @@ def generate(
     folder: Path,
 ) -> list[Path]:
     """Make the pictures and write them into `folder`; returns their paths in the order of the requests."""
-    encoder = PromptEncoder(family, bundle)
-    writer = PictureWriter(folder, config.output, model_name=Path(bundle.source.path).stem)
+    encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
+    writer = PictureWriter(folder, config.output, ModelNames(Path(bundle.source.path).stem))
     progress = tqdm(total=len(requests), unit="picture", desc="pictures")
     with writer, progress:
         for batch in batches(requests, config.compute.batch_size, encoder.windows):
-            with memory_explained(config.compute):
+            with reasons_explained(config.compute):
                 pictures = make_pictures(family, bundle, batch, encoder)
             for index, (request, picture) in enumerate(zip(batch, pictures, strict=True)):
                 writer.write(picture, request, index)
@@ -58,10 +58,15 @@ def generate(
 
 
 def make_pictures(
-    family: ModelFamily, bundle: ModelBundle, batch: Sequence[GenerationRequest], encoder: PromptEncoder
+    family: ModelFamily,
+    bundle: ModelBundle,
+    batch: Sequence[GenerationRequest],
+    encoder: PromptEncoder,
+    *,
+    show_progress: bool = True,
 ) -> list[Image.Image]:
-    """One batch, with a progress bar over its steps; raises OptionError for latents that are not numbers."""
-    with tqdm(unit="step", desc="steps", leave=False) as progress:
+    """One batch, with a progress bar over its steps; raises NotFiniteError for latents that are not numbers."""
+    with tqdm(unit="step", desc="steps", leave=False, disable=not show_progress) as progress:
 
         def show(_done: int, total: int) -> None:
             progress.total = total
@@ -69,16 +74,21 @@ def make_pictures(
 
         latents_BChw = denoise(family, bundle, batch, encoder=encoder, progress=show)
     if not latents_BChw.isfinite().all():
-        way_out = "use --bf16, or neither of both" if next(bundle.unet.parameters()).dtype == torch.float16 else ""
-        raise OptionError("", "the model's output is not finite: the weights or their precision are at fault", way_out)
+        raise NotFiniteError("the model's output is not finite: the weights or their precision are at fault")
     return [Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in decode(bundle, latents_BChw)]
 
 
+class NotFiniteError(ValueError):
+    """Latents that are no numbers."""
+
+
 @contextmanager
-def memory_explained(compute: ComputeOptions) -> Iterator[None]:
-    """Turn running out of GPU memory into a sentence with the ways out."""
+def reasons_explained(compute: ComputeOptions) -> Iterator[None]:
+    """Turn running out of GPU memory, or of numbers, into a sentence with the ways out."""
     try:
         yield
+    except NotFiniteError as error:
+        raise OptionError("", str(error), "use --bf16, or neither of both" if compute.fp16 else "") from None
     except torch.OutOfMemoryError:
         smaller = "a smaller --batch_size, smaller pictures" if compute.batch_size > 1 else "smaller pictures"
         way_out = f"use {smaller}" + ("" if compute.fp16 or compute.bf16 else ", --fp16 or --bf16")

@@ -13,6 +13,7 @@ from library.options import named_values, opt, require
 
 SIZE_STEP = 8  # pixels of one latent pixel
 LEAST_SIZE = 64  # pixels; the U-Net halves its 8 times smaller latents three times
+LARGEST_SIZE = 16_384  # pixels: beyond any model, but a slip of the keyboard
 SEED_RANGE = range(2**64)  # what torch's generators take
 
 
@@ -214,6 +215,7 @@ CONFIG_GROUPS: dict[str, Any] = {
 def check_size(where: str, pixels: int) -> None:
     """Raise OptionError unless a picture can be this wide or high."""
     require(pixels >= LEAST_SIZE, where, f"{pixels} is too small", f"use at least {LEAST_SIZE}")
+    require(pixels <= LARGEST_SIZE, where, f"{pixels} is too large", f"the largest is {LARGEST_SIZE}")
     below = pixels // SIZE_STEP * SIZE_STEP
     require(pixels == below, where, f"{pixels} is not a multiple of {SIZE_STEP}", f"use {below} or {below + SIZE_STEP}")
 

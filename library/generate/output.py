@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -49,7 +50,11 @@ def prepare_folder(path: str | Path, largest_bytes: int) -> Path:
 
 def time_names(request: GenerationRequest, index: int, moment: time.struct_time) -> Iterator[str]:
     """im_{local time}_{index in the batch}_{seed}.png, and the same with _2, _3 ... behind it."""
-    stem = f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{index:03d}_{request.seed}"
+    return numbered_names(f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{index:03d}_{request.seed}")
+
+
+def numbered_names(stem: str) -> Iterator[str]:
+    """{stem}.png, {stem}_2.png, {stem}_3.png ..."""
     yield f"{stem}.png"
     number = 2
     while True:
@@ -66,7 +71,16 @@ def sequential_names(folder: Path) -> Iterator[str]:
         yield f"im_{number:06d}.png"
 
 
-def metadata(request: GenerationRequest, model_name: str) -> dict[str, str]:
+@dataclass(frozen=True)
+class ModelNames:
+    """What web user interfaces call the weights that drew a picture."""
+
+    model: str
+    model_hash: str = ""  # the first 10 digits of the file's SHA-256
+    networks: str = ""  # tags such as "<lora:name:1>", as prompts ask for networks there
+
+
+def metadata(request: GenerationRequest, names: ModelNames) -> dict[str, str]:
     """PNG text chunks in the trade's order; `parameters` is what web user interfaces read."""
     return {
         "prompt": request.prompt,
@@ -75,13 +89,13 @@ def metadata(request: GenerationRequest, model_name: str) -> dict[str, str]:
         "steps": str(request.steps),
         "scale": str(request.scale),
         "negative-prompt": request.negative_prompt,
-        "parameters": infotext(request, model_name),
+        "parameters": infotext(request, names),
     }
 
 
-def infotext(request: GenerationRequest, model_name: str) -> str:
+def infotext(request: GenerationRequest, names: ModelNames) -> str:
     """The specification as web user interfaces write and read it."""
-    lines = [request.prompt]
+    lines = [f"{request.prompt} {names.networks}".strip()]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     values = {
@@ -90,8 +104,10 @@ def infotext(request: GenerationRequest, model_name: str) -> str:
         "CFG scale": f"{request.scale:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
-        "Model": _quoted(model_name),
     }
+    if names.model_hash:
+        values["Model hash"] = names.model_hash
+    values["Model"] = _quoted(names.model)
     if request.clip_skip is not None:
         values["Clip skip"] = request.clip_skip
     lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
@@ -110,21 +126,35 @@ def encode_png(image: Image.Image, texts: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def write_new(folder: Path, names: Iterator[str], data: bytes) -> Path:
+def write_new(folder: Path, names: Iterator[str], data: bytes, flag: str = FLAG) -> Path:
     """Write `data` under the first free name, whole or not at all; raises OptionError when the disk won't take it.
 
-    The data is on the disk before it gets its name, so a program that is killed leaves no broken picture.
+    The data is on the disk before it gets its name, so a program that is killed leaves no broken picture. `flag` named
+    the folder.
     """
+    with _written(folder, data, flag) as temporary:
+        return _take_name(temporary, folder, names)
+
+
+def replace_file(path: Path, data: bytes, flag: str = FLAG) -> None:
+    """Write `data` as `path`, whole or not at all, in place of what may be there; see :func:`write_new`."""
+    with _written(path.parent, data, flag) as temporary:
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _written(folder: Path, data: bytes, flag: str) -> Iterator[Path]:
+    """A file with `data`, to be renamed inside the block; errors of the disk become OptionError."""
     temporary = folder / f".{secrets.token_hex(8)}.part"  # not by tempfile, whose files are private
     try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return _take_name(temporary, folder, names)
+        yield temporary
     except OSError as error:
         way_out = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise OptionError(FLAG, f"can't write to {folder} ({error.strerror})", way_out) from error
+        raise OptionError(flag, f"can't write to {folder} ({error.strerror})", way_out) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -136,9 +166,9 @@ class PictureWriter:
     An error of the disk is raised by the next `write`, or on leaving.
     """
 
-    def __init__(self, folder: Path, options: OutputOptions, model_name: str) -> None:
+    def __init__(self, folder: Path, options: OutputOptions, model_names: ModelNames) -> None:
         self.folder = folder
-        self.model_name = model_name
+        self.model_names = model_names
         self.paths: list[Path] = []
         self._running = sequential_names(folder) if options.sequential_file_name else None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
@@ -148,7 +178,7 @@ class PictureWriter:
         """Hand over one picture; `index` is its place in the batch."""
         self._collect(MOST_WAITING)
         names = self._running or time_names(request, index, time.localtime())
-        texts = metadata(request, self.model_name)
+        texts = metadata(request, self.model_names)
         self._waiting.append(self._pool.submit(lambda: write_new(self.folder, names, encode_png(image, texts))))
 
     def _collect(self, most: int) -> None:

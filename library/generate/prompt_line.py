@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,36 +30,44 @@ class PromptLine:
     scale: float | None = None
     seeds: tuple[int, ...] = ()  # one per picture; the last one serves all further pictures
     where: str = "--prompt"  # for messages: the flag, or file and line number
+    sampler: str | None = None
 
 
-def parse_prompt_line(line: str, where: str = "--prompt") -> PromptLine:
+# name of a line's option -> (field of PromptLine, what its value must be, parser of the value)
+LineOptions = Mapping[str, tuple[str, str, Callable[[str], Any]]]
+
+
+def parse_prompt_line(line: str, where: str = "--prompt", options: LineOptions | None = None) -> PromptLine:
     """Split a line at " --" into the prompt and its options; a line that begins with "--" has an empty prompt.
 
-    Option names are matched in any case. A value that is no number raises OptionError; unknown options are left out of
-    the prompt, as they always were, and named in one warning.
+    `options` are LINE_OPTIONS where not given; their names are matched in any case. A value that is no number raises
+    OptionError; unknown options are left out of the prompt, as they always were, and named in one warning.
     """
+    options = LINE_OPTIONS if options is None else options
     prompt, *parts = f" {line.strip()}".split(" --")
     values: dict[str, Any] = {}
     unknown = []
     for part in parts:
         name, _, text = part.strip().partition(" ")
-        if name.lower() not in LINE_OPTIONS:
+        if name.lower() not in options:
             unknown.append(f"--{part.strip()}")
             continue
-        field, kind, parse = LINE_OPTIONS[name.lower()]
+        field, kind, parse = options[name.lower()]
         try:
             values[field] = parse(text.strip())
         except ValueError:
             raise OptionError(where, f"--{name} {text.strip()!r} is not {kind}") from None
     if unknown:
-        known = ", ".join(f"--{name}" for name in LINE_OPTIONS)
+        known = ", ".join(f"--{name}" for name in options)
         logger.warning("%s: no effect: %s; prompt lines know %s", where, ", ".join(unknown), known)
     if DYNAMIC_PROMPT.search(prompt):
         logger.warning("%s: {...|...} is used as it stands: alternatives are not drawn", where)
     return PromptLine(prompt.strip(), where=where, **values)
 
 
-def read_prompt_file(path: str | Path, flag: str = "--from_file") -> list[PromptLine]:
+def read_prompt_file(
+    path: str | Path, flag: str = "--from_file", options: LineOptions | None = None
+) -> list[PromptLine]:
     """The prompts of a text file (UTF-8, with or without a byte order mark); blank lines and # comments are skipped.
 
     Raises OptionError, which names `flag`, for a file that is missing, holds no prompt or is no UTF-8 text.
@@ -75,7 +83,7 @@ def read_prompt_file(path: str | Path, flag: str = "--from_file") -> list[Prompt
     prompts = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not prompts:
         raise OptionError(flag, f"{path} holds no prompt", "write one prompt per line")
-    return [parse_prompt_line(line, f"{path}, line {number}") for number, line in prompts]
+    return [parse_prompt_line(line, f"{path}, line {number}", options) for number, line in prompts]
 
 
 def finite_number(text: str) -> float:
@@ -89,8 +97,7 @@ def seed_list(text: str) -> tuple[int, ...]:
     return tuple(int(seed) for seed in text.split(",") if seed.strip()) or (int(text),)
 
 
-# option -> (field, what its value must be, parser)
-LINE_OPTIONS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
+LINE_OPTIONS: LineOptions = {
     "n": ("negative_prompt", "a text", str),
     "w": ("width", "a whole number", int),
     "h": ("height", "a whole number", int),

@@ -54,7 +54,7 @@ def make_requests(
     lines = [checked_line(line, picture.sampler) for line in lines]
     drawn = seeds(prompts.seed, count=prompts.n_iter * len(lines) * prompts.images_per_prompt)
     return [
-        _request(line, picture, _own_seed(line, index, drawn))
+        request_of(line, picture, _own_seed(line, index, drawn))
         for _ in range(prompts.n_iter)
         for line in lines
         for index in range(prompts.images_per_prompt)
@@ -64,7 +64,7 @@ def make_requests(
 def checked_line(line: PromptLine, sampler: str) -> PromptLine:
     """The line with steps that the sampler can take; raises OptionError, which names the line, for anything else.
 
-    The trade clamps steps, so files of prompts may rely on it.
+    `sampler` is that of lines that name none. The trade clamps steps, so files of prompts may rely on it.
     """
     if line.width is not None:
         check_size(f"{line.where}: --w", line.width)
@@ -76,6 +76,7 @@ def checked_line(line: PromptLine, sampler: str) -> PromptLine:
         check_emphasis(line.where, text)
     if line.steps is None:
         return line
+    sampler = line.sampler or sampler
     row = SAMPLERS[sampler]
     steps = min(max(line.steps, row.least_steps), row.most_steps)
     if steps != line.steps:
@@ -126,7 +127,8 @@ def _own_seed(line: PromptLine, index: int, drawn: Iterator[int]) -> int:
     return line.seeds[min(index, len(line.seeds) - 1)] if line.seeds else next(drawn)
 
 
-def _request(line: PromptLine, picture: PictureOptions, seed: int) -> GenerationRequest:
+def request_of(line: PromptLine, picture: PictureOptions, seed: int) -> GenerationRequest:
+    """One picture of a checked line; `picture` says what the line does not."""
     return GenerationRequest(
         prompt=line.prompt,
         negative_prompt=line.negative_prompt,
@@ -135,7 +137,7 @@ def _request(line: PromptLine, picture: PictureOptions, seed: int) -> Generation
         steps=picture.steps if line.steps is None else line.steps,
         scale=picture.scale if line.scale is None else line.scale,
         seed=seed,
-        sampler=picture.sampler,
+        sampler=line.sampler or picture.sampler,
         clip_skip=picture.clip_skip,
         max_windows=picture.windows,
     )

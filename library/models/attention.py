@@ -66,13 +66,17 @@ class SlicedAttention:
             projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
-        mixed = attend_in_slices(query, key, value, attn.upcast_attention)
+        mixed = self.attend(query, key, value, attn.upcast_attention)
         output = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
         if len(shape) == 4:
             output = output.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             output = output + residual
         return output / attn.rescale_output_factor
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, upcast: bool) -> torch.Tensor:
+        """softmax(q k^T / sqrt(d)) v of (B, heads, tokens, d) tensors."""
+        return attend_in_slices(query, key, value, upcast)
 
 
 def attend_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, upcast: bool) -> torch.Tensor:

@@ -240,6 +240,11 @@ class Adapted:
     def on_epoch_start(self, models: Models) -> None:
         self.network.on_epoch_start(models.text_encoder, models.unet)
 
+    def set_multiplier(self, multiplier: float) -> None:
+        """How strong the network's change is; raises OptionError for a network that can't change it."""
+        self.require("set_multiplier")
+        self.network.set_multiplier(multiplier)
+
     def on_step_start(self, models: Models) -> None:
         if self._on_step_start is not None:
             self._on_step_start(models.text_encoder, models.unet)

@@ -48,6 +48,9 @@ class TrainTarget(ABC):
         """Whether text is encoded with gradients at the optimizer update after `step` updates."""
         return False
 
+    def before_forward(self, batch: Batch) -> None:  # noqa: B027
+        """Called before a batch's text is encoded and its noise predicted."""
+
     def predict(
         self,
         family: ModelFamily,
@@ -71,6 +74,10 @@ class TrainTarget(ABC):
     @abstractmethod
     def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the file users take away, atomically; the extension decides the format."""
+
+    def prompt_tag(self, name: str) -> str:
+        """What asks for the file `name` (without extension) in a prompt of web user interfaces; "" where none does."""
+        return ""
 
     def describe(self) -> dict[str, Any]:
         """Metadata (ss_*) of this target."""

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 
 from library.checkpoints.safetensors_io import NonFiniteError, is_finite, read_header, require_disk_space
-from library.families.base import ModelBundle, ModelFamily
+from library.data.batch import Batch
+from library.families.base import Conditioning, ModelBundle, ModelFamily
 from library.families.options import TextOptions
 from library.options import OptionError
 from library.targets.adapter import Adapted, Models, NetworkFactory, blamed_on, read_tensors
@@ -57,6 +58,7 @@ class NetworkTarget(TrainTarget):
                     _check_file(file, flag)
         self.needs_autocast = not self.factory.casts_itself
         self._trains_text = False
+        self._strength = 1.0
 
     # ------------------------------------------------------------------ setting up
 
@@ -143,7 +145,7 @@ class NetworkTarget(TrainTarget):
         was_training = module.training
         module.eval()  # no dropout: every module takes part
         device = next(bundle.text_encoders[0].parameters()).device
-        token_ids = [ids.to(device) for ids in family.tokenize(bundle.tokenizers, [""], 1)]
+        token_ids = [ids.to(device) for ids in family.tokenize(bundle.tokenizers, [""], 1).ids]
         with torch.enable_grad():
             conditioning = family.encode_text(bundle.text_encoders, token_ids, self.text)
             states = [
@@ -197,6 +199,29 @@ class NetworkTarget(TrainTarget):
 
     # ------------------------------------------------------------------ around a step
 
+    def before_forward(self, batch: Batch) -> None:
+        self._set_strength(batch.network_multiplier)
+
+    def predict(
+        self,
+        family: ModelFamily,
+        bundle: ModelBundle,
+        noised_BCHW: torch.Tensor,
+        conditioning: Conditioning,
+        batch: Batch,
+    ) -> torch.Tensor:
+        """As the family predicts; where no backward pass follows, the network is then at full strength again."""
+        prediction = super().predict(family, bundle, noised_BCHW, conditioning, batch)
+        if not torch.is_grad_enabled():
+            self._set_strength(1.0)
+        return prediction
+
+    def _set_strength(self, multiplier: float) -> None:
+        """Datasets may say how strong the network is while it is trained on them; 1 is what it is saved and shown at."""
+        if multiplier != self._strength:
+            self.network.set_multiplier(multiplier)
+            self._strength = multiplier
+
     def on_epoch_start(self, epoch: int) -> None:
         self.network.on_epoch_start(self.models)
 
@@ -205,6 +230,7 @@ class NetworkTarget(TrainTarget):
 
     def after_optimizer_step(self) -> Mapping[str, float | torch.Tensor]:
         """Limit the norms of the modules' weight changes, where --scale_weight_norms asks for it."""
+        self._set_strength(1.0)
         limit = self.options.scale_weight_norms
         if limit is None or not self.network.can_limit_norms:
             return {}
@@ -252,6 +278,9 @@ class NetworkTarget(TrainTarget):
                 raise _not_finite(name, tensor, saved, path)
             size += saved.numel() * saved.element_size()
         return size
+
+    def prompt_tag(self, name: str) -> str:
+        return f"<lora:{name}:1>"
 
     def describe(self) -> dict[str, Any]:
         """ss_network_*; ss_network_args is JSON and there only if arguments were given."""

@@ -6,8 +6,10 @@ Shape letters: B captions, N windows of 75 content tokens, T = 77 tokens of a wi
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -17,6 +19,13 @@ BEGIN_ID = 49406
 END_ID = 49407
 WINDOW = 75  # content tokens of a window
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # how CLIP cuts a text before merging bytes
+
+
+class Tokens(NamedTuple):
+    """Captions as the text encoders take them: one tensor per tokenizer."""
+
+    ids: tuple[torch.Tensor, ...]  # (B, N, 77) int64
+    weights: tuple[torch.Tensor, ...] | None = None  # (B, N, 77) float32: emphasis of each token; None: all are 1
 
 
 class ClipTokenizer:
@@ -33,9 +42,23 @@ class ClipTokenizer:
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return ClipTokenizer, (self.pad_token,)
 
+    def for_transformers(self) -> Any:
+        """transformers' tokenizer of the same vocabulary and padding, for code that expects one."""
+        from transformers import CLIPTokenizer
+
+        vocabulary = json.loads((VOCABULARY / "vocab.json").read_text(encoding="utf-8"))
+        lines = (VOCABULARY / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+        merges: Any = [tuple(line.split()) for line in lines if line]
+        pad_token = {"eos": "<|endoftext|>", "zero": "!"}[self.pad_token]
+        return CLIPTokenizer(vocabulary, merges, pad_token=pad_token, model_max_length=WINDOW + 2)
+
     def encode(self, text: str) -> list[int]:
         """Content ids of `text`, without begin and end, of any length."""
         return _bpe().encode(text, add_special_tokens=False).ids
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """How many content ids each caption has."""
+        return [len(encoding.ids) for encoding in _bpe().encode_batch(list(captions), add_special_tokens=False)]
 
     def windows(self, captions: Sequence[str], num_windows: int) -> torch.Tensor:
         """(B, N, 77) int64 ids of captions; tokens beyond 75 N are cut off (see count_cut_off)."""

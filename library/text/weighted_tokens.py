@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from library.text.prompt_weights import BREAK, parse_prompt_weights
-from library.text.tokens import WINDOW, ClipTokenizer
+from library.text.tokens import WINDOW, ClipTokenizer, Tokens
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,19 @@ def weighted_tokens(tokenizer: ClipTokenizer, prompt: str, max_windows: int) -> 
     return WeightedTokens(tuple(map(tuple, windows[:max_windows])), num_cut)
 
 
+def weighted_windows(tokenizers: Sequence[ClipTokenizer], captions: Sequence[str], num_windows: int) -> Tokens:
+    """Captions with emphasis as ids and weights; tokens beyond `num_windows` windows are cut off.
+
+    A caption without emphasis and BREAK gets the ids it has without weighting.
+    """
+    ids, weights = [], []
+    for tokenizer in tokenizers:
+        prompts = [weighted_tokens(tokenizer, caption, num_windows) for caption in captions]
+        ids.append(token_ids(tokenizer, prompts, num_windows))
+        weights.append(token_weights(prompts, num_windows))
+    return Tokens(tuple(ids), tuple(weights))
+
+
 def token_ids(tokenizer: ClipTokenizer, prompts: Sequence[WeightedTokens], num_windows: int) -> torch.Tensor:
     """(B, N, 77) int64: each window as begin, its tokens, end, padding, as if it were a prompt of its own."""
     rows = [[_laid_out(tokenizer, window) for window in _padded(prompt, num_windows)] for prompt in prompts]
@@ -54,12 +67,12 @@ def token_ids(tokenizer: ClipTokenizer, prompts: Sequence[WeightedTokens], num_w
 
 
 def token_weights(prompts: Sequence[WeightedTokens], num_windows: int) -> torch.Tensor:
-    """(B, 77 N) float32 weights of the ids of :func:`token_ids`; begin, end and padding weigh 1."""
+    """(B, N, 77) float32 weights of the ids of :func:`token_ids`; begin, end and padding weigh 1."""
     weights = torch.ones(len(prompts), num_windows, WINDOW + 2)
     for row, prompt in zip(weights, prompts, strict=True):
         for window_weights, window in zip(row, prompt.windows, strict=False):
             window_weights[1 : len(window) + 1] = torch.tensor([weight for _, weight in window])
-    return weights.flatten(1)
+    return weights
 
 
 def apply_weights(context_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
@@ -70,11 +83,14 @@ def apply_weights(context_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.
     cancels nothing), that one is taken.
     """
     before_BTD = context_BTD.float()
-    after_BTD = before_BTD * weights_BT.to(before_BTD).unsqueeze(-1)
+    weights_BT = weights_BT.to(before_BTD)
+    after_BTD = before_BTD * weights_BT.unsqueeze(-1)
     by_absolute = before_BTD.abs().mean((1, 2)) / after_BTD.abs().mean((1, 2))
-    by_mean = before_BTD.mean((1, 2)) / after_BTD.mean((1, 2))
-    is_sound = (by_mean / by_absolute - 1.25).abs() <= 0.75  # between half and twice; false for nan
-    scale_B = torch.where(is_sound, by_mean, by_absolute)
+    before_B, after_B = before_BTD.mean((1, 2)), after_BTD.mean((1, 2))
+    is_sound = (before_B / after_B / by_absolute - 1.25).abs() <= 0.75  # between half and twice; false for nan
+    divisor_B = torch.where(is_sound, after_B, 1.0)  # gradients of a quotient near 0 would not be finite
+    scale_B = torch.where(is_sound, before_B / divisor_B, by_absolute)
+    scale_B = torch.where((weights_BT != 1).any(dim=1), scale_B, 1.0)  # without emphasis gradients stay as they are
     return (after_BTD * scale_B.view(-1, 1, 1)).to(context_BTD.dtype)
 
 

@@ -5,6 +5,7 @@ A run has a list of callbacks and calls each in the list's order. The loop knows
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -28,6 +29,16 @@ class Callback:
 
     def at_end(self, step: int) -> None:
         """Called once when the run is complete; not when it was stopped on the way."""
+
+    def on_saved(self, path: Path) -> None:
+        """Called on the main process when a model file or a state folder is complete on the disk."""
+
+    def close(self) -> None:
+        """Called at last, however the run ended, and perhaps more than once."""
+
+    def file_metadata(self, step: int) -> dict[str, str]:
+        """What the metadata of a file saved after `step` updates says about its weights."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What the run needs to go on with this callback: tensors and plain values."""

@@ -43,30 +43,34 @@ class Checkpointer(Callback):
     plan: TrainPlan
     names: FileNames
     write_model: Callable[[Path, int, int], None]  # (path, step, epoch)
+    write_best: Callable[[Path, int, int], None]  # the same with the weights that validation looks at
     write_state: Callable[[Path, int], None]  # (folder, step)
     is_healthy: Callable[[], bool] = lambda: True  # False while losses are not finite: nothing good is replaced then
 
     def after_step(self, step: int) -> None:
         if self.plan.saves_at(step):
             self._try_to_write(self.names.step_file(step), step)
-            every = self.plan.save_every_n_steps or 1
             for age, is_state in ((self.saving.save_last_n_steps, False), (self._state_age("steps"), True)):
-                old = (step - age - 1) // every * every if age else 0
+                old = outdated_step(step, self.plan, age)
                 self._remove(self.names.step_file(old), is_state, old > 0)
 
     def after_epoch(self, epoch: int, step: int) -> None:
         if self.plan.saves_after_epoch(epoch):
             self._try_to_write(self.names.epoch_file(epoch), step)
-            every = self.plan.save_every_n_epochs or 1
             for age, is_state in ((self.saving.save_last_n_epochs, False), (self._state_age("epochs"), True)):
-                old = epoch - every * age if age else 0
+                old = outdated_epoch(epoch, self.plan, age)
                 self._remove(self.names.epoch_file(old), is_state, old > 0)
 
     def at_end(self, step: int) -> None:
         """The final file; where its folder can't take it, OptionError says where it was put instead."""
-        refuge, error = self._write_somewhere(self.names.final_file(), step, with_state=self.saving.save_state)
+        with_state = self.saving.save_state or self.saving.save_state_on_train_end
+        refuge, error = self._write_somewhere(self.names.final_file(), step, with_state=with_state)
         if error is not None:
             raise OptionError("", str(error), f"the trained model is in {refuge}, move it from there")
+
+    def keep_best(self, step: int) -> None:
+        """Weights better than all before: their file, and their state with --save_state, replace the last best."""
+        self._try_to_write(self.names.best_file(), step)
 
     def interrupted(self, step: int) -> Path:
         """Model and state in mid-run, whatever the options say; returns the state folder."""
@@ -97,7 +101,8 @@ class Checkpointer(Callback):
 
     def _write(self, file: Path, step: int, with_state: bool) -> None:
         logger.info("saving %s", file)
-        self.write_model(file, step, self.plan.epoch_of(max(step, 1)))
+        write = self.write_best if file == self.names.best_file() else self.write_model
+        write(file, step, self.plan.epoch_of(max(step, 1)))
         if with_state:
             folder = self.names.state_of(file)
             logger.info("saving state %s", folder)
@@ -107,10 +112,21 @@ class Checkpointer(Callback):
         return getattr(self.saving, f"save_last_n_{unit}_state") or getattr(self.saving, f"save_last_n_{unit}")
 
     def _remove(self, file: Path, is_state: bool, is_due: bool) -> None:
-        old = self.names.state_of(file) if is_state else file
-        if is_due and old.exists():
-            logger.info("removing %s", old)
-            shutil.rmtree(old) if is_state else old.unlink()
+        for old in (self.names.state_of(file),) if is_state else (file, self.names.average_of(file)):
+            if is_due and old.exists():
+                logger.info("removing %s", old)
+                shutil.rmtree(old) if is_state else old.unlink()
+
+
+def outdated_step(step: int, plan: TrainPlan, age: int | None) -> int:
+    """The step whose file is removed once that of `step` is written; 0 or less for none. Files of `age` steps stay."""
+    every = plan.save_every_n_steps or 1
+    return (step - age - 1) // every * every if age else 0
+
+
+def outdated_epoch(epoch: int, plan: TrainPlan, age: int | None) -> int:
+    """The epoch whose file is removed once that of `epoch` is written; 0 or less for none. `age` files stay."""
+    return epoch - (plan.save_every_n_epochs or 1) * age if age else 0
 
 
 # ---------------------------------------------------------------------------------------------- states

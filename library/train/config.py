@@ -11,14 +11,19 @@ from library.data.options import (
     CacheOptions,
     CaptionOptions,
     LoaderOptions,
+    MaskOptions,
     SourceOptions,
+    ValidationSplitOptions,
 )
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.families.options import ModelOptions, TextOptions
 from library.models.options import AttentionOptions
 from library.options import options_of, require
+from library.train.course_options import AverageOptions, StartOptions, ValidationOptions
+from library.train.memory_options import DistributedOptions, MemoryOptions, PrecisionOptions
 from library.train.options import OptimizerOptions, ScheduleOptions, TrainingOptions
-from library.train.output_options import LoggingOptions, MetadataOptions, SavingOptions
+from library.train.output_options import HubOptions, LoggingOptions, MetadataOptions, SavingOptions
+from library.train.preview_options import PreviewOptions
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,24 @@ class RunConfig:
     bucket: BucketOptions
     caption: CaptionOptions
     augment: AugmentOptions
+    masks: MaskOptions
     cache: CacheOptions
     loader: LoaderOptions
     noise: NoiseOptions
     loss: LossOptions
+    split: ValidationSplitOptions
+    validation: ValidationOptions
     training: TrainingOptions
+    start: StartOptions
     optimizer: OptimizerOptions
     schedule: ScheduleOptions
+    average: AverageOptions
+    precision: PrecisionOptions
+    memory: MemoryOptions
+    distributed: DistributedOptions
     saving: SavingOptions
+    preview: PreviewOptions
+    hub: HubOptions
     logging: LoggingOptions
     metadata: MetadataOptions
     target: Any  # the target's own group
@@ -68,22 +83,37 @@ class RunConfig:
             "leave one of them out",
         )
         require(
-            bool(self.source.train_data_dir) or bool(self.source.dataset_config),
+            bool(self.source.given("train_data_dir", "dataset_config", "in_json", "dataset_class")),
             "--train_data_dir",
             "no training images given",
             "name a folder, or a data set file with --dataset_config",
         )
-        warmup, steps = self.schedule.lr_warmup_steps, self.training.max_train_steps
-        is_too_long = self.training.max_train_epochs is None and warmup > steps
-        require(not is_too_long, "--lr_warmup_steps", f"{warmup} is longer than the run's {steps} steps")
+        if self.training.max_train_epochs is None and not self.optimizer.has_no_schedule:
+            self.schedule.check_length(self.training.max_train_steps)
+        self.precision.check_beside(self.training)
         warnings = [note for group in self.groups() if hasattr(group, "notes") for note in group.notes()]
-        rates = (getattr(self.target, name, None) for name in ("unet_lr", "text_encoder_lr"))
-        if self.optimizer == OptimizerOptions() and not any(rates):
+        rates = [name for name in ("unet_lr", "text_encoder_lr") if getattr(self.target, name, None)]
+        warnings += self.schedule.notes_beside(self.optimizer)
+        warnings += self.memory.check_beside(self.training, self.optimizer)
+        self.distributed.check_beside(self.training, self.saving, is_fused=self.memory.fused_backward_pass)
+        if self.optimizer.picks_own_rate:
+            warnings += [f"--{name} has no effect: AdaFactor with relative_step chooses its own rate" for name in rates]
+        if self.optimizer == OptimizerOptions() and not rates:
             warnings.append("--learning_rate: not given, 2e-06 is used; 1e-4 is usual for a LoRA")
         if self.noise.zero_terminal_snr and not v_prediction:
             warnings.append(
                 "--zero_terminal_snr: noise prediction learns nothing at the last timestep; use it with v-prediction"
             )
+        require(
+            self.average.ema_decay is None or not self.optimizer.is_schedule_free,
+            "--ema_decay",
+            f"{self.optimizer.optimizer_type} averages the weights by itself",
+            "leave one of them out",
+        )
+        if self.hub.save_state_to_huggingface and not (self.saving.save_state or self.saving.save_state_on_train_end):
+            warnings.append("--save_state_to_huggingface has no effect without --save_state")
+        if self.hub.resume_from_huggingface and not self.saving.resume:
+            warnings.append("--resume_from_huggingface has no effect without --resume")
         if self.model.v2 and self.text.clip_skip:
             warnings.append(
                 f"--clip_skip {self.text.clip_skip}: SD 2.x models are made for the layer they take without it"
@@ -93,8 +123,12 @@ class RunConfig:
 
 CONFIG_GROUPS: dict[str, type] = {
     "model": ModelOptions, "attention": AttentionOptions, "text": TextOptions, "source": SourceOptions,
-    "bucket": BucketOptions, "caption": CaptionOptions, "augment": AugmentOptions, "cache": CacheOptions,
-    "loader": LoaderOptions, "noise": NoiseOptions, "loss": LossOptions, "training": TrainingOptions,
-    "optimizer": OptimizerOptions, "schedule": ScheduleOptions, "saving": SavingOptions,
-    "logging": LoggingOptions, "metadata": MetadataOptions,
+    "bucket": BucketOptions, "caption": CaptionOptions, "augment": AugmentOptions, "masks": MaskOptions,
+    "cache": CacheOptions,
+    "loader": LoaderOptions, "noise": NoiseOptions, "loss": LossOptions, "split": ValidationSplitOptions,
+    "validation": ValidationOptions, "training": TrainingOptions, "start": StartOptions,
+    "optimizer": OptimizerOptions, "schedule": ScheduleOptions, "average": AverageOptions,
+    "precision": PrecisionOptions, "memory": MemoryOptions, "distributed": DistributedOptions,
+    "saving": SavingOptions, "preview": PreviewOptions,
+    "hub": HubOptions, "logging": LoggingOptions, "metadata": MetadataOptions,
 }  # fmt: skip

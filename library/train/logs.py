@@ -6,20 +6,21 @@ Numbers of a step are read back one step late, when the device has long finished
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
-import toml
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from library.options import OptionError
+from library.options import options_of, read_toml
 from library.train.guard import NonFiniteGuard
 from library.train.last_good import LastGood
 from library.train.output_options import LoggingOptions
-from library.train.placement import trackers
 
 LONGEST_AVERAGE = 10_000  # steps; keeps the moving average of huge data sets within reason
 
@@ -94,23 +95,44 @@ class TrainLog:
         self.bar.close()
 
 
-def start_trackers(accelerator: Accelerator, options: LoggingOptions, default_name: str) -> None:
-    """Open TensorBoard or Weights & Biases under <logging_dir>/<log_prefix><time>."""
-    if trackers(options) is None:
+def start_trackers(
+    accelerator: Accelerator, options: LoggingOptions, default_name: str, settings: Mapping[str, Any]
+) -> None:
+    """Open TensorBoard or Weights & Biases under <logging_dir>/<log_prefix><time>; `settings` go there if asked."""
+    if not options.trackers:
         return
-    if trackers(options) in ("wandb", "all"):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise OptionError(
-                "--log_with", "wandb is not installed", "pip install wandb, or use --log_with tensorboard"
-            ) from None
+    arguments = read_toml(options.log_tracker_config, "--log_tracker_config") if options.log_tracker_config else {}
+    if options.uses_wandb and accelerator.is_main_process:
+        import wandb  # pyright: ignore[reportMissingImports]
+
         if options.wandb_api_key:
             wandb.login(key=options.wandb_api_key)
-    arguments = {}
-    if options.log_tracker_config:
-        try:
-            arguments = toml.load(options.log_tracker_config)
-        except (OSError, toml.TomlDecodeError) as error:
-            raise OptionError("--log_tracker_config", f"can't be read ({error})") from None
-    accelerator.init_trackers(options.log_tracker_name or default_name, init_kwargs=arguments)
+        given = {"name": options.wandb_run_name, "dir": accelerator.project_dir}
+        given = {name: value for name, value in given.items() if value}
+        arguments["wandb"] = given | arguments.get("wandb", {})
+    config = dict(settings) if options.log_config else None
+    accelerator.init_trackers(options.log_tracker_name or default_name, config=config, init_kwargs=arguments)
+
+
+def settings_to_show(groups: Iterable[Any]) -> dict[str, bool | int | float | str]:
+    """The options of `groups` by name as trackers take them: no keys and tokens, and of files and folders only names.
+
+    Options that are not set are left out.
+    """
+    shown = {}
+    for group in groups:
+        for option in options_of(type(group)):
+            value = getattr(group, option.name)
+            if value is not None and not option.secret:
+                shown[option.name] = _shown(value)
+    return shown
+
+
+def _shown(value: Any) -> bool | int | float | str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(_shown(item)) for item in value)
+    if isinstance(value, (bool, int, float)):
+        return value
+    name, equals, text = str(value).rpartition("=")  # network_args and the like are name=value
+    is_place = isinstance(value, Path) or os.path.isabs(text) or os.path.exists(text)
+    return name + equals + (PureWindowsPath(text).name or text if is_place or PureWindowsPath(text).drive else text)

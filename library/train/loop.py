@@ -5,7 +5,6 @@ Shape letters: B samples, C channels, H W latent pixels.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,9 +12,10 @@ import torch
 
 from library.data.batch import Batch
 from library.diffusion.loss import diffusion_loss, training_target
+from library.diffusion.noise import complete_noise, noised_latents
 from library.models import vae
 from library.randomness import seed_global_generators
-from library.train.guard import TrainingDiverged, apply_if_finite
+from library.train.guard import TrainingDiverged
 from library.train.logs import StepRecord
 from library.train.placement import reduced, to_device
 from library.train.run import Run
@@ -29,7 +29,7 @@ def train(run: Run) -> int:
     with run.stop.listening():
         try:
             run.before_first_step()
-            while run.step < run.plan.steps and not run.stop_requested():
+            while not (run.is_complete or run.stop_requested()):
                 train_one_step(run)
         except Exception:
             run.rescue()
@@ -64,16 +64,15 @@ def update(run: Run, batches: Iterator[Batch], step: int) -> StepRecord:
     for index in range(num_batches):
         batch = to_device(next(batches), run.device)
         seed_global_generators(run.seed, "step", step, index, run.accelerator.process_index)
-        is_last = index == num_batches - 1
-        with contextlib.nullcontext() if is_last else run.accelerator.no_sync(run.model):
-            loss = batch_loss(run, batch, step)
+        with run.updates.micro_batch(run.model, is_last=index == num_batches - 1):
+            loss = batch_loss(run, batch, trains_text=run.target.trains_text(step))
             run.accelerator.backward(loss / num_batches)
         losses.append(loss.detach())
         names.extend(batch.image_names)
     loss = reduced(run.accelerator, torch.stack(losses).mean(), "mean")
-    grad_norm = clip_gradients(run)
+    grad_norm = run.updates.clip()
     is_finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | run.has_gradient_scaler)
-    apply_if_finite(run.optimizer, is_finite)
+    run.updates.apply(is_finite)
     learning_rates = run.learning_rates()
     if run.lr_scheduler is not None and not run.accelerator.optimizer_step_was_skipped:
         run.lr_scheduler.step()
@@ -82,13 +81,16 @@ def update(run: Run, batches: Iterator[Batch], step: int) -> StepRecord:
     return StepRecord(step, 0, loss, grad_norm, is_finite, learning_rates, tuple(names), extra)
 
 
-def batch_loss(run: Run, batch: Batch, step: int) -> torch.Tensor:
+def batch_loss(run: Run, batch: Batch, *, trains_text: bool) -> torch.Tensor:
     """The loss of one batch on this process, a float32 scalar with gradients."""
     latents_BCHW = latents_of(run, batch)
-    noised_BCHW = run.schedule.add_noise(latents_BCHW, batch.noise_BCHW, batch.timesteps_B)
-    prediction_BCHW = run.model(noised_BCHW.to(run.unet_dtype), batch, run.target.trains_text(step))
+    batch = complete_noise(batch, latents_BCHW, run.config.noise)
+    noised_BCHW = noised_latents(latents_BCHW, batch, run.schedule)
+    prediction_BCHW = run.model(noised_BCHW.to(run.unet_dtype), batch, trains_text)
     target_BCHW = training_target(latents_BCHW, batch, run.schedule, v_prediction=run.v_prediction)
-    return diffusion_loss(prediction_BCHW, target_BCHW, batch, run.schedule, run.weightings)
+    return diffusion_loss(
+        prediction_BCHW, target_BCHW, batch, run.schedule, run.config.loss, v_prediction=run.v_prediction
+    )
 
 
 @torch.no_grad()
@@ -99,11 +101,3 @@ def latents_of(run: Run, batch: Batch) -> torch.Tensor:
         assert batch.images_BCHW is not None and batch.posterior_noise_BCHW is not None
         latents_BCHW = vae.encode(run.bundle.vae, batch.images_BCHW, batch.posterior_noise_BCHW)
     return latents_BCHW.float() * run.family.latent_scale
-
-
-def clip_gradients(run: Run) -> torch.Tensor:
-    """The global gradient norm, a scalar tensor; gradients are scaled down to --max_grad_norm unless that is 0."""
-    limit = run.config.optimizer.max_grad_norm or float("inf")
-    norm = run.accelerator.clip_grad_norm_(run.parameters, limit)
-    assert norm is not None
-    return norm

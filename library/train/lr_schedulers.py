@@ -2,65 +2,103 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
+from diffusers import optimization as diffusers_schedules
+from transformers import optimization as transformers_schedules
 
 from library.options import OptionError
-from library.train.optimizers import BuiltOptimizer, import_class, parse_arguments
+from library.train.optimizer_table import parse_arguments
+from library.train.optimizers import BuiltOptimizer, import_class
 from library.train.options import ScheduleOptions
 
 logger = logging.getLogger(__name__)
+
+TABLE: dict[str, Callable[..., torch.optim.lr_scheduler.LambdaLR]] = {
+    "constant": diffusers_schedules.get_constant_schedule,
+    "constant_with_warmup": diffusers_schedules.get_constant_schedule_with_warmup,
+    "piecewise_constant": diffusers_schedules.get_piecewise_constant_schedule,
+    "linear": diffusers_schedules.get_linear_schedule_with_warmup,
+    "cosine": diffusers_schedules.get_cosine_schedule_with_warmup,
+    "cosine_with_restarts": diffusers_schedules.get_cosine_with_hard_restarts_schedule_with_warmup,
+    "polynomial": diffusers_schedules.get_polynomial_decay_schedule_with_warmup,
+    "inverse_sqrt": transformers_schedules.get_inverse_sqrt_schedule,
+    "cosine_with_min_lr": transformers_schedules.get_cosine_with_min_lr_schedule_with_warmup,
+    "warmup_stable_decay": transformers_schedules.get_wsd_schedule,
+}
+# what schedules call the length of the run, where a class asks for it
+LENGTHS = ("num_training_steps", "total_steps", "T_max")
 
 
 def build_lr_scheduler(
     options: ScheduleOptions, built: BuiltOptimizer, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The schedule over `num_steps` updates, or None where the optimizer chooses its own rate."""
-    if built.chooses_own_rate:
-        if options.lr_scheduler != "constant" or options.lr_scheduler_type or options.lr_warmup_steps:
-            logger.warning("--lr_scheduler has no effect: Adafactor with relative_step chooses its own rate")
+    """The schedule over `num_steps` updates, or None where the optimizer has no rate to follow one."""
+    if built.chooses_own_rate or built.is_schedule_free:
         return None
     arguments = parse_arguments(options.lr_scheduler_args, "--lr_scheduler_args")
     if options.lr_scheduler_type:
-        return _custom(options.lr_scheduler_type, built.optimizer, arguments)
-    name = options.lr_scheduler
-    if name == "constant" and options.lr_warmup_steps:
-        logger.info("--lr_scheduler constant with --lr_warmup_steps: constant_with_warmup is used")
-        name = "constant_with_warmup"
-    if name == "cosine_with_restarts":
-        arguments.setdefault("num_cycles", options.lr_scheduler_num_cycles)
-    if name == "polynomial":
-        arguments.setdefault("power", options.lr_scheduler_power)
-    return _named(name, built.optimizer, options.lr_warmup_steps, num_steps, arguments)
-
-
-def _named(
-    name: str, optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_steps: int, arguments: dict[str, Any]
-) -> torch.optim.lr_scheduler.LRScheduler:
+        return _custom(options.lr_scheduler_type, built.optimizer, num_steps, arguments)
+    name = options.name
     if name == "piecewise_constant" and "step_rules" not in arguments:
         raise OptionError(
             "--lr_scheduler", "piecewise_constant needs step_rules", '--lr_scheduler_args step_rules="1:10,0.1:20,0.01"'
         )
-    if num_warmup_steps > num_steps:
-        raise OptionError("--lr_warmup_steps", f"{num_warmup_steps} is longer than the run's {num_steps} steps")
-    known = {key: arguments.pop(key) for key in ("num_cycles", "power", "step_rules") if key in arguments}
-    if arguments:
-        raise OptionError("--lr_scheduler_args", f"{name} takes no {', '.join(arguments)}")
+    make = TABLE[name]
+    taken = set(inspect.signature(make).parameters) - {"optimizer", "last_epoch"}
+    unknown = [argument for argument in arguments if argument not in taken]
+    if unknown:
+        raise OptionError("--lr_scheduler_args", f"{name} takes no {', '.join(unknown)}")
+    settings = {key: value for key, value in _settings(name, options, num_steps).items() if key in taken}
+    if "min_lr" in arguments:
+        settings.pop("min_lr_rate", None)  # the one as a rate, the other as a share of it
     try:
-        return get_scheduler(name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=num_steps, **known)
+        return make(built.optimizer, **{**settings, **arguments})
     except (ValueError, AttributeError, TypeError) as error:  # polynomial ends at 1e-7 and needs a rate above it
         raise OptionError("--lr_scheduler", f"{name} refuses the settings ({error})") from None
 
 
+def _settings(name: str, options: ScheduleOptions, num_steps: int) -> dict[str, Any]:
+    """The options by the names that the functions of the table give them."""
+    warmup, decay = options.warmup_steps(num_steps), options.decay_steps(num_steps)
+    settings: dict[str, Any] = {
+        "num_warmup_steps": warmup,
+        "num_training_steps": num_steps,
+        "power": options.lr_scheduler_power,
+        "timescale": options.lr_scheduler_timescale,
+        "min_lr_rate": options.lr_scheduler_min_lr_ratio,
+    }
+    if name == "cosine_with_restarts":
+        settings["num_cycles"] = options.lr_scheduler_num_cycles
+    if name in ("cosine_with_min_lr", "warmup_stable_decay"):
+        settings["num_cycles"] = options.lr_scheduler_num_cycles / 2
+    if name == "warmup_stable_decay":
+        del settings["num_training_steps"]  # it takes that or the stable steps
+        settings |= {"num_decay_steps": decay, "num_stable_steps": num_steps - warmup - decay}
+        settings["min_lr_ratio"] = options.lr_scheduler_min_lr_ratio or 0.0
+    return settings
+
+
 def _custom(
-    path: str, optimizer: torch.optim.Optimizer, arguments: dict[str, Any]
+    path: str, optimizer: torch.optim.Optimizer, num_steps: int, arguments: dict[str, Any]
 ) -> torch.optim.lr_scheduler.LRScheduler:
+    """A schedule of any class; where its constructor asks for the length of the run and is not told, it is."""
     path = path if "." in path else f"torch.optim.lr_scheduler.{path}"
-    missing = (f"there is no {path}", "is the package installed?")
+    missing = OptionError("--lr_scheduler_type", f"there is no {path}", "is the package installed?")
     scheduler_class = import_class(path, torch.optim.lr_scheduler.LRScheduler, "--lr_scheduler_type", missing)
+    step: Any = scheduler_class.step
+    needed = [p for p in list(inspect.signature(step).parameters.values())[1:] if p.default is p.empty]
+    if needed:
+        problem = f"{scheduler_class.__name__} follows {needed[0].name}, which a step does not have"
+        raise OptionError("--lr_scheduler_type", problem, "use a schedule of the number of steps")
+    if "steps_per_epoch" not in arguments:
+        for name, parameter in inspect.signature(scheduler_class).parameters.items():
+            if name in LENGTHS and parameter.default in (parameter.empty, None):
+                arguments.setdefault(name, num_steps)
     try:
         return scheduler_class(optimizer, **arguments)
     except (TypeError, ValueError) as error:

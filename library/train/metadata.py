@@ -5,6 +5,8 @@ Values are texts made by str(), as the format asks: None is "None", booleans are
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import time
 from collections.abc import Mapping
@@ -12,11 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageOps
+
 from library.checkpoints.model_spec import ModelSpec, model_spec_metadata
 from library.checkpoints.safetensors_io import file_sha256, legacy_model_hash
+from library.data.headers import BadImage, open_image
+from library.data.images import to_rgb
+from library.options import OptionError
 from library.train.config import RunConfig
 from library.train.plan import TrainPlan
 
+THUMBNAIL_SIDE = 256  # pixels
 # what --no_metadata keeps: without these a file can't be loaded rightly
 MINIMUM = (
     "ss_v2",
@@ -33,12 +41,14 @@ PLAIN = (
     "max_token_length", "cache_latents", "noise_offset", "zero_terminal_snr", "training_comment", "max_grad_norm",
     "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "prior_loss_weight",
     "min_snr_gamma", "scale_weight_norms", "learning_rate", "text_encoder_lr", "unet_lr", "output_name",
+    "face_crop_aug_range", "resize_interpolation",
+    "multires_noise_iterations", "multires_noise_discount", "adaptive_noise_scale", "ip_noise_gamma",
+    "noise_offset_random_strength", "ip_noise_gamma_random_strength", "loss_type", "huber_schedule", "huber_scale",
+    "huber_c", "validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs",
+    "max_validation_steps", "ema_decay", "full_fp16", "fp8_base", "fp8_base_unet",
 )  # fmt: skip
-# not yet options of this program, and so at the trade's defaults
-DEFAULTS = {
-    "full_fp16": False, "lowram": False, "multires_noise_iterations": None, "multires_noise_discount": 0.3,
-    "adaptive_noise_scale": None, "ip_noise_gamma": None, "face_crop_aug_range": None,
-}  # fmt: skip
+# None where the optimizer chooses its own rate
+RATES = ("ss_learning_rate", "ss_text_encoder_lr", "ss_unet_lr")
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ class RunFacts:
     family: Mapping[str, Any]  # family.describe()
     target: Mapping[str, Any]  # target.describe()
     data: Mapping[str, Any]  # TrainingData.metadata()
+    resolution: tuple[int, int] | None  # (width, height) of most training images
+    thumbnail: str | None  # data URL
     version: str
 
 
@@ -71,8 +83,10 @@ def constant_metadata(facts: RunFacts) -> dict[str, str]:
         "ss_optimizer": facts.optimizer,
         "ss_lr_scheduler": facts.lr_scheduler,
         "ss_sd_scripts_commit_hash": facts.version,
-        **{f"ss_{name}": value for name, value in DEFAULTS.items()},
+        "ss_lowram": False,  # the flag has no effect here
         **{f"ss_{name}": options[name] for name in PLAIN if name in options},
+        **(dict.fromkeys(RATES) if facts.config.optimizer.picks_own_rate else {}),
+        "ss_debiased_estimation": options["debiased_estimation_loss"],
         **{name: value for name, value in facts.family.items() if name.startswith("ss_")},
         **facts.target,
         **facts.data,
@@ -95,22 +109,47 @@ def file_metadata(facts: RunFacts, constant: Mapping[str, str], *, step: int, ep
 
 
 def _model_spec(facts: RunFacts) -> ModelSpec:
-    options = facts.config.values()
+    options, texts = facts.config.values(), facts.config.metadata
     low, high = options["min_timestep"], options["max_timestep"]
     given = low is not None or high is not None
     return ModelSpec(
         kind=facts.family["kind"],
         v_prediction=facts.family["v_prediction"],
         adapter="lora",
-        title=options["metadata_title"] or options["output_name"],
-        resolution=options["resolution"],
-        author=options["metadata_author"],
-        description=options["metadata_description"],
-        license=options["metadata_license"],
-        tags=options["metadata_tags"],
+        title=texts.metadata_title or options["output_name"],
+        resolution=facts.resolution,
+        author=texts.metadata_author,
+        description=texts.metadata_description,
+        license=texts.metadata_license,
+        tags=texts.metadata_tags,
+        usage_hint=texts.metadata_usage_hint,
+        trigger_phrase=texts.metadata_trigger_phrase,
+        thumbnail=facts.thumbnail,
+        merged_from=texts.metadata_merged_from,
+        preprocessor=texts.metadata_preprocessor,
+        is_negative_embedding=texts.metadata_is_negative_embedding,
         timestep_range=facts.config.noise.timestep_range if given else None,
         clip_skip=options["clip_skip"],
     )
+
+
+def data_url(picture: str | None) -> str | None:
+    """A picture as a data URL: a JPEG of at most 256 x 256 pixels, as the standard asks; a data URL as it is.
+
+    Raises OptionError for a file that is no picture.
+    """
+    if not picture or picture.startswith("data:"):
+        return picture
+    try:
+        with open_image(picture) as image:
+            upright = to_rgb(ImageOps.exif_transpose(image))
+    except (BadImage, OSError) as error:
+        problem = f"{picture} is no picture ({error})"
+        raise OptionError("--metadata_thumbnail", problem, "name an image file") from None
+    upright.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    content = io.BytesIO()
+    upright.save(content, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _file_keys(path_text: str, name_key: str, legacy_key: str, sha_key: str) -> dict[str, str]:

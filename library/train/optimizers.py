@@ -1,59 +1,38 @@
-"""Optimizers as a table: a name of the trade, the class behind it, what it adds to the arguments."""
+"""The optimizer of a run, built from its row in the table."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import logging
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from library.options import OptionError, did_you_mean, named_values
+from library.options import OptionError, did_you_mean
 from library.targets.base import ParamGroup
+from library.train.optimizer_table import (
+    NAMES,
+    Row,
+    adapts_rate,
+    arguments_of,
+    no_package,
+    picks_own_rate,
+    row_of,
+)
 from library.train.options import OptimizerOptions
+from library.train.rounding import WideUpdates
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One optimizer: a dotted class path, and arguments added unless the user gives them."""
-
-    path: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    implementation: Mapping[str, Any] = field(default_factory=dict)  # same results, so metadata doesn't mention it
-
-    @property
-    def package(self) -> str:
-        return self.path.split(".")[0]
-
-
-NESTEROV = {"nesterov": True, "momentum": 0.9}
-# one kernel for all parameters, which also skips a non-finite update without asking the host
-FUSED = {"fused": True}
-
-# keys in lower case: names are matched whatever their case
-TABLE: dict[str, Row] = {
-    "adamw": Row("torch.optim.AdamW", implementation=FUSED),
-    "adamw8bit": Row("bitsandbytes.optim.AdamW8bit"),
-    "pagedadamw8bit": Row("bitsandbytes.optim.PagedAdamW8bit"),
-    "lion8bit": Row("bitsandbytes.optim.Lion8bit"),
-    "pagedlion8bit": Row("bitsandbytes.optim.PagedLion8bit"),
-    "lion": Row("lion_pytorch.Lion"),
-    "sgdnesterov": Row("torch.optim.SGD", NESTEROV, FUSED),
-    "sgdnesterov8bit": Row("bitsandbytes.optim.SGD8bit", NESTEROV),
-    "adafactor": Row("transformers.optimization.Adafactor", {"relative_step": True}),
-}
-PIP_NAMES = {"bitsandbytes": "bitsandbytes", "lion_pytorch": "lion-pytorch"}
-
-
 def check_optimizer(options: OptimizerOptions) -> None:
     """Raise OptionError for an unknown name, a missing package or unreadable arguments, before anything is loaded."""
-    _import_class(_row(options.optimizer_type or "AdamW"))
-    parse_arguments(options.optimizer_args, "--optimizer_args")
+    row = _row(options.optimizer_type)
+    _import_class(row)
+    arguments_of(row, options.optimizer_args)
 
 
 @dataclass(frozen=True)
@@ -63,31 +42,93 @@ class BuiltOptimizer:
     optimizer: torch.optim.Optimizer
     description: str  # "module.Class" or "module.Class(k=v,k=v)"
     group_names: tuple[str, ...]
+    wide: WideUpdates  # works on float32 where parameters are of half precision
     chooses_own_rate: bool = False  # Adafactor with relative steps: no learning rate, no schedule
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether it trains at one point and gives out another one, the average: no schedule."""
+        return callable(getattr(self.optimizer, "eval", None))
+
+    @property
+    def adapts_rate(self) -> bool:
+        """Whether it finds a factor `d` of its rates while it trains."""
+        return all("d" in group for group in self.optimizer.param_groups)
+
+    @property
+    def needs_all_gradients(self) -> bool:
+        """Whether a step is one computation over all parameters, so that it can't be made for one after the other."""
+        return self.is_schedule_free or self.adapts_rate
+
+    def rates(self) -> list[float | None]:
+        """The rate of each group as the optimizer uses it, None as long as it has none."""
+        groups = self.optimizer.param_groups
+        found = [self._own_rate(group) if self.chooses_own_rate else group.get("lr") for group in groups]
+        return [None if rate is None else float(rate) for rate in found]
+
+    def factors(self) -> list[float]:
+        """The factor found so far of each group's rate, for an optimizer that adapts it (D-Adaptation's d); else []."""
+        return [float(group["d"]) for group in self.optimizer.param_groups] if self.adapts_rate else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave; torch casts it to the parameters' dtype, so these are made wide for it."""
+        self.wide.widen([parameter for group in self.optimizer.param_groups for parameter in group["params"]])
+        try:
+            self.optimizer.load_state_dict(state)
+        finally:
+            self.wide.narrow()
+
+    def _own_rate(self, group: Mapping[str, Any]) -> float | torch.Tensor | None:
+        """Adafactor's relative step (Shazeer and Stern 2018, section 9) for a group's first parameter."""
+        state = self.optimizer.state.get(group["params"][0])
+        if not state or "RMS" not in state:
+            return None
+        optimizer: Any = self.optimizer
+        return optimizer._get_lr(group, state)
 
 
 def build_optimizer(options: OptimizerOptions, groups: Sequence[ParamGroup]) -> BuiltOptimizer:
     """The optimizer over `groups`. Raises OptionError for unknown names, missing packages and wrong arguments."""
-    row = _row(options.optimizer_type or "AdamW")
+    row = _row(options.optimizer_type)
     optimizer_class = _import_class(row)
-    arguments = {**row.defaults, **parse_arguments(options.optimizer_args, "--optimizer_args")}
-    if arguments.get("warmup_init") and row is TABLE["adafactor"]:
-        arguments["relative_step"] = True  # warm-up of its own needs relative steps
-    chooses_own_rate = row is TABLE["adafactor"] and bool(arguments["relative_step"])
+    arguments = arguments_of(row, options.optimizer_args)
+    own_rate = picks_own_rate(options.optimizer_type, options.optimizer_args)
     implementation = (
         {} if "foreach" in arguments else {k: v for k, v in row.implementation.items() if k not in arguments}
     )
-    params = [_param_group(group, options.learning_rate, chooses_own_rate) for group in groups]
+    params = [_param_group(group, options.learning_rate, own_rate) for group in groups]
+    if adapts_rate(options.optimizer_type):
+        check_adapted_rates(row, [members["lr"] for members in params])
     try:
-        lr = None if chooses_own_rate else options.learning_rate
+        lr = None if own_rate else options.learning_rate
         optimizer = optimizer_class(params, lr=lr, **arguments, **implementation)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise OptionError("--optimizer_args", f"{optimizer_class.__name__} refuses them ({error})") from None
     path = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
     listed = ",".join(f"{name}={value}" for name, value in arguments.items())
-    return BuiltOptimizer(
-        optimizer, f"{path}({listed})" if listed else path, tuple(group.name for group in groups), chooses_own_rate
-    )
+    names = tuple(group.name for group in groups)
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()  # schedule-free ones refuse to step before
+    wide = WideUpdates([parameter for group in groups for parameter in group.parameters])
+    return BuiltOptimizer(optimizer, f"{path}({listed})" if listed else path, names, wide, own_rate)
+
+
+def check_adapted_rates(row: Row, rates: Sequence[float]) -> None:
+    """The rates of an optimizer that finds the size of its steps: a warning where they are not factors of about 1."""
+    name = row.path.rpartition(".")[2]
+    if rates and rates[0] <= 0.1:
+        logger.warning("--learning_rate: %g is small for %s, which finds the rate itself; use 1", rates[0], name)
+    if len({rate for rate in rates if rate > 0}) <= 1:
+        return
+    listed = ", ".join(f"{rate:g}" for rate in rates)
+    if row.one_rate:
+        way_out = "give --learning_rate alone, without --unet_lr, --text_encoder_lr and rates of blocks"
+        raise OptionError("--optimizer_type", f"{name} can't train with different rates ({listed})", way_out)
+    logger.warning("%s takes the first rate for all groups: %s", name, listed)
 
 
 def _param_group(group: ParamGroup, default_lr: float, chooses_own_rate: bool) -> dict[str, Any]:
@@ -99,49 +140,34 @@ def _param_group(group: ParamGroup, default_lr: float, chooses_own_rate: bool) -
 
 
 def _row(name: str) -> Row:
-    if name.lower() in TABLE:
-        return TABLE[name.lower()]
-    if "." in name:
-        return Row(name)
+    row = row_of(name)
+    if row is not None:
+        return row
     if hasattr(torch.optim, name):
         return Row(f"torch.optim.{name}")
-    names = [row.path.rsplit(".", 1)[1] for row in TABLE.values()] + ["SGDNesterov", "AdaFactor"]
+    if name.lower().endswith("8bit"):
+        return Row(f"bitsandbytes.optim.{name}")
     raise OptionError(
         "--optimizer_type",
         f"{name!r} is not known",
-        did_you_mean(name, names)
-        or "use a name from docs/train_network.md or a class path such as package.module.Class",
+        did_you_mean(name, NAMES) or "use a name from docs/train_network.md or a class path such as package.module.Class",
     )
 
 
 def _import_class(row: Row) -> Any:
-    package = PIP_NAMES.get(row.package, row.package)
-    needed = f"{row.path} needs the package {package}"
-    return import_class(row.path, torch.optim.Optimizer, "--optimizer_type", (needed, f"pip install {package}"))
+    return import_class(row.path, torch.optim.Optimizer, "--optimizer_type", no_package(row))
 
 
-def import_class(path: str, base: type, where: str, missing: tuple[str, str]) -> Any:
-    """The class of a dotted path; OptionError when there is none, or it is no `base`."""
+def import_class(path: str, base: type, where: str, missing: OptionError) -> Any:
+    """The class of a dotted path; `missing` when its module can't be imported, OptionError when it is no `base`."""
     module_name, _, class_name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except ImportError:
-        raise OptionError(where, *missing) from None
+        raise missing from None
     except AttributeError:
-        raise OptionError(where, f"{module_name} has no {class_name}", "check the name") from None
+        hint = did_you_mean(class_name, dir(sys.modules[module_name]))
+        raise OptionError(where, f"{module_name} has no {class_name}", hint or "check the name") from None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise OptionError(where, f"{path} is no {base.__name__}", "name a class of that kind")
     return found
-
-
-def parse_arguments(items: Sequence[str] | None, where: str) -> dict[str, Any]:
-    """name=value items with Python literals as values, as --optimizer_args and --lr_scheduler_args take them."""
-    arguments = {}
-    for name, text in named_values(items, where).items():
-        try:
-            arguments[name] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            raise OptionError(
-                where, f"{text!r} (for {name}) is not a Python value", 'quote texts: name="text"'
-            ) from None
-    return arguments

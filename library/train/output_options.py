@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.options import OptionError, opt, options_of, path_of, require
+from library.options import OptionError, not_one_of, opt, options_of, path_of, require
 
+TRACKERS = ("tensorboard", "wandb")
 PRECISIONS = [None, "float", "fp16", "bf16"]
 
 
@@ -26,6 +27,7 @@ class SavingOptions:
     save_last_n_steps: int | None = opt(help="keep the files of the last n updates, remove older ones")
     save_last_n_steps_state: int | None = opt(help="the same for states; --save_last_n_steps without this option")
     save_state: bool = opt(False, help="with every saved file, save what is needed to go on exactly there")
+    save_state_on_train_end: bool = opt(False, help="save the state with the final file, if not with the others")
     resume: str | None = opt(help='go on from this state folder; "latest" finds the newest one of --output_name')
     no_metadata: bool = opt(False, help="write only the metadata needed to load the file")
 
@@ -45,7 +47,57 @@ class SavingOptions:
         saves_epochs = self.save_every_n_epochs is not None or self.save_n_epoch_ratio is not None
         idle = [] if saves_steps else ["save_last_n_steps", "save_last_n_steps_state"]
         idle += [] if saves_epochs else ["save_last_n_epochs", "save_last_n_epochs_state"]
-        return [f"--{name} has no effect: no such files are saved" for name in idle if getattr(self, name) is not None]
+        notes = [f"--{name} has no effect: no such files are saved" for name in idle if getattr(self, name) is not None]
+        if self.save_state and self.save_state_on_train_end:
+            notes.append("--save_state_on_train_end has no effect beside --save_state")
+        return notes
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Uploads to the Hugging Face hub."""
+
+    huggingface_repo_id: str | None = opt(help="upload every saved file to this repository: owner/name")
+    huggingface_repo_type: str | None = opt(help="model (default), dataset or space")
+    huggingface_path_in_repo: str | None = opt(help="folder in the repository; its top without this option")
+    huggingface_token: str | None = opt(
+        secret=True, help="access token; the environment variable HF_TOKEN or `hf auth login` are safer places"
+    )
+    huggingface_repo_visibility: str | None = opt(
+        help="public, or private (default), for a repository that does not exist yet"
+    )
+    save_state_to_huggingface: bool = opt(False, help="upload states as well")
+    resume_from_huggingface: bool = opt(False, help="--resume names a state on the hub: owner/name/folder[:revision]")
+
+    def __post_init__(self) -> None:
+        kinds = (None, "model", "dataset", "space")
+        require(
+            self.huggingface_repo_type in kinds,
+            "--huggingface_repo_type",
+            not_one_of(self.huggingface_repo_type, kinds),
+        )
+        parts = (self.huggingface_path_in_repo or "").split("/")
+        require(".." not in parts, "--huggingface_path_in_repo", "leads out of the repository", "leave out ..")
+
+    @property
+    def is_private(self) -> bool:
+        return self.huggingface_repo_visibility != "public"
+
+    def path_of(self, name: str) -> str:
+        """Where a file or folder of this name goes."""
+        return "/".join(filter(None, [(self.huggingface_path_in_repo or "").strip("/"), name]))
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect beside another."""
+        names = ("repo_type", "path_in_repo", "token", "repo_visibility")
+        idle = [f"huggingface_{name}" for name in names] + ["save_state_to_huggingface"]
+        if self.huggingface_repo_id:
+            visibility = self.huggingface_repo_visibility
+            is_odd = visibility not in (None, "public", "private")
+            return [f"--huggingface_repo_visibility {visibility}: private is used"] if is_odd else []
+        used = {"huggingface_token"} if self.resume_from_huggingface else set()
+        without = "has no effect without --huggingface_repo_id"
+        return [f"--{name} {without}" for name in idle if getattr(self, name) and name not in used]
 
 
 @dataclass(frozen=True)
@@ -59,21 +111,36 @@ class LoggingOptions:
     log_prefix: str | None = opt(help="text before the time stamp in the log folder's name")
     log_tracker_name: str | None = opt(help="the tracker's project name")
     log_tracker_config: str | None = opt(help="TOML file with arguments for the tracker")
-    wandb_api_key: str | None = opt(help="log in to Weights & Biases with this key; the environment is a safer place")
+    wandb_api_key: str | None = opt(
+        secret=True, help="log in to Weights & Biases with this key; the environment is a safer place"
+    )
+    wandb_run_name: str | None = opt(help="name of the run at Weights & Biases")
+    log_config: bool = opt(False, help="give the run's settings to the tracker, without keys and folders")
+    console_log_level: str | None = opt(
+        choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], help="least weighty messages shown; INFO by default"
+    )
+    console_log_file: str | None = opt(help="messages go to the end of this file and not to the screen")
 
     def __post_init__(self) -> None:
         needs_folder = self.log_with in ("tensorboard", "all")
         require(not needs_folder or bool(self.logging_dir), "--log_with", f"{self.log_with} needs --logging_dir")
 
     @property
+    def trackers(self) -> tuple[str, ...]:
+        """What is logged with: TensorBoard by default once there is a folder."""
+        if self.log_with == "all":
+            return TRACKERS
+        return (self.log_with,) if self.log_with else ("tensorboard",) if self.logging_dir else ()
+
+    @property
     def uses_wandb(self) -> bool:
-        return self.log_with in ("wandb", "all")
+        return "wandb" in self.trackers
 
     def notes(self) -> list[str]:
         """A sentence for each setting that has no effect beside another."""
-        idle = ["wandb_api_key"] if not self.uses_wandb else []
-        if not (self.uses_wandb or self.logging_dir):
-            idle += ["log_tracker_config", "log_tracker_name", "log_prefix"]
+        idle = ["wandb_api_key", "wandb_run_name"] if not self.uses_wandb else []
+        if not self.trackers:
+            idle += ["log_tracker_config", "log_tracker_name", "log_prefix", "log_config"]
         return [f"--{name} has no effect: nothing is logged with it" for name in idle if getattr(self, name)]
 
 
@@ -86,3 +153,9 @@ class MetadataOptions:
     metadata_description: str | None = opt(help="description")
     metadata_license: str | None = opt(help="licence")
     metadata_tags: str | None = opt(help="tags, separated by commas")
+    metadata_usage_hint: str | None = opt(help="how to use the file")
+    metadata_trigger_phrase: str | None = opt(help="words that call up what was learned")
+    metadata_thumbnail: str | None = opt(help="a picture to show for the file: an image file, or a data URL")
+    metadata_merged_from: str | None = opt(help="titles of the models this one was merged from")
+    metadata_preprocessor: str | None = opt(help="the program that prepares images for the model")
+    metadata_is_negative_embedding: str | None = opt(help="for embeddings: whether it is meant for negative prompts")

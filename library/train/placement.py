@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from library.data.batch import Batch
 from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.families.options import TextOptions
+from library.models import float8
 from library.options import OptionError
 from library.targets.base import TrainTarget
+from library.train.compilation import compile_unet
 from library.train.config import RunConfig
+from library.train.memory_options import DistributedOptions
+from library.train.offload import ActivationOffload
 from library.train.output_options import LoggingOptions
+from library.train.zero import deepspeed_plugin
+
+logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,10 +47,25 @@ def make_accelerator(config: RunConfig, *, autocast: bool) -> Accelerator:
         raise OptionError("--mixed_precision", "this GPU has no bf16", "use fp16")
     return Accelerator(
         mixed_precision=precision,
-        log_with=trackers(config.logging),
+        log_with=list(config.logging.trackers) or None,
         project_dir=logging_folder(config.logging),
-        kwargs_handlers=[AutocastKwargs(enabled=autocast), DistributedDataParallelKwargs(broadcast_buffers=False)],
+        deepspeed_plugin=deepspeed_plugin(config),
+        kwargs_handlers=[AutocastKwargs(enabled=autocast), *_distributed(config.distributed)],
     )
+
+
+def _distributed(options: DistributedOptions) -> list[Any]:
+    """accelerate's settings of data parallelism."""
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=options.ddp_gradient_as_bucket_view,
+            static_graph=options.ddp_static_graph,
+        )
+    ]
+    if options.ddp_timeout is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
+    return handlers
 
 
 def logging_folder(logging: LoggingOptions) -> str | None:
@@ -47,11 +73,6 @@ def logging_folder(logging: LoggingOptions) -> str | None:
     if not logging.logging_dir:
         return None
     return str(Path(logging.logging_dir) / f"{logging.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}")
-
-
-def trackers(logging: LoggingOptions) -> str | None:
-    """What accelerate should log with: tensorboard by default once there is a folder."""
-    return logging.log_with or ("tensorboard" if logging.logging_dir else None)
 
 
 def load_plan(config: RunConfig, device: torch.device) -> LoadPlan:
@@ -70,18 +91,64 @@ def enable_gradient_checkpointing(bundle: ModelBundle) -> None:
         encoder.gradient_checkpointing_enable()
 
 
+def set_precision(config: RunConfig, bundle: ModelBundle, target: TrainTarget) -> None:
+    """After the target is set up: what is trained in half precision, what is frozen in 8 bits, as asked."""
+    precision = config.precision
+    if precision.full_fp16 or precision.full_bf16:
+        dtype = WEIGHT_DTYPES[config.training.mixed_precision]
+        for parameter in target.trained_module().parameters():
+            parameter.data = parameter.data.to(dtype)
+    frozen = [bundle.unet] if precision.stores_unet_in_8_bits else []
+    frozen += bundle.text_encoders if precision.stores_text_in_8_bits else ()
+    saved = sum(float8.store(module) for module in frozen)
+    if frozen:
+        logger.info("weights in 8 bits: %.0f MiB less", saved / 2**20)
+
+
+def step_module(config: RunConfig, family: ModelFamily, bundle: ModelBundle, target: TrainTarget) -> StepModule:
+    """The module that the loop calls, compiled and offloading as asked."""
+    device = next(bundle.unet.parameters()).device
+    if config.memory.torch_compile:
+        compile_unet(bundle.unet, config.memory.dynamo_backend, device)
+    module = StepModule(family, bundle, target, config.text)
+    if config.memory.cpu_offload_checkpointing and config.training.gradient_checkpointing:
+        if device.type == "cpu":
+            logger.warning("--cpu_offload_checkpointing has no effect: everything is in the CPU's memory already")
+        else:
+            module.forward_context = ActivationOffload(module)
+    return module
+
+
 class StepModule(torch.nn.Module):
     """Text encoding and prediction as one forward, so that data parallelism sees every trained parameter in it."""
 
     def __init__(self, family: ModelFamily, bundle: ModelBundle, target: TrainTarget, text: TextOptions) -> None:
         super().__init__()
         self.family, self.bundle, self.target, self.text = family, bundle, target, text
+        self.forward_context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self.parts = torch.nn.ModuleList([target.trained_module(), bundle.unet, *bundle.text_encoders])
 
     def forward(self, noised_BCHW: torch.Tensor, batch: Batch, trains_text: bool) -> torch.Tensor:
-        with torch.set_grad_enabled(trains_text):
-            conditioning = self.family.encode_text(self.bundle.text_encoders, batch.token_ids, self.text)
-        return self.target.predict(self.family, self.bundle, noised_BCHW, conditioning, batch)
+        self.target.before_forward(batch)
+        with self.forward_context():
+            with torch.set_grad_enabled(trains_text):
+                conditioning = self.family.encode_text(
+                    self.bundle.text_encoders, batch.token_ids, self.text, batch.token_weights
+                )
+            return self.target.predict(self.family, self.bundle, noised_BCHW, conditioning, batch)
+
+
+@contextlib.contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Inside the block the module is in evaluation mode; afterwards each of its parts is in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, is_training in modes:
+            if part.training != is_training:
+                part.train(is_training)
 
 
 def reduced(accelerator: Accelerator, tensor: torch.Tensor, how: str) -> torch.Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from library.data.batch import Position
+from library.options import require
+from library.train.course_options import StartOptions
 from library.train.options import TrainingOptions
 from library.train.output_options import SavingOptions
 
@@ -37,6 +39,18 @@ class TrainPlan:
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.batches_per_epoch // self.accumulation)
+
+    def steps_before(self, start: StartOptions) -> int:
+        """Updates that a run beginning at --initial_step or --initial_epoch leaves out; OptionError if that is all."""
+        if start.initial_step is not None:
+            flag, given, done = "--initial_step", start.initial_step, start.initial_step
+        else:
+            given = start.initial_epoch or 1
+            flag, done = "--initial_epoch", (given - 1) * self.steps_per_epoch
+        require(
+            done < self.steps, flag, f"{given} leaves nothing to train: the run has {self.steps} steps", "train longer"
+        )
+        return done
 
     def epoch_of(self, step: int) -> int:
         """The epoch (from 1) to which update number `step` (from 1) belongs."""

@@ -7,13 +7,26 @@ import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from library.checkpoints.probe import check_vae, probe
 from library.checkpoints.source import ModelSource
-from library.data.config import DatasetConfig, check_cacheable, load_configs
-from library.options import OptionError
+from library.data.config import (
+    DatasetConfig,
+    check_cacheable,
+    check_dataset_class,
+    face_crop_notes,
+    load_configs,
+)
+from library.data.headers import BadImage, open_image
+from library.data.mask_files import settle_masks
+from library.generate.prompt_line import PromptLine
+from library.options import OptionError, read_toml
 from library.train.config import RunConfig
-from library.train.output_options import LoggingOptions
+from library.train.hub import check_hub, fetch_state
+from library.train.optimizer_table import check_package
+from library.train.output_options import TRACKERS, LoggingOptions
+from library.train.preview_prompts import read_previews
 from library.train.resume import FileNames, RunState, check_same_settings, find_state, read_state, settings_that_matter
 
 logger = logging.getLogger(__name__)
@@ -28,6 +41,7 @@ class CheckedRun:
     names: FileNames
     resume_folder: Path | None
     resume_state: RunState | None
+    previews: tuple[PromptLine, ...] = ()
 
 
 def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
@@ -35,6 +49,7 @@ def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
     check_writable(config.saving.output_dir, "--output_dir")
     check_logging(config.logging)
     check_packages(config)
+    check_thumbnail(config.metadata.metadata_thumbnail)
     if hasattr(config.target, "check_before_start"):
         config.target.check_before_start()
     model = config.model
@@ -42,16 +57,36 @@ def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
     config = as_found(config, probe(model.pretrained_model_name_or_path, v2=model.v2, sdxl_script=sdxl_script))
     if model.vae:
         check_vae(model.vae)
-    for warning in config.check():
+    for warning in [*config.check(), *check_hub(config.hub)]:
         logger.warning(warning)
-    datasets = load_configs(config.source, config.bucket, config.caption, config.augment, config.loader)
+    previews = read_previews(config.preview) if config.preview.is_on else ()
+    datasets = load_configs(config.source, config.bucket, config.caption, config.augment, config.loader, config.split,
+                            config.masks)  # fmt: skip
+    datasets = settle_masks(datasets, masked_loss=config.loss.masked_loss)
+    is_split = any(dataset.split.validation_split for dataset in datasets)
+    for note in config.split.without_effect(is_split=is_split) + config.validation.check_split(is_split=is_split):
+        logger.warning(note)
     check_cacheable(datasets, config.cache)
+    for note in check_dataset_class(config.source, config.cache, *_shaping_data(config)):
+        logger.warning(note)
+    for note in face_crop_notes(datasets, config.cache):
+        logger.warning(note)
     names = FileNames.of(config.saving)
-    folder = find_state(config.saving.resume, names) if config.saving.resume else None
+    folder = None
+    if config.saving.resume:
+        is_remote, token = config.hub.resume_from_huggingface, config.hub.huggingface_token
+        resume = str(fetch_state(config.saving.resume, token)) if is_remote else config.saving.resume
+        folder = find_state(resume, names)
     state = read_state(folder) if folder else None
     if folder is not None and state is not None:
         check_same_settings(folder, state, settings_that_matter(config.values(), config.training.seed))
-    return CheckedRun(config, datasets, names, folder, state)
+        for name in config.start.skipping:
+            logger.warning("--%s has no effect: the state goes on after step %d", name, state.step)
+    return CheckedRun(config, datasets, names, folder, state, previews)
+
+
+def _shaping_data(config: RunConfig) -> tuple[Any, ...]:
+    return config.bucket, config.caption, config.augment, config.loader, config.masks
 
 
 def as_found(config: RunConfig, source: ModelSource) -> RunConfig:
@@ -70,14 +105,29 @@ def check_packages(config: RunConfig) -> None:
         raise OptionError(
             "--log_with", "the package wandb is not installed", "pip install wandb, or log to tensorboard"
         )
+    if config.distributed.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise OptionError("--deepspeed", "the package deepspeed is not installed", "pip install deepspeed")
+    check_package(config.optimizer.optimizer_type)
 
 
 def check_logging(options: LoggingOptions) -> None:
     """The log folder can be written and the tracker's file is there."""
     if options.logging_dir:
         check_writable(Path(options.logging_dir), "--logging_dir")
-    if options.log_tracker_config and not Path(options.log_tracker_config).is_file():
-        raise OptionError("--log_tracker_config", f"{options.log_tracker_config} is no file", "check the path")
+    if options.log_tracker_config:
+        arguments = read_toml(options.log_tracker_config, "--log_tracker_config")
+        for name in (name for name in arguments if name not in TRACKERS or not isinstance(arguments[name], dict)):
+            where = f"{options.log_tracker_config}: {name}"
+            raise OptionError(where, "is no table of a tracker's arguments", "write [tensorboard] or [wandb] above it")
+
+
+def check_thumbnail(text: str | None) -> None:
+    """--metadata_thumbnail is a data URL or a picture."""
+    if text and not text.startswith("data:"):
+        try:
+            open_image(text).close()
+        except (BadImage, OSError):
+            raise OptionError("--metadata_thumbnail", f"{text} is no picture", "name an image file") from None
 
 
 def check_writable(folder: Path | None, flag: str) -> None:

@@ -26,11 +26,20 @@ FREE_ON_RESUME = frozenset(
         "max_train_steps", "max_train_epochs", "output_dir", "output_name", "save_precision", "save_model_as",
         "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs",
         "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state", "save_state", "resume",
+        "save_state_on_train_end", "save_best", "early_stop_patience", "validate_every_n_steps",
+        "validate_every_n_epochs", "initial_step", "initial_epoch", "skip_until_initial_step",
         "no_metadata", "logging_dir", "log_with", "log_prefix", "log_tracker_name", "log_tracker_config",
         "wandb_api_key", "metadata_title", "metadata_author", "metadata_description", "metadata_license",
-        "metadata_tags", "max_data_loader_n_workers", "training_comment", "max_nonfinite_steps", "on_bad_image",
-        "network_weights", "sdpa", "pretrained_model_name_or_path", "vae", "base_weights", "train_data_dir",
-        "reg_data_dir", "dataset_config",
+        "metadata_tags", "metadata_usage_hint", "metadata_trigger_phrase", "metadata_thumbnail", "metadata_merged_from",
+        "metadata_preprocessor", "metadata_is_negative_embedding", "wandb_run_name", "log_config",
+        "console_log_level", "console_log_file", "huggingface_repo_id", "huggingface_repo_type",
+        "huggingface_path_in_repo", "huggingface_token", "huggingface_repo_visibility", "save_state_to_huggingface",
+        "resume_from_huggingface", "max_data_loader_n_workers", "training_comment", "max_nonfinite_steps", "plan",
+        "on_bad_image", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first", "sample_prompts",
+        "sample_sampler", "network_weights", "sdpa", "pretrained_model_name_or_path", "vae", "base_weights", "train_data_dir",
+        "reg_data_dir", "dataset_config", "in_json", "cache_info", "conditioning_data_dir",
+        "skip_cache_check", "debug_dataset", "highvram", "cpu_offload_checkpointing", "ddp_timeout",
+        "ddp_gradient_as_bucket_view", "ddp_static_graph",
     }
 )  # fmt: skip
 
@@ -57,6 +66,13 @@ class FileNames:
     def final_file(self) -> Path:
         return self.folder / f"{self.name or 'last'}{self.extension}"
 
+    def best_file(self) -> Path:
+        return self.folder / f"{f'{self.name}-best' if self.name else 'best'}{self.extension}"
+
+    def average_of(self, file: Path) -> Path:
+        """The file of the averaged weights that belongs to a model file, beside it."""
+        return file.with_name(f"{file.name.removesuffix(self.extension)}-ema{self.extension}")
+
     def state_of(self, file: Path) -> Path:
         """The state folder that belongs to a model file, beside it."""
         return file.parent / f"{file.name.removesuffix(self.extension)}-state"
@@ -75,6 +91,7 @@ class RunState:
     data: Mapping[str, Any]  # a digest of the images and captions
     recent_losses: list[float]
     skipped_steps: int
+    planned_steps: int | None = None  # the length of the run that it was saved in
 
 
 def settings_that_matter(values: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
@@ -109,8 +126,8 @@ def _finish_renames(names: FileNames) -> None:
 
 
 def _is_ours(folder: Path, names: FileNames) -> bool:
-    stems = "|".join([re.escape(names.name)] if names.name else ["epoch", "at", "last"])
-    return re.fullmatch(rf"(?:{stems})(?:-\d{{6}}|-step\d{{8}})?-state", folder.name) is not None
+    stems = "|".join([re.escape(names.name)] if names.name else ["epoch", "at", "last", "best"])
+    return re.fullmatch(rf"(?:{stems})(?:-\d{{6}}|-step\d{{8}}|-best)?-state", folder.name) is not None
 
 
 def read_state(folder: Path) -> RunState:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Generator, Mapping
+import warnings
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.optim.lr_scheduler import LambdaLR
 
 from library.checkpoints.safetensors_io import NonFiniteError
 from library.data.batch import Batch
 from library.data.dataset import TrainingData
-from library.diffusion.loss import Weighting
+from library.data.loading import Tokenize
 from library.diffusion.noise import NoiseSource
 from library.diffusion.schedule import NoiseSchedule
 from library.families.base import ModelBundle, ModelFamily
@@ -24,6 +27,7 @@ from library.targets.base import ParamGroup, TrainTarget
 from library.train import checkpoints, metadata
 from library.train.callbacks import Callback
 from library.train.config import RunConfig
+from library.train.ema import WeightAverage, given_out_by
 from library.train.guard import NonFiniteGuard, StopRequest
 from library.train.last_good import LastGood
 from library.train.logs import TrainLog
@@ -31,6 +35,7 @@ from library.train.optimizers import BuiltOptimizer
 from library.train.placement import SAVE_DTYPES
 from library.train.plan import TrainPlan
 from library.train.resume import FileNames, RunState
+from library.train.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +56,9 @@ class Run:
     groups: list[ParamGroup]
     optimizer: Any  # accelerate's wrapper
     built: BuiltOptimizer
+    updates: Updates
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
     schedule: NoiseSchedule
-    weightings: tuple[Weighting, ...]
     data: TrainingData
     plan: TrainPlan
     seed: int
@@ -64,7 +69,9 @@ class Run:
     stop: StopRequest
     start_step: int = 0
     step: int = 0  # updates done
+    ended_early: bool = False  # by a callback, and so complete
     callbacks: list[Callback] = field(default_factory=list)  # called in this order, before files are saved
+    average: WeightAverage | None = None  # one of the callbacks, with --ema_decay
     recent_losses: list[float] = field(default_factory=list)
     metadata_of: Any = None  # (step, epoch) -> metadata of a file; main process only
 
@@ -95,6 +102,7 @@ class Run:
             plan=self.plan,
             names=self.names,
             write_model=self.write_model,
+            write_best=self.write_best,
             write_state=self.write_state,
             is_healthy=self._is_healthy,
         )
@@ -104,12 +112,22 @@ class Run:
         return LastGood(self._parts(), self.start_step)
 
     @cached_property
+    def tokenize(self) -> Tokenize:
+        """Captions to what the text encoders take; travels to worker processes."""
+        return partial(
+            self.family.tokenize,
+            self.bundle.tokenizers,
+            windows=self.config.text.token_windows,
+            weighted=self.config.text.weighted_captions,
+        )
+
+    @cached_property
     def batches(self) -> Generator[Batch, None, None]:
         """This process's batches from the start step on, to the end of the last epoch."""
         loader = self.data.loader(
             start=self.plan.position_after(self.start_step),
             draw=NoiseSource(self.config.noise, self.seed),
-            tokenize=partial(self.family.tokenize, self.bundle.tokenizers, windows=self.config.text.token_windows),
+            tokenize=self.tokenize,
             accumulation=self.plan.accumulation,
             max_train_steps=self.plan.steps,
             epochs=self.plan.epochs,
@@ -122,11 +140,25 @@ class Run:
 
     def learning_rates(self) -> dict[str, float]:
         """The rates of the coming update by log name, as far as the optimizer has any."""
-        rates = {}
-        for index, (name, group) in enumerate(zip(self.built.group_names, self.optimizer.param_groups, strict=True)):
-            if group.get("lr") is not None:
-                rates[LOG_NAMES.get(name, f"lr/group{index}")] = float(group["lr"])
-        return rates
+        names = [LOG_NAMES.get(name, f"lr/group{index}") for index, name in enumerate(self.built.group_names)]
+        rates = self.built.rates()
+        logged = {name: rate for name, rate in zip(names, rates, strict=True) if rate is not None}
+        for index, factor in enumerate(self.built.factors()):
+            if len(names) <= 2 and index == 0:
+                logged["lr/d*lr"] = factor * (rates[0] or 0.0)
+            elif len(names) > 2 and names[index] != LOG_NAMES["text encoder"]:
+                logged[f"lr/d*lr/group{index}"] = factor * (rates[index] or 0.0)
+        return logged
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all updates are done, or a callback ended the run early."""
+        return self.step >= self.plan.steps or self.ended_early
+
+    def end_early(self, why: str) -> None:
+        """For callbacks: let the run end after this update as it would at its last one. All processes must do it."""
+        logger.info("the run ends after step %d of %d: %s", self.step, self.plan.steps, why)
+        self.ended_early = True
 
     def stop_requested(self) -> bool:
         """Whether to stop before the next update; several processes agree on it every few steps."""
@@ -174,13 +206,48 @@ class Run:
         """Fix the metadata of the files this run writes."""
         self.metadata_of = partial(metadata.file_metadata, facts, metadata.constant_metadata(facts))
 
+    # ------------------------------------------------------------------------------------------ weights
+
+    @contextlib.contextmanager
+    def weights_for_output(self) -> Iterator[None]:
+        """Inside the block the model holds the weights to be looked at: by previews, by validation, in the best file.
+
+        These are the average's with --ema_decay, else those that the optimizer gives out, which for all but the
+        schedule-free ones are those being trained. Afterwards they are as before, bit for bit. To be used between
+        updates; the modules' modes are the caller's.
+        """
+        with self.average.applied() if self.average else given_out_by(self.optimizer, self.parameters):
+            yield
+
     # ------------------------------------------------------------------------------------------ saving
 
     def write_model(self, path: Path, step: int, epoch: int) -> None:
         """Write the file users take away; raises OptionError where it can't be, and for weights that are not finite."""
         if not self.accelerator.is_main_process:
             return
-        dtype, content = SAVE_DTYPES[self.config.saving.save_precision], self.metadata_of(step=step, epoch=epoch)
+        with given_out_by(self.optimizer, self.parameters):
+            self._write_weights(path, self._metadata(step, epoch, looked_at=self.average is None))
+        if self.average is not None:
+            with self.average.applied():
+                self._write_weights(self.names.average_of(path), self._metadata(step, epoch, looked_at=True))
+
+    def write_best(self, path: Path, step: int, epoch: int) -> None:
+        """Write the weights that validation looks at."""
+        if self.accelerator.is_main_process:
+            with self.weights_for_output():
+                self._write_weights(path, self._metadata(step, epoch, looked_at=True))
+
+    def _metadata(self, step: int, epoch: int, *, looked_at: bool) -> Mapping[str, str]:
+        """The metadata of a file; with what callbacks found out about its weights, if these were the ones they saw."""
+        content = self.metadata_of(step=step, epoch=epoch)
+        if looked_at and not self.config.saving.no_metadata:
+            for callback in self.callbacks:
+                content |= callback.file_metadata(step)
+        return content
+
+    def _write_weights(self, path: Path, content: Mapping[str, str]) -> None:
+        """What is trained, as it is now; in float32 where --save_precision can't hold it."""
+        dtype = SAVE_DTYPES[self.config.saving.save_precision]
         try:
             self.target.save(path, dtype=dtype, metadata=content)
         except NonFiniteError as error:
@@ -188,6 +255,11 @@ class Run:
                 raise
             logger.warning("%s; %s is saved in float32", error, path.name)
             self.target.save(path, dtype=torch.float32, metadata=content)
+        self._tell_saved(path)
+
+    def _tell_saved(self, path: Path) -> None:
+        for callback in self.callbacks:
+            callback.on_saved(path)
 
     def write_state(self, folder: Path, step: int) -> None:
         if not self.accelerator.is_main_process:
@@ -199,9 +271,11 @@ class Run:
             data=self.digest,
             recent_losses=list(self.log.recent),
             skipped_steps=self.guard.total,
+            planned_steps=self.plan.steps,
         )
         parts = self._parts()
         checkpoints.save_state(folder, state, trained=parts.pop("trained"), others=parts)
+        self._tell_saved(folder)
 
     def restore(self, folder: Path, state: RunState) -> None:
         """Put the state's weights, optimizer, schedule and counters in place."""
@@ -210,13 +284,25 @@ class Run:
         self.start_step = self.step = state.step
         self.recent_losses = state.recent_losses
         self.guard.total = state.skipped_steps
+        if state.planned_steps != self.plan.steps and isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.last_epoch -= 1
+            self.lr_scheduler.step()  # the coming rate is still that of a run of the other length
         logger.info("going on after step %d from %s", state.step, folder)
+
+    def skip_to(self, step: int) -> None:
+        """Start after `step` updates that another run did and whose state is lost; the schedule goes on there."""
+        self.start_step = self.step = step
+        if self.lr_scheduler is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch expects an update before each of these steps
+                for _ in range(step):
+                    self.lr_scheduler.step()
 
     def _parts(self) -> dict[str, Any]:
         """Everything with a state that changes while training."""
         parts = {
             "trained": self.target.trained_module(),
-            "optimizer": self.built.optimizer,
+            "optimizer": self.built,
             "lr_scheduler": self.lr_scheduler,
             "scaler": self.accelerator.scaler,
             **{callback.state_name: callback for callback in self.callbacks if callback.state_name},
@@ -226,16 +312,22 @@ class Run:
     def finish(self) -> int:
         """Save what the run ends with: the final file, or, when it was asked to stop, model and state."""
         self.log.close()
-        if self.step >= self.plan.steps:
+        if self.is_complete:
             for callback in self._all_callbacks():
                 callback.at_end(self.step)
             self.accelerator.wait_for_everyone()
+            self.close_callbacks()
             logger.info("model saved.")
             return 0
         folder = self.checkpoints.interrupted(self.step)
         self.accelerator.wait_for_everyone()
+        self.close_callbacks()
         logger.info('stopped after step %d of %d; to go on, add: --resume "%s"', self.step, self.plan.steps, folder)
         return self.stop.exit_code
+
+    def close_callbacks(self) -> None:
+        for callback in self.callbacks:
+            callback.close()
 
     def save_last_good(self) -> Path:
         """Go back to the last weights known to be good, and save them with their state; returns the state's folder."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
 import subprocess
 import time
 from functools import partial
@@ -14,25 +13,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from library.checkpoints.safetensors_io import legacy_model_hash
 from library.data.dataset import TrainingData
-from library.diffusion.loss import timestep_weightings
 from library.diffusion.schedule import NoiseSchedule
 from library.families.base import ModelBundle, ModelFamily
 from library.models import vae
 from library.options import OptionError
 from library.randomness import seed_global_generators
 from library.targets.base import TrainTarget
-from library.train import logs, metadata, placement, report
+from library.train import logs, metadata, placement
+from library.train.beginning import begin, param_groups
 from library.train.config import RunConfig
+from library.train.ema import WeightAverage
 from library.train.guard import NonFiniteGuard, StopRequest
+from library.train.hub import HubUploader
 from library.train.loop import train
 from library.train.lr_schedulers import build_lr_scheduler
 from library.train.optimizers import BuiltOptimizer, build_optimizer, check_optimizer
-from library.train.plan import TrainPlan
+from library.train.planning import Trained, announce
 from library.train.preflight import CheckedRun
-from library.train.resume import RunState, check_same_data, settings_that_matter
+from library.train.preview import Previews
+from library.train.preview_prompts import preview_defaults
+from library.train.resume import settings_that_matter
 from library.train.run import Run
+from library.train.updates import FusedUpdates, Updates
+from library.train.validation import Validation
+from library.train.zero import DeepSpeedUpdates, keep_whole
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +48,10 @@ def run_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget, 
     config = checked.config
     accelerator = placement.make_accelerator(config, autocast=target.needs_autocast)
     check_optimizer(config.optimizer)
-    logs.start_trackers(accelerator, config.logging, tracker_name)
+    logs.start_trackers(accelerator, config.logging, tracker_name, logs.settings_to_show(config.groups()))
     run = build_run(checked, family, target, accelerator)
     if accelerator.is_main_process:
         run.describe(_facts(run, started_at))
-        print_plan(run)
     run.open_log()
     try:
         return train(run)
@@ -59,80 +63,78 @@ def run_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget, 
         ) from None
     finally:
         run.log.close()
+        run.close_callbacks()
         accelerator.end_training()
 
 
 def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, accelerator: Accelerator) -> Run:
     """Everything in its order: data, model, cache, target, optimizer, schedule, state."""
     config = checked.config
-    seed = _seed(checked, accelerator)
-    data = TrainingData.build(checked.datasets, seed=seed, on_bad_image=config.source.on_bad_image)
-    for line in data.report_lines():
-        logger.info(line)
-    plan = TrainPlan.make(config.training, config.saving, data.batches_per_epoch(accelerator.num_processes))
-    digest = {"batches per epoch": plan.batches_per_epoch, "training data": data.digest()} | file_digests(config)
-    if checked.resume_folder is not None and checked.resume_state is not None:
-        check_same_data(checked.resume_folder, checked.resume_state, digest)
-
+    begun = begin(checked, accelerator, family)
+    seed, data, plan, digest = begun.seed, begun.data, begun.plan, begun.digest
     bundle = family.load(config.model, config.attention, placement.load_plan(config, accelerator.device))
     if config.training.gradient_checkpointing:
         placement.enable_gradient_checkpointing(bundle)
     seed_global_generators(seed, "initialisation")
     target.setup(family, bundle, gradient_checkpointing=config.training.gradient_checkpointing)
-    groups = target.param_groups(config.optimizer.learning_rate)
-    if not any(group.parameters for group in groups):
-        raise OptionError(
-            "", "nothing is left to train with these settings", "look at learning rates and at what is trained"
-        )
+    groups = param_groups(target, config.optimizer.learning_rate)
+    placement.set_precision(config, bundle, target)
     built = build_optimizer(config.optimizer, groups)
     lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
-    step_module = placement.StepModule(family, bundle, target, config.text)
-    model, optimizer = accelerator.prepare(step_module, built.optimizer)
+    if config.distributed.deepspeed:
+        keep_whole(accelerator.state.deepspeed_plugin, [p for group in groups for p in group.parameters])
+    model, optimizer = accelerator.prepare(placement.step_module(config, family, bundle, target), built.optimizer)
+    if accelerator.is_main_process:
+        announce(checked, begun, Trained(bundle, target, groups), accelerator.num_processes)
     cache_latents(config, data, bundle, accelerator)  # last: it may take long, and everything else could have failed
     run = Run(
         config=config, accelerator=accelerator, family=family, bundle=bundle, target=target, model=model,
         groups=groups, optimizer=optimizer, built=built, lr_scheduler=lr_scheduler,
+        updates=make_updates(config, accelerator, built, optimizer),
         schedule=NoiseSchedule.make(zero_terminal_snr=config.noise.zero_terminal_snr, device=accelerator.device),
-        weightings=timestep_weightings(config.loss, v_prediction=bundle.source.v_prediction),
         data=data, plan=plan, seed=seed, settings=settings_that_matter(config.values(), seed), digest=digest,
         names=checked.names, guard=NonFiniteGuard(config.training.max_nonfinite_steps), stop=StopRequest(),
     )  # fmt: skip
+    built.wide.draw_with(seed, lambda: run.step)
+    add_callbacks(run, checked)
     if checked.resume_folder is not None and checked.resume_state is not None:
-        check_length(plan, checked.resume_state)
         run.restore(checked.resume_folder, checked.resume_state)
-    elif config.saving.resume:
-        logger.info("--resume latest: there is no state of this run yet; it starts at step 0")
+        return run
+    run.skip_to(begun.start_step)
+    if config.saving.resume:
+        logger.info("--resume latest: there is no state of this run yet; it starts after step %d", run.step)
     return run
 
 
-def file_digests(config: RunConfig) -> dict[str, str | None]:
-    """What a resumed run must find again of its model files: size and a part's hash, or the name of what is no file."""
-    digests: dict[str, str | None] = {}
-    names = {"base model": [config.model.pretrained_model_name_or_path], "VAE": [config.model.vae]}
-    names["base weights"] = list(getattr(config.target, "base_weights", None) or ())
-    for what, files in names.items():
-        parts = []
-        for name in files:
-            path = Path(name) if name else None
-            is_file = path is not None and path.is_file()
-            parts.append(f"{path.stat().st_size} bytes, {legacy_model_hash(path)}" if path and is_file else str(name))
-        digests[what] = "; ".join(parts)
-    return digests
+def make_updates(config: RunConfig, accelerator: Accelerator, built: BuiltOptimizer, optimizer: Any) -> Updates:
+    """How gradients become an update: all together, or each inside the backward pass."""
+    parameters = [parameter for group in built.optimizer.param_groups for parameter in group["params"]]
+    settings: dict[str, Any] = {"max_grad_norm": config.optimizer.max_grad_norm, "wide": built.wide}
+    if config.memory.fused_backward_pass:
+        return FusedUpdates(built, accelerator, optimizer, parameters, **settings)
+    kind = DeepSpeedUpdates if config.distributed.deepspeed else Updates
+    return kind(accelerator, optimizer, parameters, **settings)
 
 
-def check_length(plan: TrainPlan, state: RunState) -> None:
-    """Raise OptionError for a run that should end before the state it resumes."""
-    if state.step > plan.steps:
-        raise OptionError(
-            "--resume", f"the state is from step {state.step}, beyond this run's {plan.steps}", "train longer, or anew"
-        )
-    if state.step == plan.steps:
-        logger.info("this run is complete: nothing is left to train")
+def add_callbacks(run: Run, checked: CheckedRun) -> None:
+    """What happens beside the steps, in its order: the average first, because others look at it."""
+    decay = run.config.average.ema_decay
+    if decay is not None:
+        run.average = WeightAverage(run.parameters, decay)
+        run.callbacks.append(run.average)
+    if run.data.validation is not None:
+        run.callbacks.append(Validation(run))
+    if checked.previews:
+        defaults = preview_defaults(run.config, checked.datasets)
+        is_resumed = checked.resume_state is not None
+        run.callbacks.append(Previews(run, checked.previews, defaults, is_resumed=is_resumed))
+    if run.config.hub.huggingface_repo_id and run.accelerator.is_main_process:
+        run.callbacks.append(HubUploader(run.config.hub, is_stopping=lambda: bool(run.stop)))
 
 
 def cache_latents(config: RunConfig, data: TrainingData, bundle: ModelBundle, accelerator: Accelerator) -> None:
-    """Fill the latent cache if asked; the VAE then leaves the device."""
-    if not (config.cache.cache_latents or config.cache.cache_latents_to_disk):
+    """Fill the latent cache if asked, or take what latents the data bring; a VAE without work leaves the device."""
+    if not (config.cache.enabled or data.brings_latents):
         return
     data.cache_latents(
         partial(vae.encode, bundle.vae),
@@ -142,32 +144,11 @@ def cache_latents(config: RunConfig, data: TrainingData, bundle: ModelBundle, ac
         num_processes=accelerator.num_processes,
     )
     accelerator.wait_for_everyone()
+    if data.needs_vae or config.memory.highvram:
+        return
     bundle.vae.to("cpu")
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def check_free_space(folder: Path, needed_bytes: int) -> None:
-    """Raise OptionError where the first files of the run would not fit."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise OptionError(
-            "--output_dir",
-            f"{folder} has {free / 2**20:.0f} MiB free; one file with its state takes {needed_bytes / 2**20:.0f} MiB",
-            "free some space or choose another folder",
-        )
-
-
-def _seed(checked: CheckedRun, accelerator: Accelerator) -> int:
-    """The seed given, or the resumed run's, or one drawn by the main process for all."""
-    if checked.config.training.seed is not None:
-        return checked.config.training.seed
-    if checked.resume_state is not None:
-        return int(checked.resume_state.settings["seed"])
-    drawn = random.SystemRandom().randrange(2**31) if accelerator.is_main_process else 0
-    seed = int(placement.reduced(accelerator, torch.tensor([drawn], device=accelerator.device), "sum"))
-    logger.info("--seed not given: %d was drawn", seed)
-    return seed
 
 
 def _facts(run: Run, started_at: float) -> metadata.RunFacts:
@@ -182,11 +163,20 @@ def _facts(run: Run, started_at: float) -> metadata.RunFacts:
         family=run.family.describe(run.bundle),
         target=run.target.describe(),
         data=run.data.metadata(num_processes=run.accelerator.num_processes, accumulation=run.plan.accumulation),
+        resolution=_trained_size(run),
+        thumbnail=metadata.data_url(run.config.metadata.metadata_thumbnail),
         version=program_version(),
     )
 
 
+def _trained_size(run: Run) -> tuple[int, int] | None:
+    """The resolution of the dataset with most samples."""
+    largest = max(run.data.datasets, key=lambda dataset: dataset.num_train, default=None)
+    return run.config.bucket.resolution if largest is None else largest.config.bucket.resolution
+
+
 def _schedule_name(config: RunConfig, built: BuiltOptimizer) -> str:
+    """As metadata call it."""
     if built.chooses_own_rate:
         return f"adafactor:{config.optimizer.learning_rate}"
     return config.schedule.lr_scheduler_type or config.schedule.lr_scheduler
@@ -200,19 +190,3 @@ def program_version() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "(unknown)"
-
-
-def print_plan(run: Run) -> None:
-    trained_bytes = sum(parameter.numel() * 4 for parameter in run.parameters)
-    dtype = placement.SAVE_DTYPES[run.config.saving.save_precision]
-    file_bytes = trained_bytes * (dtype.itemsize if dtype else 4) // 4
-    check_free_space(run.names.folder, file_bytes + (3 * trained_bytes if run.config.saving.save_state else 0))
-    rows: list[tuple[str, Any]] = [
-        *report.trained_rows(run.groups, run.config.optimizer.learning_rate, run.built.chooses_own_rate),
-        ("optimizer", run.built.description),
-        ("schedule", _schedule_name(run.config, run.built)),
-        *report.plan_rows(run.data, run.plan, run.accelerator.num_processes, run.start_step),
-        *report.saving_rows(run.config, run.plan, run.names.final_file(), file_bytes),
-        ("seed", str(run.seed)),
-    ]  # fmt: skip
-    logger.info("This run:\n%s", report.table(rows))

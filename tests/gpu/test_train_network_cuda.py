@@ -58,9 +58,11 @@ def test_resume_ends_in_the_same_weights_where_kernels_are_deterministic(options
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         options |= {"mixed_precision": "bf16", "save_every_n_steps": 3, "save_state": True}
+        options |= {"validation_split": 0.34, "validate_every_n_steps": 2, "ema_decay": 0.9}
         assert train_network(**options) == 0
         again = {**options, "output_dir": tmp_path / "again", "resume": tmp_path / "out" / "net-step00000003-state"}
         assert train_network(**again) == 0
     finally:
         torch.use_deterministic_algorithms(False)
-    assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
+    for name in ("net.safetensors", "net-ema.safetensors"):
+        assert equal_files(tmp_path / "out" / name, tmp_path / "again" / name)

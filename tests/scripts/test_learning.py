@@ -33,7 +33,7 @@ def load() -> ModelBundle:
 
 @torch.no_grad()
 def predictions(bundle: ModelBundle, noised_BCHW, timesteps_B, captions) -> torch.Tensor:
-    token_ids = FAMILY.tokenize(bundle.tokenizers, captions, 1)
+    token_ids = FAMILY.tokenize(bundle.tokenizers, captions, 1).ids
     conditioning = FAMILY.encode_text(bundle.text_encoders, token_ids, TextOptions())
     return FAMILY.predict(bundle.unet, noised_BCHW, timesteps_B, conditioning)
 

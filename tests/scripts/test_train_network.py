@@ -19,7 +19,11 @@ GOLDEN_RUNS = {
     "sd1 epsilon": {},
     "sd1 conv-LoRA": {"network_args": ["conv_dim=2", "conv_alpha=1"], "min_snr_gamma": 5, "noise_offset": 0.1},
     "sd2 v-prediction": {"v2": True, "v_parameterization": True},
-}
+    "sd1 every kind of noise": {
+        "noise_offset": 0.1, "adaptive_noise_scale": 0.2, "multires_noise_iterations": 4, "ip_noise_gamma": 0.1,
+        "loss_type": "huber", "huber_schedule": "snr", "debiased_estimation_loss": True,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GOLDEN_RUNS)
@@ -47,7 +51,8 @@ def test_files_and_metadata(options, tmp_path, images, tiny_sd1_path):
     )  # fmt: skip
     assert code == 0
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == ["net-step00000002.safetensors", "net.log", "net.safetensors"]
+    expected = ["net-step00000002.safetensors", "net.log", "net.safetensors", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == expected
     tensors, metadata = load_file(out / "net.safetensors"), metadata_of(out / "net.safetensors")
     assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in tensors.values())
     expected = {

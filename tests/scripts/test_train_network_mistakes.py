@@ -82,7 +82,7 @@ def test_weights_that_half_precision_cannot_hold_are_saved_in_full(options, tmp_
         ({"logging_dir": "/proc/nowhere"}, ["--logging_dir", "/proc/nowhere"]),
         ({"log_tracker_config": "nowhere.toml"}, ["--log_tracker_config", "nowhere.toml"]),
         ({"lr_scheduler_type": "os.system"}, ["--lr_scheduler_type", "os.system"]),
-        ({"max_token_length": 75}, ["--max_token_length", "75", "150, 225"]),
+        ({"max_token_length": 80}, ["--max_token_length", "80", "150, 225"]),
         ({"xformers": True, "sdpa": True}, ["--xformers", "--sdpa"]),
         ({"network_train_unet_only": True, "network_train_text_encoder_only": True}, ["--network_train_unet_only"]),
         ({"output_name": "a/b"}, ["--output_name", "a/b", "--output_dir"]),
@@ -114,7 +114,7 @@ def test_a_file_where_the_output_folder_should_be(options, tmp_path, capfd):
 
 def test_broken_configuration_files_name_line_or_key(options, tmp_path, capfd):
     cases = {
-        "resolution = \n": ["not valid TOML", "line 1"],
+        "resolution = \n": ["line 1", "is not TOML"],
         "[a]\nresolutoin = '64'": ["resolutoin", "resolution"],
         "network_dim = 'four'": ["network_dim", "'four'"],
         "mixed_precision = 'fp17'": ["mixed_precision", "'fp17'"],

@@ -28,7 +28,7 @@ def bundle(tiny_sd1_path: Path) -> ModelBundle:
 def step(made: NetworkTarget, bundle: ModelBundle) -> torch.Tensor:
     """Gradients of one prediction, as the loop makes them; returns the loss."""
     torch.manual_seed(0)
-    ids = FAMILY.tokenize(bundle.tokenizers, ["a cat"], 1)
+    ids = FAMILY.tokenize(bundle.tokenizers, ["a cat"], 1).ids
     with torch.set_grad_enabled(made.trains_text(0)):
         conditioning = FAMILY.encode_text(bundle.text_encoders, ids, made.text)
     latents = torch.randn(1, 4, 16, 16)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.buckets import bucket_sizes, crop_ltrb, crop_yx, place_images
+from library.data.buckets import Placement, bucket_sizes, crop_ltrb, crop_yx, place_images
 from library.data.options import BucketOptions
 from library.options import OptionError
 
@@ -73,7 +73,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(("bucket", "image", "chosen", "resized", "ltrb"), CHOICES)
 def test_choice_with_upscaling(bucket, image, chosen, resized, ltrb):
-    assert place_images([image], bucket) == [(chosen, resized)]
+    assert place_images([image], bucket) == [Placement(chosen, resized)]
     assert crop_ltrb(image, chosen) == pytest.approx(ltrb, abs=1e-5)
 
 
@@ -94,12 +94,13 @@ def test_crop_of_a_mirrored_image():
     ],
 )
 def test_choice_without_upscaling(image, chosen, resized):
-    assert place_images([image], options(512, no_upscale=True)) == [(chosen, resized)]
+    assert place_images([image], options(512, no_upscale=True)) == [Placement(chosen, resized)]
 
 
 def test_without_buckets_every_image_covers_the_resolution():
     found = place_images([(100, 50), (50, 100), (512, 512)], options(512, enable=False))
-    assert found == [((512, 512), (1024, 512)), ((512, 512), (512, 1024)), ((512, 512), (512, 512))]
+    assert [placement.bucket_wh for placement in found] == [(512, 512)] * 3
+    assert [placement.resized_wh for placement in found] == [(1024, 512), (512, 1024), (512, 512)]
 
 
 def test_min_and_max_are_rounded_to_the_step():
@@ -112,7 +113,7 @@ def test_no_bucket_without_height():
 
 @pytest.mark.parametrize("image", [(40, 1000), (1000, 40), (10, 10), (10000, 50)])
 def test_tiny_images_without_upscaling_keep_one_step(image):
-    bucket, resized = place_images([image], options(512, no_upscale=True))[0]
+    bucket, resized, _ = place_images([image], options(512, no_upscale=True))[0]
     assert min(bucket) == 64 and math.prod(bucket) <= 512 * 512
     assert resized[0] >= bucket[0] and resized[1] >= bucket[1]
 
@@ -120,7 +121,7 @@ def test_tiny_images_without_upscaling_keep_one_step(image):
 @given(st.integers(8, 5000), st.integers(8, 5000), st.booleans(), st.sampled_from([64, 256, 512]))
 def test_every_image_covers_its_bucket(width, height, no_upscale, resolution):
     bucket = options(resolution, min(256, resolution), no_upscale=no_upscale)
-    ((chosen, resized),) = place_images([(width, height)], bucket)
+    ((chosen, resized, _),) = place_images([(width, height)], bucket)
     assert resized[0] >= chosen[0] and resized[1] >= chosen[1]
     assert all(side >= 64 and side % 64 == 0 for side in chosen)
     assert not no_upscale or math.prod(chosen) <= resolution**2
@@ -148,7 +149,7 @@ def test_contradicting_sizes_are_named(given, named):
         {"resolution": (500, 512)},
         {"resolution": (0, 64)},
         {"resolution": (64, 1_000_000)},
-        {"bucket_reso_steps": 60},
+        {"bucket_reso_steps": 0},
         {"bucket_reso_steps": 32_768},
         {"min_bucket_reso": 20_000},
         {"max_bucket_reso": 20_000},
@@ -157,3 +158,10 @@ def test_contradicting_sizes_are_named(given, named):
 def test_sizes_of_no_use_are_refused(given):
     with pytest.raises(OptionError, match=f"^--{next(iter(given))}: "):
         BucketOptions(**given)
+
+
+@pytest.mark.parametrize(("step", "used"), [(1, 8), (60, 64), (64, 64)])
+def test_steps_the_model_can_not_use_are_rounded_up(step, used):
+    given = options(256, low=64, high=512, step=step)
+    assert bucket_sizes(given) == bucket_sizes(options(256, low=64, high=512, step=used))
+    assert [f"{used} is used" in sentence for sentence in given.without_effect()] == [True] * (step != used)

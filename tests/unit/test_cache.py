@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import avg_pool2d
 
 from library.data.buckets import Placement, crop_ltrb
 from library.data.cache import fill_disk, fill_memory
-from library.data.cache_files import CacheItem, read_latents, state_of
+from library.data.cache_files import CacheItem, cache_file_names, read_latents, state_of
 from library.data.headers import read_header
 from library.data.images import load_image, place, to_tensor
 from library.options import OptionError
@@ -187,7 +188,17 @@ def older_code(item):
     return rewritten(item, fingerprint=np.array(json.dumps({**fingerprint, "code": 0})))
 
 
+def wanting_alpha(item):
+    return make_item_like(item, alpha_too=True)
+
+
+def other_resizing(item):
+    return make_item_like(item, placement=item.placement._replace(interpolation="nearest"))
+
+
 STALE = {
+    wanting_alpha: "1 without alpha mask",
+    other_resizing: "1 other resizing",
     changed_image: "1 image changed",
     other_placement: "1 other size",
     other_resize: "1 other size",
@@ -332,3 +343,51 @@ def test_a_file_of_the_trade_for_a_rotated_image_is_rebuilt(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert cached([item])[1].num_images == 1
     assert "(1 not rotated)" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------- alpha
+
+
+def make_transparent(path, size=SIZE):
+    image = tiny_image(size).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(size))
+    image.save(path)
+
+
+def test_the_alpha_channel_lies_beside_its_latents(tmp_path):
+    make_transparent(tmp_path / "a.png")
+    items = [make_item_like(make_item(tmp_path / name, seed=1), alpha_too=True) for name in ("a.png", "opaque.png")]
+    on_disk, _ = cached(items)
+    in_memory = fill_memory(items, TinyEncoder(), 1)
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["alpha_mask"].shape == (6, 8) and arrays["alpha_mask"].dtype == np.float32
+    for index in range(2):
+        assert np.array_equal(on_disk.load_alpha(index), in_memory.load_alpha(index))
+    assert on_disk.load_alpha(0)[0].max() < on_disk.load_alpha(0)[-1].min() and on_disk.load_alpha(1).min() == 1
+    _, encode = cached(items)
+    assert encode.num_images == 0
+    _, encode = cached([make_item_like(item, alpha_too=False) for item in items])
+    assert encode.num_images == 0, "a file may hold more than is asked of it"
+
+
+def test_alpha_survives_a_new_stamp_and_damage_is_noticed(tmp_path):
+    make_transparent(tmp_path / "a.png")
+    item = make_item_like(make_item(tmp_path / "a.png"), alpha_too=True)
+    before = cached([item])[0].load_alpha(0)
+    touched_image(item)
+    on_disk, encode = cached([item])
+    assert encode.num_images == 0 and np.array_equal(on_disk.load_alpha(0), before)
+    for broken in (np.full((6, 8), 2.0), np.full((6, 8), np.nan), np.ones(4)):
+        rewritten(item, alpha_mask=broken)
+        _, encode = cached([item])
+        assert encode.num_images == 1
+    Path(item.npz).write_bytes(b"")
+    with pytest.raises(OptionError, match="can't be read any more"):
+        on_disk.load_alpha(0)
+
+
+def test_one_image_resized_in_two_ways_has_two_files(tmp_path):
+    path = str(tmp_path / "a.png")
+    ways = [PLACEMENT._replace(interpolation=name) for name in (None, "box", "nearest")]
+    names = cache_file_names([(path, placement) for placement in ways])
+    assert len(set(names)) == 3 and all(name.startswith(path) for name in names)

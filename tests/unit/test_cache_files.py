@@ -1,5 +1,6 @@
 """Files of cached latents: their names, the sharing of the work, and other programs and runs beside them."""
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -186,3 +187,19 @@ def test_only_the_first_process_shows_a_bar(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         cached([make_item(tmp_path / f"{rank}.png")])
         assert ("caching latents" in capsys.readouterr().err) == shown
+
+
+def test_files_can_be_taken_unchecked(tmp_path, caplog):
+    """--skip_cache_check: what is there counts, whatever it is, until it is read; what is not there is made."""
+    items = [make_item(tmp_path / f"{n}.png", seed=n) for n in range(3)]
+    cached(items[:2])
+    size = os.path.getsize(items[0].npz)
+    tiny_image(SIZE, seed=9).save(items[0].path)
+    (tmp_path / "1.npz").write_bytes(b"")
+    with caplog.at_level(logging.INFO):
+        store, encode = cached(items, is_checked=False)
+    assert encode.num_images == 1 and os.path.getsize(items[0].npz) == size
+    assert "2 cache files taken unchecked, as --skip_cache_check asks" in caplog.text
+    assert store.load(0, flipped=False).shape == (4, 6, 8)
+    with pytest.raises(OptionError, match="1.npz can't be read any more"):
+        store.load(1, flipped=False)

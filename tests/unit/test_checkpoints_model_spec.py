@@ -13,7 +13,7 @@ NOON = datetime(2024, 2, 3, 12, 0, 5, 250_000)
 
 def test_minimal_lora():
     assert model_spec_metadata(ModelSpec("sd1", v_prediction=False, adapter="lora", title="cat", date=NOON)) == {
-        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": "cat",
@@ -60,9 +60,13 @@ def test_implementation(spec: ModelSpec, is_diffusers: bool):
 def test_optional_texts():
     spec = ModelSpec(
         "sd1", False, author="A", description="D", license="L", tags="t, u", merged_from="x, y",
-        timestep_range=(0, 500), clip_skip=2, date=NOON,
+        timestep_range=(0, 500), clip_skip=2, date=NOON, usage_hint="U", trigger_phrase="T", thumbnail="data:",
+        preprocessor="P", is_negative_embedding="False",
     )  # fmt: skip
+    expected = {
+        "author": "A", "description": "D", "license": "L", "tags": "t, u", "merged_from": "x, y", "usage_hint": "U",
+        "trigger_phrase": "T", "thumbnail": "data:", "preprocessor": "P", "is_negative_embedding": "False",
+        "timestep_range": "0,500", "encoder_layer": "2", "title": f"Checkpoint@{int(NOON.timestamp())}",
+    }  # fmt: skip
     metadata = model_spec_metadata(spec)
-    names = ("author", "description", "license", "tags", "merged_from", "timestep_range", "encoder_layer")
-    assert [metadata[f"modelspec.{name}"] for name in names] == ["A", "D", "L", "t, u", "x, y", "0,500", "2"]
-    assert metadata["modelspec.title"] == f"Checkpoint@{NOON.timestamp()}"
+    assert {name: metadata[f"modelspec.{name}"] for name in expected} == expected

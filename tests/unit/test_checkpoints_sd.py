@@ -273,7 +273,7 @@ def test_family_rules(tiny_sd1_path: Path, tiny_sd2_path: Path):
 def test_diffusers_reads_our_folder_and_computes_the_same(tiny_path: Path, tmp_path: Path):
     bundle = load(tiny_path)
     pipeline = StableDiffusionPipeline.from_pretrained(save(bundle, tmp_path / "folder"))
-    ids = FAMILY.tokenize(bundle.tokenizers, ["a photo of a cat, (very) large"], 1)
+    ids = FAMILY.tokenize(bundle.tokenizers, ["a photo of a cat, (very) large"], 1).ids
     theirs = pipeline.tokenizer("a photo of a cat, (very) large", padding="max_length", max_length=77)
     assert theirs.input_ids == ids[0][0, 0].tolist()
     context = FAMILY.encode_text(bundle.text_encoders, ids, TextOptions()).context_BTD

@@ -11,7 +11,7 @@ import toml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.config import DatasetConfig, check_cacheable, load_configs, parse_folder_name
+from library.data.config import DatasetConfig, check_cacheable, load_configs
 from library.data.dataset_file import DATASET_KEYS, INHERITED_KEYS, SUBSET_KEYS, read
 from library.data.options import (
     AugmentOptions,
@@ -137,7 +137,7 @@ def test_folders_of_the_command_line_are_ignored_in_one_line(tmp_path, images, c
     with caplog.at_level(logging.INFO):
         load(SourceOptions(train_data_dir="nowhere", reg_data_dir="nowhere", dataset_config=path))
     assert [record.message for record in caplog.records] == [
-        "--train_data_dir and --reg_data_dir ignored: --dataset_config names the folders"
+        "--train_data_dir and --reg_data_dir ignored: --dataset_config names the images"
     ]
 
 
@@ -148,7 +148,7 @@ SUBSET = "datasets[0].subsets[0]"
     ("where", "key", "value", "sentence"),
     [
         ("subset", "num_repeat", 2, f"{SUBSET}.num_repeat: unknown key; did you mean num_repeats?"),
-        ("subset", "num_repeats", "2", f"{SUBSET}.num_repeats: '2' is not a whole number"),
+        ("subset", "num_repeats", "two", f"{SUBSET}.num_repeats: 'two' is not a whole number"),
         (
             "subset",
             "resolution",
@@ -156,7 +156,12 @@ SUBSET = "datasets[0].subsets[0]"
             f"{SUBSET}.resolution: unknown at this level; move it to [[datasets]] or [general]",
         ),
         ("subset", "caption_dropout_rate", 1.5, f"{SUBSET}.caption_dropout_rate: 1.5 is out of range; use 0 to 1"),
-        ("subset", "metadata_file", "m.json", f"{SUBSET}.metadata_file: a dataset of a metadata file is not supported"),
+        ("subset", "metadata_file", "m.json", f"{SUBSET}.metadata_file: 'm.json' is no file; name a .json"),
+        ("subset", "metadata_file", "", f"{SUBSET}.metadata_file: '' is not a path"),
+        ("subset", "custom_attributes", 3, f"{SUBSET}.custom_attributes: 3 is not a table"),
+        ("dataset", "metadata_file", "m", "datasets[0].metadata_file: unknown at this level; move it to [[datasets.s"),
+        ("subset", "network_multiplier", 1, f"{SUBSET}.network_multiplier: unknown at this level; move it to [[datase"),
+        ("dataset", "network_multiplier", 0, "datasets[0].network_multiplier: 0 would train nothing"),
         ("dataset", "image_dir", "x", "datasets[0].image_dir: unknown at this level; move it to [[datasets.subsets]]"),
         ("dataset", "resolution", 500, "datasets[0].resolution: 500 is not a multiple of 8; use 496"),
         ("subset", "image_dir", "", f"{SUBSET}.image_dir: '' is not a path"),
@@ -168,8 +173,8 @@ SUBSET = "datasets[0].subsets[0]"
         (
             "general",
             "face_crop_aug_range",
-            [2, 4],
-            "general.face_crop_aug_range: cutting around faces is not supported",
+            [4, 2],
+            "general.face_crop_aug_range: 4,2: the first number is above the second; write 2,4",
         ),
         ("general", "keep_tokens", True, "general.keep_tokens: True is not a whole number"),
         ("file", "dataset", {}, "dataset: unknown key; did you mean datasets?"),
@@ -224,7 +229,7 @@ def test_windows_paths_get_a_hint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"), [("d.yaml", "neither .toml nor .json"), ("missing.toml", "can't be read")]
+    ("name", "sentence"), [("d.yaml", "neither .toml nor .json"), ("missing.toml", "does not exist")]
 )
 def test_files_that_can_not_be_read(tmp_path, name, sentence):
     (tmp_path / "d.yaml").write_text("")
@@ -285,80 +290,7 @@ def test_any_text_is_read_or_refused_with_a_sentence(tmp_path_factory, text):
         assert str(error)
 
 
-# ---------------------------------------------------------------------------------------------- class folders
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("20_shs dog", (20, "shs dog")),
-        ("3", (3, "")),
-        ("dog", (None, "")),
-        ("0_x", (0, "x")),
-        ("-1_x", (-1, "x")),
-        ("1_a_b", (1, "a_b")),
-        ("10_a_b c", (10, "a_b c")),
-    ],
-)
-def test_folder_names(name, expected):
-    assert parse_folder_name(name) == expected
-
-
-def test_class_folders_are_sorted_and_others_passed_over(tmp_path, caplog):
-    for name in ("9_b", "10_a", "dog", "0_x", "-1_x", "5_empty"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        if name != "5_empty":
-            tiny_images(tmp_path / "train" / name, 2)
-    tiny_images(tmp_path / "train", 1)
-    tiny_images(tmp_path / "reg" / "1_person", 1)
-    with caplog.at_level(logging.INFO):
-        config = load_folder(tmp_path / "train", tmp_path / "reg")
-    found = [(s.image_dir.name, s.folder.num_repeats, s.folder.class_tokens, s.folder.is_reg) for s in config.subsets]
-    assert found == [("10_a", 10, "a", False), ("9_b", 9, "b", False), ("1_person", 1, "person", True)]
-    assert "dog passed over: 2 images" in caplog.text and "rename it, for example to 10_dog" in caplog.text
-    assert "5_empty passed over: empty" in caplog.text
-    assert "1 images directly in it passed over" in caplog.text
-    assert "x passed over" not in caplog.text  # repeats below 1 are a way to switch a folder off
-
-
-def test_a_folder_of_images_itself(tmp_path, caplog):
-    tiny_images(tmp_path / "10_cat", 3)
-    with caplog.at_level(logging.INFO):
-        (subset,) = load_folder(tmp_path / "10_cat").subsets
-    assert (subset.folder.num_repeats, subset.folder.class_tokens) == (1, None)
-    assert "holds 3 images itself" in caplog.text
-
-
-def test_no_images_shows_what_was_looked_at(tmp_path):
-    tiny_images(tmp_path / "dog", 2)
-    tiny_images(tmp_path / "0_off", 1)
-    tiny_images(tmp_path / "5_deep" / "inner", 4)
-    (tmp_path / "7_text").mkdir()
-    (tmp_path / "7_text" / "a.txt").write_text("a")
-    with pytest.raises(OptionError) as caught:
-        load_folder(tmp_path)
-    message = str(caught.value)
-    assert message.startswith("--train_data_dir: no images found; name class folders <repeats>_<class>, ")
-    assert f"looked at:\n  {tmp_path}/: no images directly in it\n" in message
-    for line in (
-        "dog/: 2 images, but the name does not begin with the repeats; rename it, for example to 10_dog",
-        "0_off/: 1 images, but 0 repeats",
-        "5_deep/: no images, but 4 in inner/; only one level is looked at",
-        "7_text/: 1 files, none of them an image",
-    ):
-        assert f"\n    {line}\n" in f"{message}\n"
-
-
-def test_missing_folders_and_settings(tmp_path):
-    with pytest.raises(OptionError, match="^--train_data_dir: 'nowhere' is not a folder"):
-        load_folder("nowhere")
-    with pytest.raises(OptionError, match="^--train_data_dir: no training images given"):
-        load(SourceOptions())
-    tiny_images(tmp_path, 1)
-    with pytest.raises(OptionError, match="^--reg_data_dir: 'nowhere' is not a folder"):
-        load_folder(tmp_path, "nowhere")
-    with pytest.raises(OptionError, match="^--resolution: is not given"):
-        load_folder(tmp_path, bucket=BucketOptions())
+# ---------------------------------------------------------------------------------------------- rules between options
 
 
 def test_options_that_need_another_are_told_once(tmp_path, images, caplog):
@@ -373,7 +305,7 @@ def test_options_that_need_another_are_told_once(tmp_path, images, caplog):
     load_file(tmp_path / "d.toml", content)
     assert [record.message for record in caplog.records] == [
         "--bucket_no_upscale has no effect without --enable_bucket",
-        "--keep_tokens 2 has no effect without --shuffle_caption or --caption_tag_dropout_rate",
+        "--keep_tokens 2 has no effect without --shuffle_caption, --caption_tag_dropout_rate or --token_warmup_step",
         "--token_warmup_min 3 has no effect without --token_warmup_step",
     ]
     caplog.clear()

@@ -170,19 +170,6 @@ def test_metadata_of_a_dataset_file(tmp_path):
     assert found["ss_num_train_images"] == 12 and "ss_resolution" not in found
 
 
-def test_the_report_names_folders_buckets_and_captions(folders):
-    text = "\n".join(build(*folders).report_lines())
-    for part in (
-        "2_cat: 5 images x 2",
-        "1_animal: 12 images x 1, regularisation",
-        "10 per epoch from 12",
-        "64x64: ",
-        "% of the picture",
-    ):
-        assert part in text
-    assert "caption: 'a picture, number 0, tiny'" in text
-
-
 # ---------------------------------------------------------------------------------------------- bad input
 
 

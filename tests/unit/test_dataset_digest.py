@@ -13,6 +13,7 @@ from library.data.options import (
     CaptionOptions,
     FolderOptions,
     LoaderOptions,
+    MaskOptions,
     SourceOptions,
 )
 from tests.tiny_data import tiny_image, tiny_images
@@ -29,8 +30,19 @@ CAPTION = {
     "caption_tag_dropout_rate": 0.1,
     "token_warmup_min": 2,
     "token_warmup_step": 3,
+    "caption_separator": ";",
+    "keep_tokens_separator": "|||",
+    "secondary_separator": ";;",
+    "enable_wildcard": True,
 }
-AUGMENT = {"color_aug": True, "flip_aug": True, "random_crop": True}
+AUGMENT = {
+    "color_aug": True,
+    "flip_aug": True,
+    "random_crop": True,
+    "face_crop_aug_range": (1.0, 2.0),
+    "resize_interpolation": "box",
+}
+MASKS = {"alpha_mask": True}
 FOLDER = {"num_repeats": 5, "class_tokens": "c", "is_reg": True}
 BUCKET = {
     "resolution": (64, 128),
@@ -40,7 +52,9 @@ BUCKET = {
     "bucket_reso_steps": 8,
     "bucket_no_upscale": True,
 }
-OPTIONS = {"caption": CAPTION, "augment": AUGMENT, "folder": FOLDER, "bucket": BUCKET}
+OPTIONS = {"caption": CAPTION, "augment": AUGMENT, "masks": MASKS, "folder": FOLDER, "bucket": BUCKET}
+PLACES = {"image_dir", "metadata_file", "conditioning_data_dir"}  # their contents count
+WITHOUT_EFFECT = {"cache_info", "custom_attributes"}
 CHANGES = [(group, name, value) for group, values in OPTIONS.items() for name, value in values.items()]
 
 
@@ -62,9 +76,15 @@ def digest_of(configs):
 
 
 def test_every_option_is_tried():
-    groups = {"caption": CaptionOptions, "augment": AugmentOptions, "folder": FolderOptions, "bucket": BucketOptions}
+    groups = {
+        "caption": CaptionOptions,
+        "augment": AugmentOptions,
+        "masks": MaskOptions,
+        "folder": FolderOptions,
+        "bucket": BucketOptions,
+    }
     for name, group in groups.items():
-        assert {field.name for field in fields(group)} - {"image_dir"} == set(OPTIONS[name])
+        assert {field.name for field in fields(group)} - PLACES - WITHOUT_EFFECT == set(OPTIONS[name])
 
 
 @pytest.mark.parametrize(("group", "name", "value"), CHANGES)

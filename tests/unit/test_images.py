@@ -10,9 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin, features
 
-from library.data.buckets import Placement
+from library.data.buckets import Placement, random_cut
 from library.data.headers import BadImage, Header, read_header
-from library.data.images import augment_color, find_broken, load_image, place, resize, to_tensor
+from library.data.images import (
+    RESAMPLING,
+    augment_color,
+    cut_out,
+    find_broken,
+    load_image,
+    load_picture,
+    place,
+    resize,
+    to_tensor,
+)
 from library.data.sources import is_image
 from tests.tiny_data import tiny_image
 
@@ -216,11 +226,67 @@ def test_shrinking_averages_and_enlarging_is_smooth():
     assert resize(checks, (8, 8)) is checks
 
 
+@pytest.mark.parametrize("name", ["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"])
+@pytest.mark.parametrize("size", [(20, 12), (80, 48), (20, 96)])
+def test_every_way_of_resizing(name, size):
+    image = np.asarray(tiny_image((40, 24)))
+    resized = resize(image, size, name)
+    assert resized.shape == (size[1], size[0], 3) and resized.dtype == np.uint8
+    smooth = np.abs(resized.mean((0, 1)) - image.mean((0, 1)))
+    assert smooth.max() < 8, "the picture as a whole stays as bright as it was"
+
+
+def test_ways_of_resizing_differ_and_synonyms_do_not():
+    image = np.asarray(tiny_image((40, 24)))
+    results = {name: resize(image, (23, 17), name).tobytes() for name in (*RESAMPLING, "area")}
+    assert results["cubic"] == results["bicubic"] and results["linear"] == results["bilinear"]
+    assert len(set(results.values())) == len(results) - 2
+    assert resize(image, (23, 17)).tobytes() == results["area"]
+    assert resize(image, (23, 30)).tobytes() == resize(image, (23, 30), "lanczos").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "has_alpha"),
+    [
+        ("RGB", "png", False),
+        ("RGBA", "png", True),
+        ("LA", "png", True),
+        ("L", "png", False),
+        ("RGB", "webp", False),
+        ("RGBA", "webp", True),
+        ("RGB", "jpg", False),
+        ("RGB", "bmp", False),
+    ],
+)
+@pytest.mark.parametrize("lossless", [False, True])
+def test_headers_tell_of_transparency(tmp_path, mode, kind, has_alpha, lossless):
+    image = tiny_image((41, 24)).convert(mode)
+    if has_alpha:
+        image.putalpha(Image.new("L", image.size, 100))
+    image.save(tmp_path / f"a.{kind}", **({"lossless": lossless} if kind == "webp" else {}))
+    assert read_header(str(tmp_path / f"a.{kind}")).has_alpha == has_alpha
+    assert (load_picture(str(tmp_path / f"a.{kind}")).alpha_HW is not None) == has_alpha
+
+
+def test_headers_tell_of_a_transparent_colour(tmp_path):
+    tiny_image((8, 8)).convert("P").save(tmp_path / "a.png", transparency=3)
+    assert read_header(str(tmp_path / "a.png")).has_alpha
+
+
+def test_alpha_is_turned_upright_with_its_picture(tmp_path):
+    image = tiny_image((40, 24)).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((40, 24)))
+    image.save(tmp_path / "a.png")
+    picture = load_picture(str(tmp_path / "a.png"), 6)
+    assert picture.rgb_HWC.shape == (40, 24, 3) and picture.alpha_HW.shape == (40, 24)
+    assert np.array_equal(picture.alpha_HW, np.rot90(np.asarray(image.getchannel("A")), -1))
+
+
 def test_crop_in_the_centre_and_at_random():
     image = np.arange(10 * 12 * 3, dtype=np.uint8).reshape(10, 12, 3)
     placement = Placement((9, 10), (12, 10))
     assert np.array_equal(place(image, placement), image[:, 1:10])
-    crops = {place(image, placement, random.Random(seed))[0, 0, 0] for seed in range(40)}
+    crops = {cut_out(image, random_cut(placement, random.Random(seed)))[0, 0, 0] for seed in range(40)}
     assert crops == {0, 3, 6, 9}
 
 

@@ -69,7 +69,7 @@ def test_mistakes_are_one_sentence_with_exit_code_2(capsys, argv, words):
     ("name", "value", "expected"),
     [
         ("switch", 0, False), ("switch", 1, True), ("count", 4.0, 4), ("rate", 2, 2), ("names", "one", ("one",)),
-        ("names", [], ()), ("scales", [1, 2], (1, 2)), ("folder", "x", Path("x")), ("rate", None, None),
+        ("names", [], ()), ("scales", [1, 2], (1, 2)), ("count", "3", 3), ("count", "4.0", 4), ("rate", " 1e-4", 1e-4), ("folder", "x", Path("x")), ("rate", None, None),
     ],
 )  # fmt: skip
 def test_toml_values(name, value, expected):
@@ -79,7 +79,8 @@ def test_toml_values(name, value, expected):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("switch", "true"), ("switch", 2), ("count", 1.5), ("count", True), ("count", "3"), ("rate", "1"), ("kind", "c"),
+    [("switch", "true"), ("switch", 2), ("count", 1.5), ("count", True), ("count", "3.5"), ("rate", "1x"),
+     ("rate", "nan"), ("rate", "1_0e999"), ("kind", "c"),
      ("names", [1]), ("folder", 3), ("size", "wide"), ("rate", [1.0])],
 )  # fmt: skip
 def test_wrong_toml_values_name_key_and_value(name, value):

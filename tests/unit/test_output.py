@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from library.generate.options import OutputOptions
-from library.generate.output import PictureWriter, metadata, prepare_folder, write_new
+from library.generate.output import ModelNames, PictureWriter, metadata, prepare_folder, replace_file, write_new
 from library.generate.request import GenerationRequest
 from library.options import OptionError
 
@@ -26,13 +26,15 @@ REQUEST = GenerationRequest(
     sampler="dpmsolver++", clip_skip=2,
 )  # fmt: skip
 
+MODEL = ModelNames("model")
+
 
 def picture(value: int = 0) -> Image.Image:
     return Image.fromarray(np.full((8, 16, 3), value, dtype=np.uint8))
 
 
 def write(folder: Path, count: int, **options: bool) -> list[Path]:
-    with PictureWriter(folder, OutputOptions(**options), "model") as writer:
+    with PictureWriter(folder, OutputOptions(**options), MODEL) as writer:
         for index in range(count):
             writer.write(picture(index), REQUEST, index % 2)
     return writer.paths
@@ -78,12 +80,12 @@ def test_text_chunks_in_order(tmp_path: Path) -> None:
 
 
 def test_a_model_name_with_separators_is_quoted() -> None:
-    assert 'Model: "a, b"' in metadata(REQUEST, "a, b")["parameters"]
+    assert 'Model: "a, b"' in metadata(REQUEST, ModelNames("a, b"))["parameters"]
 
 
 def test_each_picture_has_its_own_negative_prompt(tmp_path: Path) -> None:
     requests = [GenerationRequest("a", negative, 16, 8, 1, 7.5, seed=1) for negative in ("first", "second")]
-    with PictureWriter(tmp_path, OutputOptions(), "model") as writer:
+    with PictureWriter(tmp_path, OutputOptions(), MODEL) as writer:
         for index, request in enumerate(requests):
             writer.write(picture(), request, index)
     assert [Image.open(path).text["negative-prompt"] for path in writer.paths] == ["first", "second"]
@@ -103,6 +105,20 @@ def test_a_failing_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OptionError, match="--outdir: can't write to .*No space left on device.*; free some space"):
         write_new(tmp_path, itertools.repeat("a.png"), b"data")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_can_be_replaced(tmp_path: Path) -> None:
+    for content in (b"old", b"new"):
+        replace_file(tmp_path / "sheet.png", content, "--output_dir")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("sheet.png", b"new")]
+    with pytest.raises(OptionError, match="--output_dir: can't write to .*nowhere"):
+        replace_file(tmp_path / "nowhere" / "sheet.png", b"new", "--output_dir")
+
+
+def test_names_of_weights_for_web_user_interfaces() -> None:
+    text = metadata(REQUEST, ModelNames("model", "0123456789", "<lora:net:1>"))["parameters"]
+    assert text.startswith("a cät <lora:net:1>\nNegative prompt: ugly\n")
+    assert "Model hash: 0123456789, Model: model," in text
 
 
 def test_killed_while_writing_leaves_no_picture(tmp_path: Path) -> None:
@@ -142,7 +158,7 @@ def test_two_programs_never_share_a_name(tmp_path: Path) -> None:
 def test_the_writer_reports_a_failing_disk(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    with pytest.raises(OptionError, match="--outdir"), PictureWriter(folder, OutputOptions(), "model") as writer:
+    with pytest.raises(OptionError, match="--outdir"), PictureWriter(folder, OutputOptions(), MODEL) as writer:
         folder.rmdir()
         writer.write(picture(), REQUEST, 0)
 

@@ -56,7 +56,12 @@ def checkpointer(folder, **kwargs):
     plan = plan_of(1, max_train_steps=kwargs.pop("max_train_steps", 1000), **kwargs)
     saving = SavingOptions(output_dir=folder, output_name="foo", **kwargs)
     return Checkpointer(
-        saving, plan, FileNames.of(saving), lambda path, step, epoch: path.touch(), lambda path, step: path.mkdir()
+        saving,
+        plan,
+        FileNames.of(saving),
+        write_model=lambda path, step, epoch: path.touch(),
+        write_best=lambda path, step, epoch: path.touch(),
+        write_state=lambda path, step: path.mkdir(),
     )
 
 

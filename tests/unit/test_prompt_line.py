@@ -110,6 +110,7 @@ def test_default_size_is_512() -> None:
         ("a --w 100", "--w: 100 is not a multiple of 8; use 96 or 104"),
         ("a --h 0", "--h: 0 is too small; use at least 64"),
         ("a --w -8", "--w: -8 is too small; use at least 64"),
+        ("a --w 51200", "--w: 51200 is too large; the largest is 16384"),
         ("a --d 99999999999999999999", "--d: 99999999999999999999 is out of range"),
         ("a --d 1,-5", "--d: -5 is out of range; use 0 to 2"),
         ("(" * 2000 + "a", "--prompt: its brackets make an emphasis of 6.*e.82; 1e.06 is the limit"),

@@ -1,10 +1,12 @@
 """The noise schedule against values computed independently, and against diffusers."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
 from library.diffusion.schedule import NoiseSchedule
+from tests import objective_reference as reference
 
 # t: (alpha-bar, signal-to-noise ratio, alpha-bar with zero terminal SNR)
 VALUES = {
@@ -24,6 +26,15 @@ def test_tables(timestep, expected):
     assert plain.alphas_cumprod_T[timestep].item() == pytest.approx(alpha_bar, rel=2e-6)
     assert plain.snr_T[timestep].item() == pytest.approx(snr, rel=2e-4)
     assert zero.alphas_cumprod_T[timestep].item() == pytest.approx(rescaled, rel=2e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_all_timesteps_against_the_formulas(zero_terminal_snr):
+    """Lin et al. 2023 take the rescaled alphas apart into betas and multiply them up again: the same numbers."""
+    schedule = NoiseSchedule.make(zero_terminal_snr=zero_terminal_snr)
+    expected = reference.alphas_cumprod_T(zero_terminal_snr=zero_terminal_snr)
+    np.testing.assert_allclose(schedule.alphas_cumprod_T.numpy(), expected, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(schedule.snr_T.numpy(), expected / (1 - expected), rtol=1e-5, atol=1e-12)
 
 
 def test_last_but_one_timestep_with_zero_terminal_snr():

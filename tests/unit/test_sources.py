@@ -161,3 +161,10 @@ def test_every_broken_image_is_listed(tmp_path, caplog):
     report_broken(contents.broken, "skip")
     assert "2 broken images left out" in caplog.text and "text.jpg" in caplog.text
     report_broken({}, "stop")
+
+
+def test_all_lines_where_one_is_to_be_drawn(tmp_path):
+    tiny_images(tmp_path, 1, captions=["\ufeff\n first \n\n \nsecond\n"])
+    (first,) = scan(tmp_path).images
+    (every,) = scan_folder(tmp_path, caption_extension=".txt", class_tokens=None, all_lines=True).images
+    assert (first.caption, every.caption) == ("first", "first\nsecond")

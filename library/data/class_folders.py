@@ -1,0 +1,105 @@
+"""Class folders: a folder of training images whose sub-folders say their repeats and class by their names."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from library.data.options import FolderOptions
+from library.data.sources import count_images
+from library.options import OptionError, require
+
+logger = logging.getLogger(__name__)
+
+
+class ClassFolder(NamedTuple):
+    """A sub-folder as its name reads: why it is passed over, or how it is used."""
+
+    path: Path
+    repeats: int | None  # None: not of the form <repeats>_<class>
+    class_tokens: str
+
+    @property
+    def used(self) -> bool:
+        return self.repeats is not None and self.repeats >= 1
+
+
+def parse_folder_name(name: str) -> tuple[int | None, str]:
+    """(repeats, class tokens) of "<repeats>_<class>"; repeats is None where no whole number comes first."""
+    first, _, rest = name.partition("_")
+    try:
+        return int(first), rest
+    except ValueError:
+        return None, ""
+
+
+def class_folders(base: str, flag: str, default_repeats: int = 1) -> Iterator[FolderOptions]:
+    """The class folders in `base` that hold images, or `base` itself with `default_repeats`.
+
+    Raises OptionError with all it looked at.
+    """
+    path = Path(base)
+    require(path.is_dir(), flag, f"{base!r} is not a folder", "name an existing folder of images or of class folders")
+    children, counts, own_images = _look_into(path)
+    used = [child for child in children if child.used and counts[child.path]]
+    if not used and not own_images:
+        way_out = "name class folders <repeats>_<class>, for example 10_cat, or name the folder of images itself"
+        raise OptionError(flag, f"no images found; {way_out}; looked at:{_tree(path, children, counts)}")
+    for child in children:
+        if child.repeats is None or (child.used and not counts[child.path]):
+            logger.info("%s passed over: %s", child.path, why_passed_over(child, counts[child.path]))
+    if not used:
+        showings = "1 repeat" if default_repeats == 1 else f"{default_repeats} repeats"
+        logger.info("%s holds %d images itself: %s, no class", path, own_images, showings)
+        yield FolderOptions(image_dir=path, num_repeats=default_repeats)
+        return
+    if own_images:
+        logger.info("%s: %d images directly in it passed over, there are class folders", path, own_images)
+    for child in used:
+        yield FolderOptions(child.path, child.repeats or 1, child.class_tokens)
+
+
+def passed_over_folders(base: Path | str) -> list[tuple[Path, str]]:
+    """(folder, why) for what lies in an existing `base` and is not trained on: sub-folders, and images beside them."""
+    children, counts, own_images = _look_into(Path(base))
+    used = [child for child in children if child.used and counts[child.path]]
+    found = [(child.path, why_passed_over(child, counts[child.path])) for child in children if child not in used]
+    if used and own_images:
+        found.append((Path(base), f"{own_images} images directly in it, but there are class folders"))
+    return found
+
+
+def _look_into(path: Path) -> tuple[list[ClassFolder], dict[Path, int], int]:
+    """(sub-folders in order, how many images each holds, how many lie directly in the folder)."""
+    children = [
+        ClassFolder(child, *parse_folder_name(child.name)) for child in sorted(path.iterdir()) if child.is_dir()
+    ]
+    return children, {child.path: count_images(child.path) for child in children}, count_images(path)
+
+
+def _tree(path: Path, children: Sequence[ClassFolder], counts: Mapping[Path, int]) -> str:
+    lines = [f"\n  {path}{os.sep}: no images directly in it"]
+    lines += [f"\n    {child.path.name}{os.sep}: {why_passed_over(child, counts[child.path])}" for child in children]
+    return "".join(lines)
+
+
+def why_passed_over(child: ClassFolder, num_images: int) -> str:
+    """Why a sub-folder with this many images is not trained on."""
+    if not num_images:
+        return why_empty(child.path)
+    if child.repeats is None:
+        name = child.path.name
+        return f"{num_images} images, but the name does not begin with the repeats; rename it, for example to 10_{name}"
+    return f"{num_images} images, but {child.repeats} repeats"
+
+
+def why_empty(folder: Path) -> str:
+    """Why a folder gives no images, with a look one level deeper."""
+    deeper = [child for child in sorted(folder.iterdir()) if child.is_dir() and count_images(child)]
+    if deeper:
+        return f"no images, but {count_images(deeper[0])} in {deeper[0].name}{os.sep}; only one level is looked at"
+    num_files = sum(1 for _ in folder.iterdir())
+    return f"{num_files} files, none of them an image" if num_files else "empty"

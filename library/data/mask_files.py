@@ -1,0 +1,128 @@
+"""Which parts of images count in the loss: masks beside the images, and alpha channels. Nothing is decoded here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from library.data.config import DatasetConfig, SubsetConfig
+from library.data.headers import BadImage, read_header
+from library.data.options import MaskOptions
+from library.data.sources import FolderContents, ImageRecord, MaskFile, is_image, listed
+from library.options import OptionError, require
+
+logger = logging.getLogger(__name__)
+
+LARGEST_STRETCH = 0.02  # by which a mask's aspect ratio may differ from its image's without a word
+
+
+def settle_masks(configs: Sequence[DatasetConfig], *, masked_loss: bool) -> tuple[DatasetConfig, ...]:
+    """The datasets with the masks that this run uses: files only with --masked_loss, alpha channels where asked for.
+
+    Raises OptionError for a folder of masks that is not there, and for --masked_loss without any masks.
+    """
+    subsets = [subset for config in configs for subset in config.subsets]
+    for folder in dict.fromkeys(subset.masks.conditioning_data_dir for subset in subsets):
+        require(folder is None or folder.is_dir(), "conditioning_data_dir", f"{str(folder)!r} is not a folder")
+    if masked_loss:
+        way_out = "give a folder of masks (conditioning_data_dir) or use the images' alpha channel (alpha_mask)"
+        if not configs:
+            logger.warning("--masked_loss has no effect with --dataset_class, which brings no masks")
+        has_masks = not configs or any(subset.masks.enabled for subset in subsets)
+        require(has_masks, "--masked_loss", "there are no masks", way_out)
+        return tuple(configs)
+    if any(subset.masks.conditioning_data_dir for subset in subsets):
+        logger.warning("conditioning_data_dir has no effect without --masked_loss")
+    return tuple(
+        replace(config, subsets=tuple(replace(subset, masks=_without_files(subset)) for subset in config.subsets))
+        for config in configs
+    )
+
+
+def _without_files(subset: SubsetConfig) -> MaskOptions:
+    return replace(subset.masks, conditioning_data_dir=None)
+
+
+def with_mask_files(
+    found: Sequence[FolderContents], subsets: Sequence[SubsetConfig]
+) -> tuple[list[FolderContents], dict[str, str]]:
+    """The contents with each image's mask, where a subset has a folder of them; and broken masks with the reason.
+
+    The mask of `a.jpg` is an image `a` of any kind in the folder, or in its sub-folder of the name of the images'
+    folder. Raises OptionError listing all images that have none.
+    """
+    contents, broken, missing = [], {}, []
+    for folder_contents, subset in zip(found, subsets, strict=True):
+        folder = subset.masks.conditioning_data_dir
+        if folder is not None:
+            files = _by_stem(folder, subset.image_dir.name)
+            images = []
+            for image in folder_contents.images:
+                path = files.get(_stem(image.path))
+                if path is None:
+                    missing.append(image.path)
+                    continue
+                try:
+                    images.append(replace(image, mask=_mask_file(path)))
+                except BadImage as error:
+                    broken[path] = str(error)
+            folder_contents = replace(folder_contents, images=tuple(images))
+        contents.append(folder_contents)
+    if missing:
+        problem = f"{len(missing)} image{'s have' if len(missing) > 1 else ' has'} no mask: {listed(missing)}"
+        way_out = "add pictures of these names, white where the image counts and black where it does not"
+        raise OptionError("conditioning_data_dir", problem, way_out)
+    return contents, broken
+
+
+def _by_stem(folder: Path, images_folder: str) -> dict[str, str]:
+    """Stem -> mask; those in the sub-folder of the name of the images' folder come first."""
+    folders = [each for each in (folder, folder / images_folder) if each.is_dir()]
+    names = [(each, name) for each in folders for name in sorted(os.listdir(each), reverse=True) if is_image(name)]
+    return {_stem(name): os.path.join(each, name) for each, name in names}
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _mask_file(path: str) -> MaskFile:
+    header = read_header(path)
+    return MaskFile(path, header.size_wh, header.orientation, header.num_bytes)
+
+
+def report_masks(contents: Sequence[FolderContents], subsets: Sequence[SubsetConfig]) -> None:
+    """Log how many images are masked by what, which are not, and what becomes of transparency that masks nothing."""
+    pairs = [(image, subset) for c, subset in zip(contents, subsets, strict=True) for image in c.images]
+    by_file = [image for image, _ in pairs if image.mask]
+    by_alpha = [image for image, subset in pairs if subset.masks.alpha_mask and image.has_alpha]
+    ignored = [image for image, subset in pairs if image.has_alpha and not subset.masks.alpha_mask]
+    if by_file:
+        logger.info("masks: %d of %d images are masked by files", len(by_file), len(pairs))
+    if any(subset.masks.alpha_mask for subset in subsets):
+        logger.info("masks: %d of %d images are masked by their alpha channel", len(by_alpha), len(pairs))
+    if any(subset.masks.enabled for subset in subsets):
+        whole = [i for i, subset in pairs if not (i.mask or (subset.masks.alpha_mask and i.has_alpha))]
+        if whole:
+            paths = [image.path for image in whole]
+            logger.warning("masks: %d images have none and count as a whole: %s", len(whole), listed(paths))
+    if ignored:
+        logger.info(
+            "transparency: %d of %d images have an alpha channel; what is transparent is trained as white, "
+            "and --alpha_mask would leave it out of the loss",
+            len(ignored),
+            len(pairs),
+        )
+    stretched = [image.path for image in by_file if _stretch(image) > LARGEST_STRETCH]
+    if stretched:
+        logger.warning("masks: %d are of another shape than their image and are stretched: %s",
+                       len(stretched), listed(stretched))  # fmt: skip
+
+
+def _stretch(image: ImageRecord) -> float:
+    assert image.mask is not None
+    (width, height), (mask_width, mask_height) = image.size_wh, image.mask.size_wh
+    return abs(width * mask_height / (height * mask_width) - 1)

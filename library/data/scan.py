@@ -1,0 +1,18 @@
+"""What finding and checking the images brought to light, beyond the images themselves: what reports are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from library.data.lookalikes import Look
+from library.data.sources import FolderContents
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One look at all folders of a run."""
+
+    contents: tuple[FolderContents, ...] = ()  # by subset
+    broken: Mapping[str, str] = field(default_factory=dict)  # path -> reason, of images that the run does without
+    looks: Mapping[str, Look] = field(default_factory=dict)  # by path, of images that were decoded by the check

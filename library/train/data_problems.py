@@ -1,0 +1,233 @@
+"""What seems wrong with the training data, judged from the findings, with what can be done about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from library.data.findings import Findings, enlargement, kept_part, samples_in_short_batches
+from library.data.loading import TrainImage
+from library.data.options import BucketOptions, MaskOptions
+from library.train.report import Gallery, Picture, Problem
+
+MUCH_CROPPED = 0.25  # share of a picture: its subject may be cut
+MUCH_ENLARGED = 1.25  # times as long: what is learned is blur
+MANY = 0.1  # share of the images: below it a peculiarity is only noted
+MANY_SHORT = 0.2  # share of an epoch's samples in batches that are at most half full
+LISTED = 200  # pictures of a problem
+
+
+def data_problems(findings: Findings, bucket: BucketOptions, masks: MaskOptions) -> Iterator[Problem]:
+    """Warnings and notes; the options are those of the command line, for what to do about it."""
+    yield from _unusable(findings)
+    yield from _captions(findings)
+    yield from _copies(findings)
+    yield from _sizes(findings, bucket)
+    yield from _short_batches(findings)
+    yield from _turned_or_transparent(findings, masks)
+
+
+def counted(number: int, what: str, many: str | None = None) -> str:
+    """ "1 image", "2 images"."""
+    return f"{number:,} {what if number == 1 else many or what + 's'}"
+
+
+def picture_of(findings: Findings, image: TrainImage, note: str = "") -> Picture:
+    """A picture with its note, and the frame of the cut unless that is another one each time."""
+    return Picture(image.record.path, note, None if findings.cut_moves(image) else kept_part(image.placement))
+
+
+def _gallery(findings: Findings, paths: Sequence[str], note: Callable[[str], str] = lambda path: "") -> Gallery:
+    pictures = (
+        picture_of(findings, findings.images[path], note(path))
+        if path in findings.images
+        else Picture(path, note(path))
+        for path in paths[:LISTED]
+    )
+    return Gallery.of(pictures, more=max(0, len(paths) - LISTED))
+
+
+def _unusable(findings: Findings) -> Iterator[Problem]:
+    broken = findings.scan.broken
+    if broken:
+        yield Problem(
+            True,
+            f"{counted(len(broken), 'image')} can't be read and left out",
+            "mend or remove them",
+            lines=tuple(f"{path}: {reason}" for path, reason in sorted(broken.items())[:LISTED]),
+            said_before=True,
+        )
+    others = findings.passed_over
+    if others:
+        yield Problem(
+            True,
+            f"{counted(len(others), 'file')} beside the images passed over: no images of a kind that is read",
+            "convert them to PNG, JPEG or WebP if they belong to the training",
+            lines=tuple(sorted(others)[:LISTED]),
+            said_before=True,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- captions
+
+
+def _captions(findings: Findings) -> Iterator[Problem]:
+    total = len(findings.images)
+    bare = [path for folder in findings.folders if not folder.class_tokens for path in folder.uncaptioned]
+    if bare:
+        yield Problem(
+            True,
+            f"{len(bare)} of {counted(total, 'image')} have no caption and are trained on the empty one",
+            f"write caption files ({_extension(findings)}), or name the folder <repeats>_<class>",
+            _gallery(findings, bare),
+            said_before=True,
+        )
+    empty = [path for folder in findings.folders for path in folder.empty_captions]
+    if empty:
+        yield Problem(
+            True,
+            f"{counted(len(empty), 'caption file')} without text",
+            "write what the picture shows",
+            _gallery(findings, empty),
+        )
+    by_class = [folder for folder in findings.folders if folder.class_tokens and folder.uncaptioned]
+    mixed = [folder for folder in by_class if len(folder.uncaptioned) < len(folder.images)]
+    if mixed:
+        missing = [path for folder in mixed for path in folder.uncaptioned]
+        classes = " and ".join(dict.fromkeys(f"{folder.class_tokens!r}" for folder in mixed))
+        yield Problem(
+            True,
+            f"{counted(len(missing), 'image')} without a caption, unlike others of the same folder: trained on "
+            f"{classes}",
+            "write what the picture shows",
+            _gallery(findings, missing),
+            said_before=True,
+        )
+    if findings.cut_off:
+        limit, longest = findings.token_limit, findings.cut_off[0].tokens
+        larger = next((size for size in (150, 225) if size > limit and size >= longest), 225)
+        way_out = f"--max_token_length {larger} reads more, or shorten them" if limit < 225 else "shorten them"
+        lengths = {long.record.path: f"{long.tokens} tokens, {long.tokens - limit} cut off: ... "
+                   f"{long.caption[-60:]}" for long in findings.cut_off}  # fmt: skip
+        yield Problem(
+            True,
+            f"{counted(len(lengths), 'caption')} longer than the {limit} tokens that are read; the end is cut off",
+            way_out,
+            _gallery(findings, list(lengths), lengths.__getitem__),
+        )
+
+
+def _extension(findings: Findings) -> str:
+    return next((folder.caption_extension for folder in findings.folders if folder.caption_extension), ".txt")
+
+
+# ---------------------------------------------------------------------------------------------- copies
+
+
+def _copies(findings: Findings) -> Iterator[Problem]:
+    if findings.equal:
+        extra = sum(len(group) - 1 for group in findings.equal)
+        differing = sum(len({_caption(findings, path) for path in group}) > 1 for group in findings.equal)
+        captions = f"; in {differing} of the groups the captions differ" if differing else ""
+        yield Problem(
+            True,
+            f"{counted(extra, 'image file')} equal to another one, byte for byte{captions}",
+            "remove the copies: their picture is learned more than the others; repeats are there for that",
+            _groups(findings, findings.equal),
+        )
+    if findings.alike:
+        number = sum(map(len, findings.alike))
+        groups = counted(len(findings.alike), "group")
+        yield Problem(
+            False,
+            f"{number} images in {groups} look alike: resized or saved again, or frames of one scene",
+            "keep the best of each group, unless they are meant",
+            _groups(findings, findings.alike),
+        )
+
+
+def _caption(findings: Findings, path: str) -> str:
+    return findings.images[path].record.caption if path in findings.images else ""
+
+
+def _groups(findings: Findings, groups: Iterable[Sequence[str]]) -> Gallery:
+    made = []
+    for group in groups:
+        images = [findings.images[path] for path in group if path in findings.images]
+        made.append(tuple(picture_of(findings, image, "{}x{}".format(*image.record.size_wh)) for image in images))
+    return Gallery(tuple(made[:LISTED]), is_grouped=True, more=max(0, len(made) - LISTED))
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+def _sizes(findings: Findings, bucket: BucketOptions) -> Iterator[Problem]:
+    images = findings.images
+    cropped = {path: image.placement.cropped_share for path, image in images.items()}
+    worst = sorted((path for path in cropped if cropped[path] > MUCH_CROPPED), key=lambda path: -cropped[path])
+    if worst:
+        step = bucket.bucket_reso_steps
+        advice = (
+            f"crop them yourself, or try a larger --max_bucket_reso or --bucket_reso_steps below {step}"
+            if bucket.enable_bucket
+            else "--enable_bucket trains each picture near its own shape"
+        )
+        lose = "loses" if len(worst) == 1 else "lose"
+        yield Problem(
+            len(worst) > MANY * len(images),
+            f"{counted(len(worst), 'image')} {lose} more than {MUCH_CROPPED:.0%} of the picture to the cut",
+            advice,
+            _gallery(findings, worst, lambda path: f"{cropped[path]:.0%} cut away"),
+        )
+    factors = {path: enlargement(image) for path, image in images.items()}
+    small = sorted((path for path in factors if factors[path] > MUCH_ENLARGED), key=lambda path: -factors[path])
+    if small:
+        yield Problem(
+            True,
+            f"{counted(len(small), 'image')} too small: enlarged more than {MUCH_ENLARGED} times",
+            "find larger originals, remove them, or train at a lower --resolution"
+            + ("" if bucket.bucket_no_upscale else "; --bucket_no_upscale never enlarges"),
+            _gallery(
+                findings, small, lambda path: f"{factors[path]:.1f} x, {'{}x{}'.format(*images[path].record.size_wh)}"
+            ),
+        )
+
+
+def _short_batches(findings: Findings) -> Iterator[Problem]:
+    samples = sum(bucket.samples for bucket in findings.buckets)
+    short = samples_in_short_batches(findings.buckets)
+    if samples and short / samples > MANY_SHORT:
+        rare = [bucket for bucket in findings.buckets if bucket.last_batch <= bucket.batch_size / 2]
+        yield Problem(
+            True,
+            f"{short} of the {samples} pictures of an epoch are in batches that are at most half full",
+            "a batch has pictures of one bucket only: use a smaller batch, or fewer buckets by a larger "
+            "--bucket_reso_steps",
+            lines=tuple(
+                f"{width}x{height}: {bucket.samples} per epoch, the last batch has {bucket.last_batch} of "
+                f"{bucket.batch_size}"
+                for bucket in rare
+                for width, height in [bucket.size_wh]
+            ),
+        )
+
+
+def _turned_or_transparent(findings: Findings, masks: MaskOptions) -> Iterator[Problem]:
+    if findings.rotated:
+        yield Problem(
+            False,
+            f"{counted(len(findings.rotated), 'photo')} turned or mirrored as the Exif orientation says",
+            "",
+            _gallery(
+                findings, findings.rotated, lambda path: f"orientation {findings.images[path].record.orientation}"
+            ),
+        )
+    if findings.transparent:
+        number = counted(len(findings.transparent), "image")
+        yield Problem(
+            False,
+            f"{number} with transparent parts: left out of the loss"
+            if masks.alpha_mask
+            else f"{number} with transparent parts: placed on white",
+            "" if masks.alpha_mask else "--alpha_mask leaves those parts out of the loss",
+            _gallery(findings, findings.transparent),
+        )

@@ -1,0 +1,200 @@
+"""Options of precision and memory, and of how several devices share the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from library.options import opt, require
+from library.train.options import OptimizerOptions, TrainingOptions
+from library.train.output_options import SavingOptions
+
+# backends of torch.compile as the trade lists them; which of them are there depends on the installation
+DYNAMO_BACKENDS = (
+    "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
+    "tensort", "ipex", "tvm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """The precision of what is trained and of the frozen model."""
+
+    full_fp16: bool = opt(False, help="what is trained is float16 too; with --mixed_precision fp16")
+    full_bf16: bool = opt(
+        False, help="what is trained is bfloat16 too, rounded so that small steps add up; with --mixed_precision bf16"
+    )
+    fp8_base: bool = opt(
+        False, help="keep the frozen U-Net and text encoder in 8 bits; with --mixed_precision fp16 or bf16"
+    )
+    fp8_base_unet: bool = opt(False, help="keep only the frozen U-Net in 8 bits")
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.full_fp16 and self.full_bf16), "--full_fp16", "contradicts --full_bf16", "give one of them"
+        )
+
+    @property
+    def stores_unet_in_8_bits(self) -> bool:
+        return self.fp8_base or self.fp8_base_unet
+
+    @property
+    def stores_text_in_8_bits(self) -> bool:
+        return self.fp8_base and not self.fp8_base_unet
+
+    def check_beside(self, training: TrainingOptions) -> None:
+        """Raise OptionError unless --mixed_precision is what these options need."""
+        for name, needed in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+            require(
+                not getattr(self, name) or training.mixed_precision == needed,
+                f"--{name}",
+                f"needs --mixed_precision {needed}, not {training.mixed_precision}",
+            )
+        flag = "--fp8_base" if self.fp8_base else "--fp8_base_unet"
+        is_half = training.mixed_precision != "no"
+        require(
+            is_half or not self.stores_unet_in_8_bits, flag, "needs --mixed_precision bf16 or fp16", "use bf16"
+        )
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect beside another."""
+        both = self.fp8_base and self.fp8_base_unet
+        return ["--fp8_base beside --fp8_base_unet: only the U-Net is kept in 8 bits"] if both else []
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Memory against time."""
+
+    cpu_offload_checkpointing: bool = opt(
+        False, help="with --gradient_checkpointing: keep what the backward pass needs in the CPU's memory"
+    )
+    fused_backward_pass: bool = opt(
+        False, help="update each parameter as soon as its gradient is there, so that gradients take no memory"
+    )
+    highvram: bool = opt(False, help="leave every model on the GPU, also while it is not needed")
+    torch_compile: bool = opt(False, help="compile the U-Net (torch.compile): slow first steps, faster ones later")
+    dynamo_backend: str = opt("inductor", choices=DYNAMO_BACKENDS, help="what compiles for --torch_compile")
+
+    def check_beside(self, training: TrainingOptions, optimizer: OptimizerOptions) -> list[str]:
+        """Raise OptionError for what contradicts the steps and the optimizer; returns notes."""
+        notes = []
+        if self.cpu_offload_checkpointing and not training.gradient_checkpointing:
+            notes.append("--cpu_offload_checkpointing has no effect without --gradient_checkpointing")
+        if self.dynamo_backend != "inductor" and not self.torch_compile:
+            notes.append("--dynamo_backend has no effect without --torch_compile")
+        if not self.fused_backward_pass:
+            return notes
+        flag, batches = "--fused_backward_pass", training.gradient_accumulation_steps
+        require(
+            batches == 1,
+            flag,
+            f"applies a gradient when it is made, so --gradient_accumulation_steps {batches} can't add some up",
+            "use 1",
+        )
+        require(
+            training.mixed_precision != "fp16",
+            flag,
+            "does not go with the scaled gradients of --mixed_precision fp16",
+            "use bf16",
+        )
+        require(
+            not (optimizer.adapts_rate or optimizer.is_schedule_free),
+            flag,
+            f"{optimizer.optimizer_type} looks at all gradients together",
+            "use AdaFactor, AdamW, Lion or SGDNesterov",
+        )
+        if optimizer.max_grad_norm:
+            notes.append(
+                f"--max_grad_norm {optimizer.max_grad_norm:g}: with --fused_backward_pass each gradient is clipped by "
+                "its own norm, not by that of all; 0 switches clipping off"
+            )
+        return notes
+
+
+@dataclass(frozen=True)
+class DistributedOptions:
+    """Several devices: data parallelism, DeepSpeed."""
+
+    ddp_timeout: int | None = opt(help="minutes that processes wait for each other; accelerate's default without it")
+    ddp_gradient_as_bucket_view: bool = opt(
+        False, help="gradients live in the buffers they are exchanged in: less memory"
+    )
+    ddp_static_graph: bool = opt(False, help="the graph is the same in every step: a little faster")
+    deepspeed: bool = opt(False, help="train with DeepSpeed (package deepspeed)")
+    zero_stage: int = opt(
+        2, choices=[0, 1, 2, 3], help="DeepSpeed: what is split over devices: 1 optimizer, 2 gradients, 3 weights too"
+    )
+    offload_optimizer_device: str | None = opt(
+        choices=[None, "cpu", "nvme"], help="DeepSpeed: where the optimizer's state is kept (zero_stage 2 and 3)"
+    )
+    offload_optimizer_nvme_path: str | None = opt(help="DeepSpeed: folder for --offload_optimizer_device nvme")
+    offload_param_device: str | None = opt(
+        choices=[None, "cpu", "nvme"], help="DeepSpeed: where weights are kept (zero_stage 3)"
+    )
+    offload_param_nvme_path: str | None = opt(help="DeepSpeed: folder for --offload_param_device nvme")
+    zero3_init_flag: bool = opt(False, help="DeepSpeed: split weights while models are made (zero_stage 3)")
+    zero3_save_16bit_model: bool = opt(False, help="DeepSpeed: gather 16-bit weights for saving (zero_stage 3)")
+    fp16_master_weights_and_gradients: bool = opt(
+        False, help="DeepSpeed: master weights in float16 too (zero_stage 2, optimizer offload to the CPU, fp16)"
+    )
+
+    def __post_init__(self) -> None:
+        minutes = self.ddp_timeout
+        require(minutes is None or minutes >= 1, "--ddp_timeout", f"{minutes} is out of range", "use 1 or more")
+
+    def __post_init__(self) -> None:
+        timeout = self.ddp_timeout
+        require(timeout is None or timeout >= 1, "--ddp_timeout", f"{timeout} is out of range", "use 1 or more minutes")
+        if not self.deepspeed:
+            return
+        for part, device, stages in (
+            ("optimizer", self.offload_optimizer_device, (2, 3)),
+            ("param", self.offload_param_device, (3,)),
+        ):
+            flag = f"--offload_{part}_device"
+            needed = " or ".join(map(str, stages))
+            require(device is None or self.zero_stage in stages, flag, f"needs --zero_stage {needed}")
+            require(
+                device != "nvme" or bool(getattr(self, f"offload_{part}_nvme_path")),
+                flag,
+                f"nvme needs --offload_{part}_nvme_path",
+            )
+        require(
+            not self.fp16_master_weights_and_gradients
+            or (self.zero_stage == 2 and self.offload_optimizer_device == "cpu"),
+            "--fp16_master_weights_and_gradients",
+            "needs --zero_stage 2 and --offload_optimizer_device cpu",
+        )
+
+    def check_beside(self, training: TrainingOptions, saving: SavingOptions, *, is_fused: bool) -> None:
+        """Raise OptionError for what DeepSpeed does not do."""
+        if not self.deepspeed:
+            return
+        require(not is_fused, "--fused_backward_pass", "contradicts --deepspeed, which updates by itself")
+        require(
+            not self.fp16_master_weights_and_gradients or training.mixed_precision == "fp16",
+            "--fp16_master_weights_and_gradients",
+            f"needs --mixed_precision fp16, not {training.mixed_precision}",
+        )
+        way_out = "leave one of them out; --network_weights starts from a trained file"
+        for name in ("save_state", "save_state_on_train_end", "resume"):
+            require(not getattr(saving, name), f"--{name}", "has no state of a run with --deepspeed", way_out)
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect beside another."""
+        if not self.deepspeed:
+            idle = [field.name for field in fields(self) if not field.name.startswith(("ddp_", "deepspeed"))]
+            return [
+                f"--{name} has no effect without --deepspeed"
+                for name in idle
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default
+            ]
+        notes = [f"--ddp_{name} has no effect beside --deepspeed" for name in ("gradient_as_bucket_view", "static_graph")
+                 if getattr(self, f"ddp_{name}")]  # fmt: skip
+        for part in ("optimizer", "param"):
+            if getattr(self, f"offload_{part}_nvme_path") and getattr(self, f"offload_{part}_device") != "nvme":
+                notes.append(f"--offload_{part}_nvme_path has no effect without --offload_{part}_device nvme")
+        if self.zero_stage != 3:
+            names = [name for name in ("zero3_init_flag", "zero3_save_16bit_model") if getattr(self, name)]
+            notes += [f"--{name} has no effect with --zero_stage {self.zero_stage}" for name in names]
+        return notes
