@@ -205,6 +205,11 @@ ROWS: dict[str, Row] = {
         {"validation_split": 0.5, "validate_every_n_steps": 1, "learning_rate": 0.5, "max_train_steps": 8},
     ),
     "ema_decay": Row(0.5, writes("net-ema.safetensors")),
+    "skip_cache_check": Row(
+        True,
+        both(learns_the_same, says("taken unchecked")),
+        {"cache_latents_to_disk": True, "train_data_dir": "{disk}"},
+    ),
     "debug_dataset": Row(True, writes_no("net.safetensors")),
     "plan": Row(True, both(writes_no("net.safetensors"), writes("net-plan.txt"))),
     # of no effect here, and that is said
@@ -214,10 +219,14 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 
 ELSEWHERE = {
+    "dataset_class": "tests/scripts/test_train_network_datasets.py::test_a_class_of_ones_own",
+    "cache_info": "tests/unit/test_info_cache.py::test_the_second_scan_reads_nothing_and_finds_the_same",
     "config_file": "tests/scripts/test_train_network.py::test_config_file_is_the_same_as_flags",
     "output_config": "tests/scripts/test_train_network.py::test_output_config_round_trip_without_secrets",
     "output_dir": "tests/scripts/test_train_network.py::test_files_and_metadata",
     "resume": "tests/scripts/test_train_network_resume.py::test_resume_in_mid_epoch_ends_in_the_same_weights",
+    "sample_prompts": "tests/scripts/test_previews.py::test_names_and_what_web_user_interfaces_read",
+    "sample_sampler": "tests/scripts/test_previews.py::test_names_and_what_web_user_interfaces_read",
     "max_nonfinite_steps": "tests/scripts/test_train_network_mistakes.py::"
     "test_a_run_without_finite_losses_stops_and_says_why",
 }

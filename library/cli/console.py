@@ -40,8 +40,7 @@ def start_console(level: str | None = None, file: str | None = None) -> None:
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     lowest = logging.getLevelName(level or "INFO")
-    to_file = file is not None and is_main_process()
-    console = _file_handler(file, "--console_log_file") if to_file else _BarFriendlyHandler()
+    console = _file_handler(file, "--console_log_file") if file and is_main_process() else _BarFriendlyHandler()
     console.setLevel(lowest if is_main_process() else max(lowest, logging.WARNING))
     _install(console, "console")
     logging.getLogger().setLevel(min(lowest, logging.INFO))  # a run's own log is complete whatever is shown

@@ -94,7 +94,7 @@ class DatasetConfig:
         return any(subset.is_metadata for subset in self.subsets)
 
     def crops_faces(self, subset: SubsetConfig) -> bool:
-        """Whether images of a subset are cut around the faces that their names tell of; buckets leave no room for it."""
+        """Whether images of a subset are cut around the faces their names tell of; buckets leave no room for it."""
         return subset.augment.face_crop_aug_range is not None and not self.bucket.enable_bucket
 
 

@@ -217,7 +217,7 @@ class NetworkTarget(TrainTarget):
         return prediction
 
     def _set_strength(self, multiplier: float) -> None:
-        """Datasets may say how strong the network is while it is trained on them; 1 is what it is saved and shown at."""
+        """How strong the network is, as a dataset may ask for its batches; it is saved and shown at 1."""
         if multiplier != self._strength:
             self.network.set_multiplier(multiplier)
             self._strength = multiplier

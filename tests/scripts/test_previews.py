@@ -125,7 +125,8 @@ def test_names_and_what_web_user_interfaces_read(options, tmp_path, tiny_sd1_pat
         rf"Size: 64x64, Model hash: [0-9a-f]{{10}}, Model: {tiny_sd1_path.stem}"
     )
     assert re.fullmatch(expected, texts["parameters"])
-    assert int(Image.open(derived).text["seed"]) < 2**32
+    texts = Image.open(derived).text
+    assert int(texts["seed"]) < 2**32 and texts["sampler"] == "euler"  # --sample_sampler
 
 
 def test_epochs_win_and_name_their_files(options, tmp_path):

@@ -138,9 +138,11 @@ def test_a_key_that_is_a_path_as_it_stands(folder, monkeypatch):
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["a", "caption", "tags", "train_resolution", "image_path", "text"]), inner, max_size=4
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["a", "caption", "tags", "train_resolution", "image_path", "text"]), inner, max_size=4
+        )
     ),
     max_leaves=12,
 )
