@@ -68,6 +68,10 @@ class RunConfig:
             option.name: getattr(group, option.name) for group in self.groups() for option in options_of(type(group))
         }
 
+    def defaults(self) -> dict[str, Any]:
+        """Every option's default by name."""
+        return {option.name: option.default for group in self.groups() for option in options_of(type(group))}
+
     def check(self) -> list[str]:
         """Raise OptionError for groups that contradict each other; returns warnings for settings without effect."""
         v_prediction = self.model.v_parameterization
@@ -95,11 +99,13 @@ class RunConfig:
         rates = [name for name in ("unet_lr", "text_encoder_lr") if getattr(self.target, name, None)]
         warnings += self.schedule.notes_beside(self.optimizer)
         warnings += self.memory.check_beside(self.training, self.optimizer)
-        self.distributed.check_beside(self.training, self.saving, is_fused=self.memory.fused_backward_pass)
+        self.distributed.check_beside(self.training, self.saving, self.memory, self.precision)
         if self.optimizer.picks_own_rate:
             warnings += [f"--{name} has no effect: AdaFactor with relative_step chooses its own rate" for name in rates]
         if self.optimizer == OptimizerOptions() and not rates:
             warnings.append("--learning_rate: not given, 2e-06 is used; 1e-4 is usual for a LoRA")
+        if self.training.plan and self.source.debug_dataset:
+            warnings.append("--debug_dataset has no effect beside --plan")
         if self.noise.zero_terminal_snr and not v_prediction:
             warnings.append(
                 "--zero_terminal_snr: noise prediction learns nothing at the last timestep; use it with v-prediction"

@@ -49,6 +49,9 @@ def _folders(findings: Findings, source: SourceOptions) -> Section:
                 brief=True,
             )
         )  # fmt: skip
+    if unread := len(findings.images) - findings.num_looked_at:
+        why = "their latents are in a valid cache, so they are not compared with others"
+        blocks.append(Facts((("not looked at", f"{counted(unread, 'image')}: {why}"),)))
     if findings.num_validation:
         blocks.append(
             Facts((("validation", f"{findings.num_validation} images held out: measured, not trained on"),), brief=True)

@@ -166,11 +166,19 @@ class DistributedOptions:
             "needs --zero_stage 2 and --offload_optimizer_device cpu",
         )
 
-    def check_beside(self, training: TrainingOptions, saving: SavingOptions, *, is_fused: bool) -> None:
+    def check_beside(
+        self, training: TrainingOptions, saving: SavingOptions, memory: MemoryOptions, precision: PrecisionOptions
+    ) -> None:
         """Raise OptionError for what DeepSpeed does not do."""
         if not self.deepspeed:
             return
-        require(not is_fused, "--fused_backward_pass", "contradicts --deepspeed, which updates by itself")
+        contradictions = {
+            "fused_backward_pass": (memory.fused_backward_pass, "which updates by itself"),
+            "fp8_base": (precision.fp8_base, "which keeps weights in 16 bits"),
+            "fp8_base_unet": (precision.fp8_base_unet, "which keeps weights in 16 bits"),
+        }
+        for name, (is_given, why) in contradictions.items():
+            require(not is_given, f"--{name}", f"contradicts --deepspeed, {why}", "leave one of them out")
         require(
             not self.fp16_master_weights_and_gradients or training.mixed_precision == "fp16",
             "--fp16_master_weights_and_gradients",
@@ -179,6 +187,12 @@ class DistributedOptions:
         way_out = "leave one of them out; --network_weights starts from a trained file"
         for name in ("save_state", "save_state_on_train_end", "resume"):
             require(not getattr(saving, name), f"--{name}", "has no state of a run with --deepspeed", way_out)
+
+    @property
+    def given_for_several_processes(self) -> list[str]:
+        """What was given and has no effect where there is one process."""
+        names = ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph")
+        return [name for name in names if getattr(self, name)]
 
     def notes(self) -> list[str]:
         """A sentence for each setting that has no effect beside another."""
@@ -194,7 +208,8 @@ class DistributedOptions:
         for part in ("optimizer", "param"):
             if getattr(self, f"offload_{part}_nvme_path") and getattr(self, f"offload_{part}_device") != "nvme":
                 notes.append(f"--offload_{part}_nvme_path has no effect without --offload_{part}_device nvme")
-        if self.zero_stage != 3:
-            names = [name for name in ("zero3_init_flag", "zero3_save_16bit_model") if getattr(self, name)]
-            notes += [f"--{name} has no effect with --zero_stage {self.zero_stage}" for name in names]
+        if self.zero3_init_flag:
+            notes.append("--zero3_init_flag has no effect: weights are read straight to their device")
+        if self.zero3_save_16bit_model:
+            notes.append("--zero3_save_16bit_model has no effect: every process holds all that is trained and saved")
         return notes

@@ -45,13 +45,17 @@ def make_accelerator(config: RunConfig, *, autocast: bool) -> Accelerator:
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         raise OptionError("--mixed_precision", "this GPU has no bf16", "use fp16")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision,
         log_with=list(config.logging.trackers) or None,
         project_dir=logging_folder(config.logging),
         deepspeed_plugin=deepspeed_plugin(config),
         kwargs_handlers=[AutocastKwargs(enabled=autocast), *_distributed(config.distributed)],
     )
+    if accelerator.num_processes == 1:
+        for name in config.distributed.given_for_several_processes:
+            logger.warning("--%s has no effect: there is one process", name)
+    return accelerator
 
 
 def _distributed(options: DistributedOptions) -> list[Any]:

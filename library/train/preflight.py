@@ -79,7 +79,8 @@ def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
         folder = find_state(resume, names)
     state = read_state(folder) if folder else None
     if folder is not None and state is not None:
-        check_same_settings(folder, state, settings_that_matter(config.values(), config.training.seed))
+        defaults = settings_that_matter(config.defaults(), None)
+        check_same_settings(folder, state, settings_that_matter(config.values(), config.training.seed), defaults)
         for name in config.start.skipping:
             logger.warning("--%s has no effect: the state goes on after step %d", name, state.step)
     return CheckedRun(config, datasets, names, folder, state, previews)

@@ -148,12 +148,18 @@ def read_state(folder: Path) -> RunState:
         raise OptionError("--resume", f"{folder / STATE_FILE} can't be read ({error})") from None
 
 
-def check_same_settings(folder: Path, state: RunState, settings: Mapping[str, Any]) -> None:
-    """Raise OptionError naming every setting in which the state and this run differ."""
+def check_same_settings(
+    folder: Path, state: RunState, settings: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Raise OptionError naming every setting in which the state and this run differ.
+
+    A state that is older than an option was written with the option's default.
+    """
+    was = {name: state.settings.get(name, defaults.get(name)) for name in {*state.settings, *settings}}
     differing = [
-        f"--{name} was {state.settings.get(name)!r} and is {settings.get(name)!r}"
-        for name in sorted(set(state.settings) | set(settings))
-        if state.settings.get(name) != settings.get(name) and not (name == "seed" and settings.get(name) is None)
+        f"--{name} was {was[name]!r} and is {settings.get(name)!r}"
+        for name in sorted(was)
+        if was[name] != settings.get(name) and not (name == "seed" and settings.get(name) is None)
     ]
     _require_same(folder, differing, "give the same settings")
 

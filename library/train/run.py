@@ -264,6 +264,9 @@ class Run:
     def write_state(self, folder: Path, step: int) -> None:
         if not self.accelerator.is_main_process:
             return
+        if not self.updates.has_state:
+            logger.warning("no state of this run can be saved; --network_weights starts from its files")
+            return
         state = RunState(
             step=step,
             epoch=self.plan.epoch_of(max(step, 1)),

@@ -21,6 +21,8 @@ FUSED = "--fused_backward_pass"
 class Updates:
     """Clips the gradients of `parameters` by their global norm and lets the optimizer apply them."""
 
+    has_state = True  # whether the optimizer's state is all that a run needs to go on
+
     def __init__(
         self,
         accelerator: Accelerator,

@@ -58,6 +58,8 @@ def keep_whole(plugin: DeepSpeedPlugin, parameters: Sequence[torch.nn.Parameter]
 class DeepSpeedUpdates(Updates):
     """Hears of the updates that DeepSpeed makes."""
 
+    has_state = False  # masters and moments are spread over the processes
+
     @contextlib.contextmanager
     def _boundary(self, is_last: bool) -> Iterator[None]:
         self.accelerator.sync_gradients = is_last

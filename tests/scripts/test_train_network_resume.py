@@ -261,3 +261,14 @@ def test_any_number_of_workers_gives_the_same_weights(options, tmp_path):
         assert train_network(**{**options, "output_dir": folder, "max_data_loader_n_workers": workers}) == 0
         files.append(folder / "net.safetensors")
     assert equal_files(files[0], files[1]) and equal_files(files[0], files[2])
+
+
+def test_a_state_older_than_an_option_had_its_default(options, tmp_path):
+    assert train_network(**options, save_state=True) == 0
+    state = tmp_path / "out" / "net-state"
+    content = json.loads((state / "train_state.json").read_text())
+    del content["settings"]["loss_type"], content["settings"]["noise_offset"]
+    (state / "train_state.json").write_text(json.dumps(content))
+    longer = {**options, "max_train_steps": 4, "resume": state}
+    assert train_network(**longer) == 0
+    assert train_network(**longer, loss_type="l1") == 2

@@ -18,7 +18,7 @@ from library.data.sources import ImageRecord
 from library.text.lengths import count_tokens
 from library.text.tokens import ClipTokenizer
 from tests.tiny_data import tiny_image, tiny_images
-from tests.tiny_runs import build
+from tests.tiny_runs import build, cache
 
 COUNT = partial(count_tokens, ClipTokenizer())
 
@@ -151,3 +151,13 @@ def test_a_cut_that_moves_is_known(tmp_path, random_crop):
     tiny_images(tmp_path / "1_a", 2)
     findings = found(build(tmp_path, augment=AugmentOptions(random_crop=random_crop)))
     assert {findings.cut_moves(image) for image in findings.images.values()} == {random_crop}
+
+
+def test_pictures_with_cached_latents_are_not_looked_at_again(tmp_path):
+    tiny_images(tmp_path / "1_a", 3)
+    still = AugmentOptions()
+    assert found(build(tmp_path, augment=still)).num_looked_at == 3
+    cache(build(tmp_path, augment=still), cache_latents_to_disk=True)
+    tiny_image((64, 64), seed=9).save(tmp_path / "1_a" / "new.png")
+    findings = found(build(tmp_path, augment=still))
+    assert findings.num_looked_at == 1 and len(findings.images) == 4
