@@ -27,6 +27,7 @@ class Row:
     also: Mapping[str, Any] = field(default_factory=dict)  # with it only
 
 
+WIDE = {"enable_bucket": True, "resolution": "256", "train_data_dir": "{wide}"}
 EPOCHS = {"max_train_steps": 6}  # of 4 images x 1 in batches of 2: three epochs
 ROWS: dict[str, Row] = {
     # the model
@@ -48,14 +49,15 @@ ROWS: dict[str, Row] = {
     "prior_loss_weight": Row(0.1, learns_otherwise, {"reg_data_dir": "{reg}"}),
     "on_bad_image": Row("skip", runs, {"train_data_dir": "{broken}"}),
     "alpha_mask": Row(True, learns_otherwise, {"train_data_dir": "{transparent}"}),
+    "conditioning_data_dir": Row("{masks}", learns_otherwise, also={"masked_loss": True}),
     "masked_loss": Row(True, learns_otherwise, {"conditioning_data_dir": "{masks}"}),
     # sizes
     "resolution": Row("128,64", both(learns_otherwise, marks(ss_resolution="(128, 64)"))),
-    "enable_bucket": Row(True, marks(ss_enable_bucket="True"), {"train_data_dir": "{wide}"}),
-    "min_bucket_reso": Row(64, learns_otherwise, {"enable_bucket": True, "train_data_dir": "{wide}"}),
-    "max_bucket_reso": Row(64, learns_otherwise, {"enable_bucket": True, "train_data_dir": "{wide}", "min_bucket_reso": 32}),
-    "bucket_reso_steps": Row(8, learns_otherwise, {"enable_bucket": True, "train_data_dir": "{wide}", "min_bucket_reso": 32}),
-    "bucket_no_upscale": Row(True, learns_otherwise, {"enable_bucket": True, "resolution": "128", "train_data_dir": "{wide}"}),
+    "enable_bucket": Row(True, marks(ss_enable_bucket="True"), {"train_data_dir": "{wide}", "min_bucket_reso": 64}),
+    "min_bucket_reso": Row(64, learns_otherwise, {**WIDE, "max_bucket_reso": 256}),
+    "max_bucket_reso": Row(256, learns_otherwise, {**WIDE, "min_bucket_reso": 64}),
+    "bucket_reso_steps": Row(32, learns_otherwise, {**WIDE, "min_bucket_reso": 64}),
+    "bucket_no_upscale": Row(True, learns_otherwise, WIDE),
     "resize_interpolation": Row("nearest", learns_otherwise, {"train_data_dir": "{wide}"}),
     # captions
     "caption_extension": Row(".tags", learns_otherwise),
@@ -96,7 +98,7 @@ ROWS: dict[str, Row] = {
     "min_timestep": Row(900, both(learns_otherwise, marks(modelspec__timestep_range="900,1000"))),
     "max_timestep": Row(100, both(learns_otherwise, marks(modelspec__timestep_range="0,100"))),
     "zero_terminal_snr": Row(True, both(learns_otherwise, marks(ss_zero_terminal_snr="True")), {"v_parameterization": True}),
-    "min_snr_gamma": Row(1.0, both(learns_otherwise, marks(ss_min_snr_gamma="1.0"))),
+    "min_snr_gamma": Row(0.05, both(learns_otherwise, marks(ss_min_snr_gamma="0.05"))),
     "scale_v_pred_loss_like_noise_pred": Row(True, learns_otherwise, {"v_parameterization": True}),
     "v_pred_like_loss": Row(0.5, learns_otherwise),
     "debiased_estimation_loss": Row(True, learns_otherwise),
@@ -120,7 +122,7 @@ ROWS: dict[str, Row] = {
     "lr_scheduler_power": Row(3.0, learns_otherwise, {"lr_scheduler": "polynomial"}),
     "lr_scheduler_type": Row("ExponentialLR", learns_otherwise, also={"lr_scheduler_args": ["gamma=0.5"]}),
     "lr_scheduler_args": Row(["num_cycles=0.25"], learns_otherwise, {"lr_scheduler": "cosine"}),
-    "lr_scheduler_min_lr_ratio": Row(0.5, learns_otherwise, {"lr_scheduler": "cosine_with_min_lr"}),
+    "lr_scheduler_min_lr_ratio": Row(0.5, runs, {"lr_scheduler": "cosine_with_min_lr"}),
     "lr_decay_steps": Row(2, learns_otherwise, {"lr_scheduler": "warmup_stable_decay"}),
     "lr_scheduler_timescale": Row(1, learns_otherwise, {"lr_scheduler": "inverse_sqrt"}),
     # the run
@@ -227,6 +229,27 @@ ELSEWHERE = {
     "resume": "tests/scripts/test_train_network_resume.py::test_resume_in_mid_epoch_ends_in_the_same_weights",
     "sample_prompts": "tests/scripts/test_previews.py::test_names_and_what_web_user_interfaces_read",
     "sample_sampler": "tests/scripts/test_previews.py::test_names_and_what_web_user_interfaces_read",
+    "huggingface_repo_id": "tests/scripts/test_hub.py::test_every_saved_file_and_state_arrives",
+    "huggingface_token": "tests/scripts/test_hub.py::test_every_saved_file_and_state_arrives",
+    "huggingface_path_in_repo": "tests/scripts/test_hub.py::test_every_saved_file_and_state_arrives",
+    "save_state_to_huggingface": "tests/scripts/test_hub.py::test_every_saved_file_and_state_arrives",
+    "huggingface_repo_type": "tests/scripts/test_hub.py::test_a_public_data_set_repository",
+    "huggingface_repo_visibility": "tests/scripts/test_hub.py::test_a_public_data_set_repository",
+    "resume_from_huggingface": "tests/scripts/test_hub.py::test_going_on_with_a_state_from_the_hub",
+    "console_log_level": "tests/scripts/test_logging.py::"
+    "test_the_level_leaves_lighter_messages_out_of_the_screen_and_not_out_of_the_log",
+    "console_log_simple": "tests/scripts/test_logging.py::test_messages_in_a_file_are_not_on_the_screen",
+    "log_with": "tests/scripts/test_logging.py::test_weights_and_biases",
+    "wandb_api_key": "tests/scripts/test_logging.py::test_weights_and_biases",
+    "wandb_run_name": "tests/scripts/test_logging.py::test_weights_and_biases",
+    "log_config": "tests/scripts/test_logging.py::test_settings_at_tensorboard",
+    "log_tracker_config": "tests/scripts/test_logging.py::test_a_tracker_is_given_its_arguments",
+    "metadata_is_negative_embedding": "tests/scripts/test_metadata.py::test_two_datasets_with_regularisation_and_flips",
+    "metadata_thumbnail": "tests/scripts/test_metadata.py::test_two_datasets_with_regularisation_and_flips",
+    "torch_compile": "tests/unit/test_compilation.py::test_a_compiled_block_computes_the_same",
+    "dynamo_backend": "tests/unit/test_compilation.py::test_an_unknown_backend_is_refused_by_name",
+    "vae_batch_size": "tests/unit/test_cache.py::",
+    "xformers": "tests/gpu/test_train_network_cuda.py::test_xformers_follows_sdpa",
     "max_nonfinite_steps": "tests/scripts/test_train_network_mistakes.py::"
     "test_a_run_without_finite_losses_stops_and_says_why",
 }

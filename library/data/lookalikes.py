@@ -47,7 +47,7 @@ class Looks:
 def _has_transparent_pixels(image: Image.Image) -> bool:
     if not image.has_transparency_data:
         return False
-    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return sum(image.convert("RGBA").getchannel("A").histogram()[:255]) > 0
 
 
 # ---------------------------------------------------------------------------------------------- equal files

@@ -68,7 +68,7 @@ def _readers(
 
 
 def empty_parts_of_file(path: Path, kind: str, vae: torch.nn.Module | None, flag: str) -> Parts:
-    """The parts of a single file on the meta device, read from its header alone; what it lacks is found all the same."""
+    """The parts of a single file on the meta device, from its header alone; what it lacks is found all the same."""
     with open_weights(path, flag) as weights:
         modules = _empty_parts(weights, path, kind, vae, flag)
         _readers(modules, weights, path, kind, flag)

@@ -15,6 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from torch.nn.parallel import DistributedDataParallel
+
 from library.data.batch import Batch
 from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.families.options import TextOptions
@@ -115,6 +117,9 @@ def step_module(config: RunConfig, family: ModelFamily, bundle: ModelBundle, tar
     if config.memory.torch_compile:
         compile_unet(bundle.unet, config.memory.dynamo_backend, device)
     module = StepModule(family, bundle, target, config.text)
+    # processes read the same file, and no communication library sends 8-bit weights
+    in_8_bits = [name for name, parameter in module.named_parameters() if parameter.dtype is float8.FORMAT]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, in_8_bits)
     if config.memory.cpu_offload_checkpointing and config.training.gradient_checkpointing:
         if device.type == "cpu":
             logger.warning("--cpu_offload_checkpointing has no effect: everything is in the CPU's memory already")

@@ -152,7 +152,7 @@ def test_two_processes_equal_one(options, tmp_path):
     one = {**options, "train_batch_size": 4, "logging_dir": tmp_path / "log1", "output_dir": tmp_path / "one"}
     assert train_network(**one) == 0
     two = {**options, "train_batch_size": 2, "logging_dir": tmp_path / "log2", "output_dir": tmp_path / "two"}
-    in_two_processes(**two)
+    in_two_processes(**two, ddp_timeout=5, ddp_gradient_as_bucket_view=True, ddp_static_graph=True)
     assert logged(tmp_path / "log1", "loss/current") == pytest.approx(
         logged(tmp_path / "log2", "loss/current"), abs=1e-5
     )

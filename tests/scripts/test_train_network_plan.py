@@ -59,7 +59,13 @@ RUNS = {
 def test_the_numbers_are_those_of_the_run(options, tmp_path, name, tiny_sd2_path):
     if name == "v2":
         options["pretrained_model_name_or_path"] = tiny_sd2_path
-    options |= {**RUNS[name], "max_train_steps": None, "max_train_epochs": 1, "save_every_n_steps": 2, "save_state": True}
+    options |= {
+        **RUNS[name],
+        "max_train_steps": None,
+        "max_train_epochs": 1,
+        "save_every_n_steps": 2,
+        "save_state": True,
+    }
     assert train_network(**options, plan=True) == 0
     text = plan_text(tmp_path / "out")
     assert train_network(**options, logging_dir=tmp_path / "log") == 0
@@ -105,7 +111,8 @@ def test_odd_data_is_told(options, tmp_path, capsys):
     for part in (
         "1 image can't be read", "1 caption file without text", "5 images without a caption", "trained on 'thing'",
         "1 caption longer than the 75 tokens", "--max_token_length 150", "1 image file equal to another one",
-        "the captions differ", "2 images in 1 group look alike", "2 images lose more than 25%", "wide.png", "tiny.png: 4.0 x, 16x16",
+        "the captions differ", "2 images in 1 group look alike", "2 images lose more than 25%", "wide.png",
+        "tiny.png: 4.0 x, 16x16",
         "1 photo turned", "does not begin with the repeats", "90 tokens, 15 cut off",
     ):  # fmt: skip
         assert part in text, part
@@ -165,7 +172,7 @@ def test_mistakes_are_those_of_a_run(options, name, capsys):
     assert sentences[0] == sentences[1] and part in sentences[0]
 
 
-MODULE = '''
+MODULE = """
 import torch
 
 class Network(torch.nn.Module):
@@ -182,7 +189,7 @@ class Network(torch.nn.Module):
 
 def create_network(multiplier, dim, alpha, vae, text_encoder, unet, **arguments):
     return Network(unet)
-'''
+"""
 
 
 def test_a_network_that_needs_weights_is_not_known_before(options, tmp_path, monkeypatch):

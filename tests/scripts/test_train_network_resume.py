@@ -40,19 +40,6 @@ def test_resume_in_mid_epoch_ends_in_the_same_weights(options, tmp_path):
         assert equal_files(whole, tmp_path / f"again{step}" / "net.safetensors")
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW8bit", "Lion8bit", "Lion", "SGDNesterov", "AdaFactor"])
-def test_resume_with_each_optimizer(options, tmp_path, optimizer):
-    for prefix, package in (("AdamW8", "bitsandbytes"), ("Lion8", "bitsandbytes"), ("Lion", "lion_pytorch")):
-        if optimizer.startswith(prefix):
-            pytest.importorskip(package)
-            break
-    options |= {"optimizer_type": optimizer, "max_train_steps": 4, "cache_latents": True, "network_dim": 32}
-    assert train_network(**options, save_every_n_steps=2, save_state=True) == 0
-    state = tmp_path / "out" / "net-step00000002-state"
-    assert train_network(**{**options, "output_dir": tmp_path / "again"}, resume=state) == 0
-    assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
-
-
 def test_a_state_holds_only_what_is_trained(options, tmp_path, tiny_sd1_path):
     assert train_network(**options, save_state=True) == 0
     state = tmp_path / "out" / "net-state"

@@ -67,7 +67,11 @@ def test_an_outline_is_the_model_without_weights(kind, tiny_sd1_path, tiny_sd2_p
     path = {"sd1": tiny_sd1_path, "sd2": tiny_sd2_path}[kind]
     empty, full = outline(path, torch.bfloat16), loaded(path, torch.bfloat16)
     assert (empty.source, empty.tokenizers[0].pad_token) == (full.source, full.tokenizers[0].pad_token)
-    for part, other in ((empty.unet, full.unet), (empty.text_encoders[0], full.text_encoders[0]), (empty.vae, full.vae)):
+    for part, other in (
+        (empty.unet, full.unet),
+        (empty.text_encoders[0], full.text_encoders[0]),
+        (empty.vae, full.vae),
+    ):
         found = {name: (p.shape, p.dtype, p.requires_grad) for name, p in part.named_parameters()}
         assert found == {name: (p.shape, p.dtype, p.requires_grad) for name, p in other.named_parameters()}
         assert all(parameter.is_meta for parameter in part.parameters())
