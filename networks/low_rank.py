@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from library.models.float8 import widened
+from library.models.float8 import stored_weight, widened
 from library.models.precision import compute_dtype
 
 Size2 = tuple[int, int]
@@ -30,7 +30,7 @@ def linear(
 
     `down_RI` and `up_OR` may be masters of a higher precision; they are cast inside and get gradients of their dtype.
     """
-    return _LowRankLinear.apply(x, base.weight, _scale_of(base), base.bias, down_RI, up_OR, scale)
+    return _LowRankLinear.apply(x, *stored_weight(base), base.bias, down_RI, up_OR, scale)
 
 
 def conv2d(
@@ -41,12 +41,7 @@ def conv2d(
     The base must have no groups, no dilation and numeric zero padding.
     """
     how = (scale, (base.stride, base.padding))
-    return _LowRankConv.apply(x_BIHW, base.weight, _scale_of(base), base.bias, down_RIkk, up_OR11, how)
-
-
-def _scale_of(base: torch.nn.Module) -> torch.Tensor | None:
-    """The scales of a base weight that is kept in 8 bits (library/models/float8.py)."""
-    return getattr(base, "weight_scale", None)
+    return _LowRankConv.apply(x_BIHW, *stored_weight(base), base.bias, down_RIkk, up_OR11, how)
 
 
 # ---------------------------------------------------------------------------------------------- layers

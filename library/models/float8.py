@@ -22,23 +22,32 @@ FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 
 
-class Linear(torch.nn.Linear):
-    """A linear layer with `weight` in 8 bits; named as its base, because networks find layers by their class's name."""
+class _In8Bits:
+    """What the two kinds of layers share: 8-bit numbers, and the weight they stand for."""
 
-    weight_scale: torch.Tensor
+    stored: torch.Tensor  # 8 bits, of the weight's shape
+    weight_scale: torch.Tensor  # float32 (O,)
+    full_dtype: torch.dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The widened weight, made anew each time: for networks that compute with weights themselves."""
+        return widened(self.stored, self.weight_scale, self.full_dtype)
+
+
+class Linear(_In8Bits, torch.nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A linear layer in 8 bits; named as its base, because networks find layers by the names of their classes."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(input, self.weight, self.weight_scale, self.bias, None)
+        return _Product.apply(input, self.stored, self.weight_scale, self.bias, None)
 
 
-class Conv2d(torch.nn.Conv2d):
-    """A convolution with `weight` in 8 bits; named as its base."""
-
-    weight_scale: torch.Tensor
+class Conv2d(_In8Bits, torch.nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A convolution in 8 bits; named as its base."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return _Product.apply(input, self.weight, self.weight_scale, self.bias, geometry)
+        return _Product.apply(input, self.stored, self.weight_scale, self.bias, geometry)
 
 
 def store(module: torch.nn.Module) -> int:
@@ -58,10 +67,17 @@ def store(module: torch.nn.Module) -> int:
         assert isinstance(getattr(layer, "padding", ()), tuple), f"{name}: padding by name"
         stored, scale_O = narrowed(weight.detach())
         saved += weight.numel() * weight.element_size() - stored.numel() - scale_O.numel() * scale_O.element_size()
-        layer.weight = torch.nn.Parameter(stored, requires_grad=False)
-        layer.register_buffer("weight_scale", scale_O, persistent=False)
+        del layer.weight
         layer.__class__ = narrow
+        layer.register_buffer("stored", stored, persistent=False)
+        layer.register_buffer("weight_scale", scale_O, persistent=False)
+        layer.full_dtype = weight.dtype  # pyright: ignore
     return saved
+
+
+def stored_weight(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's weight as it is kept, for :func:`widened`: 8-bit numbers and scales, or the weight and None."""
+    return (layer.stored, layer.weight_scale) if isinstance(layer, _In8Bits) else (layer.weight, None)
 
 
 def narrowed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -118,7 +118,7 @@ def step_module(config: RunConfig, family: ModelFamily, bundle: ModelBundle, tar
         compile_unet(bundle.unet, config.memory.dynamo_backend, device)
     module = StepModule(family, bundle, target, config.text)
     # processes read the same file, and no communication library sends 8-bit weights
-    in_8_bits = [name for name, parameter in module.named_parameters() if parameter.dtype is float8.FORMAT]
+    in_8_bits = [name for name, buffer in module.named_buffers() if buffer.dtype is float8.FORMAT]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, in_8_bits)
     if config.memory.cpu_offload_checkpointing and config.training.gradient_checkpointing:
         if device.type == "cpu":
