@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from library.models.float8 import stored_weight
 from library.options import OptionError
 from networks import low_rank
 from networks.blocks import argument, layout_of
@@ -202,7 +203,7 @@ class LoRAModule(Adapter):
             return self._forward_with_dropout(x)
         layer: Any = self._layer[0]
         scale = self.multiplier * self.scale
-        if not (self._can_fuse and self._base_is_plain) or layer.weight.requires_grad:
+        if not (self._can_fuse and self._base_is_plain) or stored_weight(layer)[0].requires_grad:
             return self._base_forward(x) + self._up(self._down(x)) * scale
         layer_with_change = low_rank.linear if self._is_linear else low_rank.conv2d
         return layer_with_change(x, layer, self.lora_down.weight, self.lora_up.weight, scale)

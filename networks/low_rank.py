@@ -89,7 +89,8 @@ class _LowRankConv(torch.autograd.Function):
         scale, geometry = how
         x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
         stride, padding = geometry
-        out = torch.conv2d(x, widened(weight, weight_scale, dtype), None if bias is None else bias.to(dtype), stride, padding)
+        full = widened(weight, weight_scale, dtype)
+        out = torch.conv2d(x, full, None if bias is None else bias.to(dtype), stride, padding)
         up_OR = up.flatten(1)
         pointwise = down.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
         low = _mix(down.flatten(1), x) if pointwise else torch.conv2d(x, down, None, stride, padding)

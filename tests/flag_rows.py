@@ -221,6 +221,20 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 
 ELSEWHERE = {
+    "ddp_timeout": "tests/scripts/test_train_network_continued.py::test_two_processes_equal_one",
+    "ddp_gradient_as_bucket_view": "tests/scripts/test_train_network_continued.py::test_two_processes_equal_one",
+    "ddp_static_graph": "tests/scripts/test_train_network_continued.py::test_two_processes_equal_one",
+    "deepspeed": "tests/gpu/test_memory_cuda.py::test_deepspeed",
+    "zero_stage": "tests/unit/test_zero.py::test_the_settings_reach_deepspeed",
+    "offload_optimizer_device": "tests/unit/test_zero.py::test_the_settings_reach_deepspeed",
+    "offload_optimizer_nvme_path": "tests/unit/test_zero.py::test_the_settings_reach_deepspeed",
+    "offload_param_device": "tests/unit/test_zero.py::test_weights_on_the_disk",
+    "offload_param_nvme_path": "tests/unit/test_zero.py::test_weights_on_the_disk",
+    "fp16_master_weights_and_gradients": "tests/unit/test_zero.py::test_weights_in_16_bits_and_trained_parameters_whole",
+    "zero3_init_flag": "tests/unit/test_memory_options.py::test_settings_without_effect_are_named",
+    "zero3_save_16bit_model": "tests/unit/test_memory_options.py::test_settings_without_effect_are_named",
+    "full_fp16": "tests/gpu/test_memory_cuda.py::test_full_fp16_goes_on_after_gradients_that_overflow",
+    "highvram": "tests/gpu/test_memory_cuda.py::test_highvram_leaves_the_vae_on_the_gpu",
     "dataset_class": "tests/scripts/test_train_network_datasets.py::test_a_class_of_ones_own",
     "cache_info": "tests/unit/test_info_cache.py::test_the_second_scan_reads_nothing_and_finds_the_same",
     "config_file": "tests/scripts/test_train_network.py::test_config_file_is_the_same_as_flags",

@@ -29,8 +29,8 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> tuple[dict[st
     sentence for each key that belongs to another program, and for each value that is bent to what is meant.
     """
     values: dict[str, Any] = {}
-    notes = []
-    for name, value in _flattened(path, read_toml(path, "--config_file")).items():
+    found, notes = _flattened(path, read_toml(path, "--config_file"))
+    for name, value in found.items():
         option, where = options.get(name), f"{path}: {name}"
         if name in OWN:
             note = f"{name} has no effect inside a file"
@@ -47,16 +47,26 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> tuple[dict[st
     return values, notes
 
 
-def _flattened(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+def _flattened(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(values by name, the last one where sections differ; a sentence for each that is lost so)."""
     values: dict[str, Any] = {}
-    for name, value in _entries(path, content):
+    sections: dict[str, str] = {}
+    notes = []
+    for section, name, value in _entries(path, content):
         if name in values and values[name] != value:
-            raise OptionError(f"{path}: {name}", f"is both {values[name]!r} and {value!r}", "keep one of them")
-        values[name] = value
-    return values
+            earlier = f"{_shown(name, values[name])} {sections[name]}"
+            notes.append(f"{path}: {earlier} has no effect, {_shown(name, value)} {section} comes later")
+        values[name], sections[name] = value, section
+    return values, notes
 
 
-def _entries(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _shown(name: str, value: Any) -> str:
+    """A setting as a note says it; tokens and keys are not said."""
+    return name if name.endswith(SECRET_ENDINGS) else f"{name} = {value!r}"
+
+
+def _entries(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(where it stands in words, key, value)."""
     for name, value in content.items():
         if isinstance(value, list) and any(isinstance(item, dict) for item in value):
             is_data = name == "datasets"
@@ -65,7 +75,7 @@ def _entries(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, Any]
         for key, inner in value.items() if isinstance(value, dict) else [(name, value)]:
             if isinstance(inner, dict):
                 raise OptionError(f"{path}: {name}.{key}", "is a table inside a table", f"write [{key}] on its own")
-            yield key, inner
+            yield f"in [{name}]" if isinstance(value, dict) else "outside the sections", key, inner
 
 
 def write_config_file(path: Path, values: Mapping[str, Any], options: Mapping[str, Option]) -> None:

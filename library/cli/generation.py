@@ -82,6 +82,9 @@ def check(config: GenerationConfig) -> list[GenerationRequest]:
     """The pictures asked for; raises OptionError for everything that is wrong without loading a model."""
     if config.checkpoint.tokenizer_cache_dir is not None:
         logger.info("--tokenizer_cache_dir has no effect: the CLIP vocabulary is part of this project")
+    config.compute.attention.check_package()
+    for note in config.compute.attention.notes():
+        logger.info(note)
     networks.check(config.networks)
     requests = make_requests(read_lines(config.prompts), config.prompts, config.picture)
     probe(str(config.checkpoint.ckpt), flag="--ckpt", sdxl_script=SDXL_SCRIPT, v2=config.checkpoint.v2)

@@ -6,7 +6,6 @@ Errors name the key with its place, as in `datasets[0].subsets[1].num_repeats`.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from library.data.options import (
 )
 from library.data.sources import count_images
 from library.options import OptionError, convert, options_of, require
+from library.packages import is_installed
 
 logger = logging.getLogger(__name__)
 Group = TypeVar("Group")
@@ -144,7 +144,7 @@ def check_dataset_class(source: SourceOptions, cache: CacheOptions, *others: Any
     require(all(part.isidentifier() for part in f"{name}.".split(".")[:-1]), "--dataset_class", f"{name!r}", way_out)
     require("." in name, "--dataset_class", f"{name} names no module", way_out)
     package = name.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
+    if not is_installed(package):
         raise OptionError("--dataset_class", f"there is no module {package} for {name}", "put it on PYTHONPATH")
     require(
         not cache.enabled,
@@ -212,7 +212,8 @@ def _from_file(path: Path, groups: Sequence[Any]) -> tuple[DatasetConfig, ...]:
 def _dataset(level: dataset_file.DatasetLevel, general: Level, groups: Sequence[Any]) -> DatasetConfig:
     levels = (level.own, general)
     bucket, places = _merged(BucketOptions, levels, groups)
-    places.setdefault("resolution", f"{level.own.place}.resolution")
+    if bucket.resolution is None:
+        places["resolution"] = f"{level.own.place}.resolution"
     loader, _ = _merged(LoaderOptions, levels, groups)
     own, _ = _merged(DatasetOptions, levels, groups)
     split, _ = _merged(ValidationSplitOptions, levels, groups)

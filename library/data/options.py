@@ -148,7 +148,7 @@ class BucketOptions:
     """Training sizes."""
 
     resolution: tuple[int, int] | None = opt(
-        cli=str, parse=parse_resolution, help='training size: "512" or "width,height"; with buckets, the area'
+        cli=str, parse=parse_resolution, help='training size, a multiple of 8: "512" or "width,height"; with buckets, the area'
     )
     enable_bucket: bool = opt(False, help="train each image near its own aspect ratio, in buckets of equal size")
     min_bucket_reso: int = opt(256, help="shortest side of a bucket")
@@ -159,8 +159,6 @@ class BucketOptions:
     def __post_init__(self) -> None:
         for side in self.resolution or ():
             require(side > 0, "--resolution", f"{side} is no size", "512 is usual for SD 1.x")
-            nearest = max(1, round(side / LATENT_STRIDE)) * LATENT_STRIDE
-            require(side % LATENT_STRIDE == 0, "--resolution", f"{side} is not a multiple of 8", f"use {nearest}")
         require(self.bucket_reso_steps > 0, "--bucket_reso_steps", f"{self.bucket_reso_steps} is no step", "use 64")
         require(self.min_bucket_reso > 0, "--min_bucket_reso", f"{self.min_bucket_reso} is no size")
         require(self.max_bucket_reso > 0, "--max_bucket_reso", f"{self.max_bucket_reso} is no size")
@@ -190,6 +188,10 @@ class BucketOptions:
             raise OptionError(where("resolution"), "is not given", "512 is usual for SD 1.x, 768 for SD 2.x")
         low, high, step = self.min_bucket_reso, self.max_bucket_reso, self.side_step
         if not self.enable_bucket:
+            for side in self.resolution:
+                nearest = max(1, round(side / LATENT_STRIDE)) * LATENT_STRIDE
+                way_out = f"use {nearest}, or enable_bucket"
+                require(side % LATENT_STRIDE == 0, where("resolution"), f"{side} is not a multiple of 8", way_out)
             return
         require(
             min(self.resolution) >= step,

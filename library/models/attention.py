@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ SLICE_ELEMENTS = 1 << 24  # attention scores held at a time by the sliced kernel
 def apply(unet: Any, vae: Any, kind: str) -> None:
     """Let both models, of diffusers, use `kind`: "sdpa" (PyTorch's own), "xformers" or "sliced" (least memory)."""
     if kind == "xformers":
-        _require_xformers()
+        _import_xformers()
         for model in (unet, vae):
             try:
                 model.enable_xformers_memory_efficient_attention()
@@ -29,11 +29,8 @@ def apply(unet: Any, vae: Any, kind: str) -> None:
         model.set_attn_processor(processor())
 
 
-def _require_xformers() -> None:
-    if importlib.util.find_spec("xformers") is None:
-        raise OptionError(
-            "--xformers", "the package xformers is not installed", "use --sdpa, which is as fast, or install it"
-        )
+def _import_xformers() -> None:
+    """Raise OptionError for an xformers that does not fit to this PyTorch."""
     try:
         importlib.import_module("xformers.ops")
     except (ImportError, OSError) as error:

@@ -1,9 +1,10 @@
-"""Frozen layers whose weights are kept in 8 bits (float8 e4m3, Micikevicius et al. 2022) and widened when they are used.
+"""Frozen layers with weights in 8 bits (float8 e4m3, Micikevicius et al. 2022), widened when they are used.
 
 Each output (row) has a power of two as its scale, such that the largest of its weights is near the largest number of
-the format, 448: small weights keep their 4 significant bits, and scaling itself rounds nothing. A layer's widened weight lives as long as its product: the backward pass, which needs it for
-the gradient of the inputs, widens it again. (Hooks that cast whole modules, as diffusers has them, leave the widened
-weights to autograd: in training they then take more memory than weights in half precision.)
+the format, 448: small weights keep their 4 significant bits, and scaling itself rounds nothing. A layer's widened
+weight lives as long as its product: the backward pass, which needs it for the gradient of the inputs, widens it again.
+(Hooks that cast whole modules, as diffusers has them, leave the widened weights to autograd: in training they then
+take more memory than weights in half precision.)
 
 Shape letters: O outputs (rows of a weight).
 """
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 from library.models.precision import compute_dtype
 
@@ -123,5 +125,5 @@ class _Product(torch.autograd.Function):
         if ctx.geometry is None:
             return grad @ full, None, None, None, None
         stride, padding, dilation, groups = ctx.geometry
-        grad_x = torch.nn.grad.conv2d_input(ctx.shape, full, grad, stride, padding, dilation, groups)
+        grad_x = conv2d_input(ctx.shape, full, grad, stride, padding, dilation, groups)
         return grad_x, None, None, None, None

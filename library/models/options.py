@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from library.options import OptionError, opt
+from library.options import opt, require
+from library.packages import is_installed
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,17 @@ class AttentionOptions:
     xformers: bool = opt(False, help="xformers' memory-efficient attention (package xformers)")
     sdpa: bool = opt(False, help="PyTorch's scaled dot-product attention; the default")
 
-    def __post_init__(self) -> None:
-        if sum((self.mem_eff_attn, self.xformers, self.sdpa)) > 1:
-            chosen = " and ".join(
-                name for name in ("--mem_eff_attn", "--xformers", "--sdpa") if getattr(self, name[2:])
-            )
-            raise OptionError(chosen, "choose one kind of attention")
-
     @property
     def kind(self) -> str:
         """ "sdpa", "xformers" or "sliced"."""
         return "sliced" if self.mem_eff_attn else "xformers" if self.xformers else "sdpa"
+
+    def notes(self) -> list[str]:
+        """A sentence where several kinds are asked for: the first of mem_eff_attn, xformers, sdpa is used."""
+        chosen, *others = [f"--{field.name}" for field in fields(self) if getattr(self, field.name)] or [""]
+        return [f"{' and '.join(others)} without effect: {chosen} goes first"] if others else []
+
+    def check_package(self) -> None:
+        """Raise OptionError unless the package of the kind in force is installed."""
+        is_there = self.kind != "xformers" or is_installed("xformers")
+        require(is_there, "--xformers", "the package xformers is not installed", "pip install xformers, or use --sdpa")

@@ -44,7 +44,7 @@ class NetworkTarget(TrainTarget):
     """A network module, found by name, trained on a frozen model of any family."""
 
     def __init__(self, options: NetworkOptions, text: TextOptions | None = None) -> None:
-        """Everything that can be wrong without a model is refused here: module, arguments, files."""
+        """What can be wrong with the module and its arguments is refused here; `options.check_before_start` has files."""
         self.options = options
         self.text = text or TextOptions()
         self.factory = NetworkFactory(str(options.network_module))
@@ -52,10 +52,6 @@ class NetworkTarget(TrainTarget):
         if options.dim_from_weights or options.base_weights:
             self.factory.require("create_network_from_weights")
         self.factory.check_arguments(options.arguments)
-        for flag, files in (("--network_weights", [options.network_weights]), ("--base_weights", options.base_weights)):
-            for file in files or ():
-                if file is not None:
-                    _check_file(file, flag)
         self.needs_autocast = not self.factory.casts_itself
         self._trains_text = False
         self._strength = 1.0
@@ -321,12 +317,3 @@ def _readable(label: str | None) -> str | None:
     if label is None:
         return None
     return re.sub(r"unet_block(\d+)", r"unet block \1", label.replace("textencoder", TEXT))
-
-
-def _check_file(file: str, flag: str) -> None:
-    """OptionError for a missing or truncated network file; only the header is read."""
-    path = Path(file)
-    if path.suffix == ".safetensors":
-        read_header(path, flag)
-    elif not path.is_file():
-        raise OptionError(flag, f"{file} does not exist", "check the path")

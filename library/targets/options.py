@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.checkpoints.safetensors_io import read_header
 from library.options import OptionError, did_you_mean, named_values, opt, require
+from library.packages import is_installed
 
 KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
 PACKAGES = {"lycoris": "lycoris-lora"}  # what brings modules that are not ours, by their first name
@@ -70,8 +70,6 @@ class NetworkOptions:
             require(value is None or value >= 0, f"--{name}", f"{value} is negative")
         limit = self.scale_weight_norms
         require(limit is None or limit > 0, "--scale_weight_norms", f"{limit} must be above 0")
-        spare = len(self.base_weights_multiplier or ()) - len(self.base_weights or ())
-        require(spare <= 0, "--base_weights_multiplier", "has more values than --base_weights has files")
         named_values(self.network_args, "--network_args")  # checks their form
 
     @property
@@ -81,11 +79,16 @@ class NetworkOptions:
 
     def notes(self) -> list[str]:
         """A sentence for each setting that has no effect beside another."""
+        notes = []
         idle = "text_encoder_lr" if self.network_train_unet_only else "unet_lr"
         alone = self.network_train_unet_only or self.network_train_text_encoder_only
         if alone and getattr(self, idle) is not None:
-            return [f"--{idle} has no effect: that part is not trained"]
-        return []
+            notes.append(f"--{idle} has no effect: that part is not trained")
+        num_files = len(self.base_weights or ())
+        if spare := (self.base_weights_multiplier or ())[num_files:]:
+            listed = " ".join(f"{value:g}" for value in spare)
+            notes.append(f"--base_weights_multiplier: {listed} without effect, --base_weights names {num_files} files")
+        return notes
 
     def check_before_start(self) -> None:
         """Raise OptionError for a module that is not there, its arguments, and files that can't be read: without torch.
@@ -93,9 +96,9 @@ class NetworkOptions:
         A module `x.y` may have a module `x.y_settings` beside it, free of torch, with check_arguments(**arguments).
         """
         name = str(self.network_module)
-        if not _can_be_found(name):
+        if not is_installed(name):
             raise no_such_module(name)
-        if _can_be_found(f"{name}_settings"):
+        if is_installed(f"{name}_settings"):
             importlib.import_module(f"{name}_settings").check_arguments(**self.arguments)
         weights = [self.network_weights] if self.network_weights else []
         for flag, files in (("--network_weights", weights), ("--base_weights", self.base_weights or ())):
@@ -113,10 +116,3 @@ def no_such_module(name: str) -> OptionError:
     return OptionError(
         "--network_module", f"there is no Python module {name!r}", way_out or "use networks.lora for a LoRA"
     )
-
-
-def _can_be_found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False

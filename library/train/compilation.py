@@ -36,4 +36,6 @@ def _check_compiler(device: torch.device) -> None:
         raise OptionError("--torch_compile", "inductor needs the package triton", f"pip install {package}")
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
     if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
-        raise OptionError("--torch_compile", "inductor needs a C++ compiler", "install g++ or use --dynamo_backend eager")
+        raise OptionError(
+            "--torch_compile", "inductor needs a C++ compiler", "install g++ or use --dynamo_backend eager"
+        )

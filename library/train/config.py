@@ -21,7 +21,7 @@ from library.models.options import AttentionOptions
 from library.options import options_of, require
 from library.train.course_options import AverageOptions, StartOptions, ValidationOptions
 from library.train.memory_options import DistributedOptions, MemoryOptions, PrecisionOptions
-from library.train.options import OptimizerOptions, ScheduleOptions, TrainingOptions
+from library.train.options import OWN_RATE, OptimizerOptions, ScheduleOptions, TrainingOptions
 from library.train.output_options import HubOptions, LoggingOptions, MetadataOptions, SavingOptions
 from library.train.preview_options import PreviewOptions
 
@@ -86,12 +86,6 @@ class RunConfig:
             "contradicts --v_parameterization",
             "leave one of them out",
         )
-        require(
-            bool(self.source.given("train_data_dir", "dataset_config", "in_json", "dataset_class")),
-            "--train_data_dir",
-            "no training images given",
-            "name a folder, or a data set file with --dataset_config",
-        )
         if self.training.max_train_epochs is None and not self.optimizer.has_no_schedule:
             self.schedule.check_length(self.training.max_train_steps)
         self.precision.check_beside(self.training)
@@ -101,7 +95,7 @@ class RunConfig:
         warnings += self.memory.check_beside(self.training, self.optimizer)
         self.distributed.check_beside(self.training, self.saving, self.memory, self.precision)
         if self.optimizer.picks_own_rate:
-            warnings += [f"--{name} has no effect: AdaFactor with relative_step chooses its own rate" for name in rates]
+            warnings += [f"--{name} has no effect: {OWN_RATE}" for name in rates]
         if self.optimizer == OptimizerOptions() and not rates:
             warnings.append("--learning_rate: not given, 2e-06 is used; 1e-4 is usual for a LoRA")
         if self.training.plan and self.source.debug_dataset:

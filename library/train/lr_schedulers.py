@@ -78,7 +78,7 @@ def _settings(name: str, options: ScheduleOptions, num_steps: int) -> dict[str, 
         settings["num_cycles"] = options.lr_scheduler_num_cycles / 2
     if name == "warmup_stable_decay":
         del settings["num_training_steps"]  # it takes that or the stable steps
-        settings |= {"num_decay_steps": decay, "num_stable_steps": num_steps - warmup - decay}
+        settings |= {"num_decay_steps": decay, "num_stable_steps": max(0, num_steps - warmup - decay)}
         settings["min_lr_ratio"] = options.lr_scheduler_min_lr_ratio or 0.0
     return settings
 

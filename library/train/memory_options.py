@@ -29,9 +29,7 @@ class PrecisionOptions:
     fp8_base_unet: bool = opt(False, help="keep only the frozen U-Net in 8 bits")
 
     def __post_init__(self) -> None:
-        require(
-            not (self.full_fp16 and self.full_bf16), "--full_fp16", "contradicts --full_bf16", "give one of them"
-        )
+        require(not (self.full_fp16 and self.full_bf16), "--full_fp16", "contradicts --full_bf16", "give one of them")
 
     @property
     def stores_unet_in_8_bits(self) -> bool:
@@ -51,9 +49,7 @@ class PrecisionOptions:
             )
         flag = "--fp8_base" if self.fp8_base else "--fp8_base_unet"
         is_half = training.mixed_precision != "no"
-        require(
-            is_half or not self.stores_unet_in_8_bits, flag, "needs --mixed_precision bf16 or fp16", "use bf16"
-        )
+        require(is_half or not self.stores_unet_in_8_bits, flag, "needs --mixed_precision bf16 or fp16", "use bf16")
 
     def notes(self) -> list[str]:
         """A sentence for each setting that has no effect beside another."""
@@ -139,10 +135,6 @@ class DistributedOptions:
     )
 
     def __post_init__(self) -> None:
-        minutes = self.ddp_timeout
-        require(minutes is None or minutes >= 1, "--ddp_timeout", f"{minutes} is out of range", "use 1 or more")
-
-    def __post_init__(self) -> None:
         timeout = self.ddp_timeout
         require(timeout is None or timeout >= 1, "--ddp_timeout", f"{timeout} is out of range", "use 1 or more minutes")
         if not self.deepspeed:
@@ -203,8 +195,8 @@ class DistributedOptions:
                 for name in idle
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default
             ]
-        notes = [f"--ddp_{name} has no effect beside --deepspeed" for name in ("gradient_as_bucket_view", "static_graph")
-                 if getattr(self, f"ddp_{name}")]  # fmt: skip
+        idle = [name for name in self.given_for_several_processes if name != "ddp_timeout"]
+        notes = [f"--{name} has no effect beside --deepspeed" for name in idle]
         for part in ("optimizer", "param"):
             if getattr(self, f"offload_{part}_nvme_path") and getattr(self, f"offload_{part}_device") != "nvme":
                 notes.append(f"--offload_{part}_nvme_path has no effect without --offload_{part}_device nvme")

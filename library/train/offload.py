@@ -7,6 +7,7 @@ on a stream of their own beside the computation.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,8 @@ class ActivationOffload:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        weights = frozenset(tensor.untyped_storage().data_ptr() for tensor in self.module.parameters())
+        kept = itertools.chain(self.module.parameters(), self.module.buffers())
+        weights = frozenset(tensor.untyped_storage().data_ptr() for tensor in kept)
 
         def pack(tensor: torch.Tensor) -> Any:
             is_large = tensor.numel() * tensor.element_size() >= SMALLEST

@@ -6,12 +6,12 @@ Nothing here imports torch, so that a missing package is said before anything is
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from library.options import OptionError, named_values
+from library.packages import is_installed
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def is_schedule_free(name: str) -> bool:
 def check_package(name: str) -> None:
     """Raise OptionError where the package that brings an optimizer is not installed."""
     row = row_of(name)
-    if row is not None and not _is_installed(row.package):
+    if row is not None and not is_installed(row.package):
         raise no_package(row)
 
 
@@ -143,10 +143,3 @@ def no_package(row: Row) -> OptionError:
     return OptionError(
         "--optimizer_type", f"{row.path} needs the package {row.pip_name}", f"pip install {row.pip_name}"
     )
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False

@@ -122,6 +122,8 @@ def check_adapted_rates(row: Row, rates: Sequence[float]) -> None:
     name = row.path.rpartition(".")[2]
     if rates and rates[0] <= 0.1:
         logger.warning("--learning_rate: %g is small for %s, which finds the rate itself; use 1", rates[0], name)
+    if rates and max(rates) > 3:
+        logger.warning("--learning_rate: %g is large for %s, which finds the rate itself; use 1", max(rates), name)
     if len({rate for rate in rates if rate > 0}) <= 1:
         return
     listed = ", ".join(f"{rate:g}" for rate in rates)
@@ -150,7 +152,8 @@ def _row(name: str) -> Row:
     raise OptionError(
         "--optimizer_type",
         f"{name!r} is not known",
-        did_you_mean(name, NAMES) or "use a name from docs/train_network.md or a class path such as package.module.Class",
+        did_you_mean(name, NAMES)
+        or "use a name from docs/train_network.md or a class path such as package.module.Class",
     )
 
 

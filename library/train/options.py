@@ -22,6 +22,7 @@ LR_SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
     "inverse_sqrt", "cosine_with_min_lr", "warmup_stable_decay", "adafactor",
 )  # fmt: skip
+OWN_RATE = "AdaFactor with relative_step chooses its own rate"
 # the schedules in which a setting counts
 COUNTS_IN = {
     "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
@@ -114,6 +115,18 @@ class OptimizerOptions:
         )
         parse_arguments(self.optimizer_args, "--optimizer_args")  # checks their form
 
+    def notes(self) -> list[str]:
+        """A sentence for each setting that another one makes useless."""
+        if not self.picks_own_rate:
+            return []
+        given = parse_arguments(self.optimizer_args, "--optimizer_args")
+        notes = []
+        if not given.get("relative_step", True):
+            notes.append("--optimizer_args relative_step=False has no effect: warmup_init=True needs relative_step")
+        if self.learning_rate != OptimizerOptions.learning_rate:
+            notes.append(f"--learning_rate has no effect: {OWN_RATE}")
+        return notes
+
     @property
     def picks_own_rate(self) -> bool:
         """Whether it is Adafactor with relative steps, which has neither a rate nor a schedule from outside."""
@@ -196,14 +209,18 @@ class ScheduleOptions:
         return "constant_with_warmup" if self.lr_scheduler == "constant" and self.lr_warmup_steps else self.lr_scheduler
 
     def warmup_steps(self, num_steps: int) -> int:
-        """The updates of the warm-up in a run of `num_steps`; OptionError where it is longer than the run."""
-        warmup = _resolved(self.lr_warmup_steps, num_steps)
-        require(warmup <= num_steps, "--lr_warmup_steps", f"{warmup} is longer than the run's {num_steps} steps")
-        return warmup
+        """The updates of the warm-up in a run of `num_steps`, which may be over before."""
+        return _resolved(self.lr_warmup_steps, num_steps)
+
+    def is_all_warmup(self, num_steps: int) -> bool:
+        """Whether a run of `num_steps` is over before its warm-up."""
+        warms_up = not self.lr_scheduler_type and self.name != "piecewise_constant"
+        return warms_up and self.warmup_steps(num_steps) > num_steps
 
     def decay_steps(self, num_steps: int) -> int:
         """The updates of the decay in a run of `num_steps`; OptionError where it does not fit behind the warm-up."""
-        decay, rest = _resolved(self.lr_decay_steps or 0, num_steps), num_steps - self.warmup_steps(num_steps)
+        decay = _resolved(self.lr_decay_steps or 0, num_steps)
+        rest = max(0, num_steps - self.warmup_steps(num_steps))
         require(decay <= rest, "--lr_decay_steps", f"{decay} is longer than the {rest} steps after the warm-up")
         return decay
 
@@ -216,7 +233,7 @@ class ScheduleOptions:
         return has_share or self.name not in ("constant", "constant_with_warmup", "piecewise_constant", "inverse_sqrt")
 
     def check_length(self, num_steps: int) -> None:
-        """Raise OptionError where warm-up and decay don't fit into a run of `num_steps`."""
+        """Raise OptionError where the decay does not fit into a run of `num_steps`."""
         if not self.lr_scheduler_type:
             self.decay_steps(num_steps)
 
@@ -238,14 +255,12 @@ class ScheduleOptions:
             notes.append("--lr_scheduler warmup_stable_decay: the rate never falls without --lr_decay_steps")
         return notes
 
-
     def notes_beside(self, optimizer: OptimizerOptions) -> list[str]:
         """Raise OptionError for a schedule that is another optimizer's; returns notes."""
         is_given = bool(self.lr_scheduler_type or self.lr_warmup_steps or self.lr_scheduler != "constant")
         if optimizer.picks_own_rate:
             is_given = is_given and (self.lr_scheduler != "adafactor" or bool(self.lr_scheduler_type))
-            why = "AdaFactor with relative_step chooses its own rate"
-            return [f"--lr_scheduler and --lr_warmup_steps have no effect: {why}"] if is_given else []
+            return [f"--lr_scheduler and --lr_warmup_steps have no effect: {OWN_RATE}"] if is_given else []
         require(
             self.name != "adafactor",
             "--lr_scheduler",

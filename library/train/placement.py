@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
-
 from torch.nn.parallel import DistributedDataParallel
 
 from library.data.batch import Batch

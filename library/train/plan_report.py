@@ -76,6 +76,13 @@ def run_problems(facts: RunFacts, findings: Findings) -> Iterator[Problem]:
             f"{seen:.0%} of the pictures are seen",
             "train longer (--max_train_steps, --max_train_epochs), or use fewer repeats",
         )
+    schedule = facts.config.schedule
+    if schedule.is_all_warmup(plan.steps) and not facts.config.optimizer.has_no_schedule:
+        yield Problem(
+            True,
+            f"the run of {plan.steps} steps ends within its warm-up: the learning rate does not get to its full height",
+            f"train longer, or shorten the warm-up (--lr_warmup_steps {schedule.warmup_steps(plan.steps)})",
+        )
     if facts.trained is not None:
         most = most_on_disk(facts.files, facts.trained.file_bytes, facts.trained.state_bytes)
         if most > facts.free_bytes:

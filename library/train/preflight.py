@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import tempfile
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from library.data.headers import BadImage, open_image
 from library.data.mask_files import settle_masks
 from library.generate.prompt_line import PromptLine
 from library.options import OptionError, read_toml
+from library.packages import is_installed
 from library.train.config import RunConfig
 from library.train.hub import check_hub, fetch_state
 from library.train.optimizer_table import check_package
@@ -100,13 +100,12 @@ def as_found(config: RunConfig, source: ModelSource) -> RunConfig:
 
 def check_packages(config: RunConfig) -> None:
     """The optional packages that the options need are installed."""
-    if config.attention.xformers and importlib.util.find_spec("xformers") is None:
-        raise OptionError("--xformers", "the package xformers is not installed", "pip install xformers, or use --sdpa")
-    if config.logging.uses_wandb and importlib.util.find_spec("wandb") is None:
+    config.attention.check_package()
+    if config.logging.uses_wandb and not is_installed("wandb"):
         raise OptionError(
             "--log_with", "the package wandb is not installed", "pip install wandb, or log to tensorboard"
         )
-    if config.distributed.deepspeed and importlib.util.find_spec("deepspeed") is None:
+    if config.distributed.deepspeed and not is_installed("deepspeed"):
         raise OptionError("--deepspeed", "the package deepspeed is not installed", "pip install deepspeed")
     check_package(config.optimizer.optimizer_type)
 

@@ -65,7 +65,7 @@ class WideUpdates:
         sizes = [parameter.numel() for parameter in halves]
         wide = torch.empty(sum(sizes), dtype=torch.float32, device=halves[0].device).split(sizes)
         views = [part.view(parameter.shape) for part, parameter in zip(wide, halves, strict=True)]
-        torch._foreach_copy_(views, [narrow.data for narrow in self._narrow])
+        torch._foreach_copy_(views, [narrow.data for narrow in self._narrow])  # pyright: ignore
         for view, narrow in zip(views, self._narrow, strict=True):
             parameter = narrow.parameter
             parameter.grad = None  # a gradient must have its parameter's dtype

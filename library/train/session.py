@@ -81,8 +81,7 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     placement.set_precision(config, bundle, target)
     built = build_optimizer(config.optimizer, groups)
     lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
-    if config.distributed.deepspeed:
-        keep_whole(accelerator.state.deepspeed_plugin, [p for group in groups for p in group.parameters])
+    keep_whole(accelerator.state.deepspeed_plugin, [p for group in groups for p in group.parameters])
     model, optimizer = accelerator.prepare(placement.step_module(config, family, bundle, target), built.optimizer)
     if accelerator.is_main_process:
         announce(checked, begun, Trained(bundle, target, groups), accelerator.num_processes)

@@ -79,7 +79,9 @@ class FusedUpdates(Updates):
     def clip(self) -> torch.Tensor:
         """The global norm of the gradients that have been applied, before they were clipped."""
         norms, self._norms = self._norms, []
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.accelerator.device)
+        return (
+            torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.accelerator.device)
+        )
 
     def apply(self, is_finite: torch.Tensor) -> None:
         """Nothing is left to do."""

@@ -25,15 +25,17 @@ def deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin | None:
     if not options.deepspeed:
         return None
     if "RANK" not in os.environ:
-        raise OptionError("--deepspeed", "needs processes that know of each other", "start with accelerate launch --use_deepspeed")
+        raise OptionError(
+            "--deepspeed", "needs processes that know of each other", "start with accelerate launch --use_deepspeed"
+        )
     plugin = DeepSpeedPlugin(
         gradient_accumulation_steps=1,  # the loop's own
         gradient_clipping=config.optimizer.max_grad_norm,
         zero_stage=options.zero_stage,
         offload_optimizer_device=options.offload_optimizer_device or "none",
-        offload_optimizer_nvme_path=options.offload_optimizer_nvme_path,
+        offload_optimizer_nvme_path=options.offload_optimizer_nvme_path or "none",
         offload_param_device=options.offload_param_device or "none",
-        offload_param_nvme_path=options.offload_param_nvme_path,
+        offload_param_nvme_path=options.offload_param_nvme_path or "none",
         zero3_init_flag=options.zero3_init_flag,
         zero3_save_16bit_model=options.zero3_save_16bit_model,
     )
@@ -45,11 +47,13 @@ def deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin | None:
     return plugin
 
 
-def keep_whole(plugin: DeepSpeedPlugin, parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Let stage 3 split no parameter as small as the largest trained one.
+def keep_whole(plugin: DeepSpeedPlugin | None, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Let stage 3 split no parameter as small as the largest trained one; without DeepSpeed nothing is to be done.
 
     Networks read their weights outside the modules that own them, where DeepSpeed does not gather them.
     """
+    if plugin is None:
+        return
     largest = max(parameter.numel() for parameter in parameters)
     zero = plugin.deepspeed_config["zero_optimization"]
     zero["stage3_param_persistence_threshold"] = max(100_000, largest + 1)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from tests.rules.source_files import SourceFile
 
 # A room may import itself, what stands here beside it, and what every room may import.
-EVERYWHERE = ("library.options", "library.randomness")
+EVERYWHERE = ("library.options", "library.packages", "library.randomness")
 FOUNDATION = ("library.models", "library.text", "library.checkpoints")
 BELOW = {
     "library.cli": ("library",),
@@ -24,6 +24,7 @@ BELOW = {
     "library.text": ("library.checkpoints",),
     "library.checkpoints": (),
     "library.options": (),
+    "library.packages": (),
     "library.randomness": (),
     "networks": ("library.checkpoints", "library.models"),
 }  # fmt: skip

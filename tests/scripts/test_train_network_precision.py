@@ -33,7 +33,7 @@ def test_adapters_in_bfloat16_learn_as_those_in_float32(options, tmp_path):
 
 @pytest.mark.parametrize("flag", ["fp8_base", "fp8_base_unet"])
 def test_a_base_in_8_bits_trains_nearly_as_one_in_16(options, tmp_path, flag, monkeypatch):
-    options |= {"mixed_precision": "bf16", "base_weights": None}
+    options |= {"mixed_precision": "bf16"}
     kept = []
 
     def watch(run, batches, step, update=loop.update):
@@ -49,6 +49,13 @@ def test_a_base_in_8_bits_trains_nearly_as_one_in_16(options, tmp_path, flag, mo
     assert unet > 50 and (text > 0) == (flag == "fp8_base")
     metadata = metadata_of(tmp_path / "eighth" / "net.safetensors")
     assert metadata[f"ss_{flag}"] == "True" and metadata["ss_full_fp16"] == "False"
+
+
+def test_networks_of_others_find_the_weights_of_a_base_in_8_bits(options, tmp_path):
+    """LyCORIS computes with the weights of the layers themselves."""
+    options |= {"mixed_precision": "bf16", "network_module": "lycoris.kohya", "network_args": ["algo=loha"]}
+    half = losses(tmp_path, "half", **options)
+    assert losses(tmp_path, "eighth", **options, fp8_base=True) == pytest.approx(half, rel=2e-2)
 
 
 def test_fused_backward_pass_gives_the_same_weights(options, tmp_path):

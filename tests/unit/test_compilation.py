@@ -9,6 +9,7 @@ from library.train import compilation
 from library.train.compilation import compile_unet
 from networks.lora import LoRAModule
 
+
 class Block(torch.nn.Module):
     """A convolution, its tokens through a linear layer, and back: what a U-Net's transformer does around attention."""
 
@@ -46,7 +47,9 @@ def test_a_compiled_block_computes_the_same(in_8_bits):
     torch._dynamo.reset()
     plain, compiled = gradients(None, in_8_bits=in_8_bits), gradients("aot_eager", in_8_bits=in_8_bits)
     assert len(plain) == 5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1 and not torch._dynamo.utils.counters["graph_break"]
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1 and not torch._dynamo.utils.counters["graph_break"]
+    )
     for a, b in zip(plain, compiled, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 

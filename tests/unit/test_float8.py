@@ -59,7 +59,11 @@ def test_scales_are_powers_of_two_and_round_nothing():
 def test_the_backward_pass_keeps_no_widened_weight(kind):
     """Neither alone nor under a LoRA: only 8-bit weights are saved by autograd."""
     base = stored(layer(kind))
-    down, up = (torch.randn(4, 32), torch.randn(48, 4)) if kind == "linear" else (torch.randn(4, 32, 3, 3), torch.randn(48, 4, 1, 1))
+    down, up = (
+        (torch.randn(4, 32), torch.randn(48, 4))
+        if kind == "linear"
+        else (torch.randn(4, 32, 3, 3), torch.randn(48, 4, 1, 1))
+    )
     down, up = down.requires_grad_(), up.requires_grad_()
     with_lora = low_rank.linear if kind == "linear" else low_rank.conv2d
     for call in (base, lambda x: with_lora(x, base, down, up, 0.5)):

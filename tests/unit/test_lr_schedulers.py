@@ -110,7 +110,9 @@ def test_what_is_given_to_a_class_counts():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(["linear", "cosine", "polynomial", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt"]),
+    name=st.sampled_from(
+        ["linear", "cosine", "polynomial", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt"]
+    ),
     steps=st.integers(2, 60),
     warmup=st.floats(0, 0.9),
     ratio=st.floats(0, 1),

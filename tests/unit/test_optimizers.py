@@ -75,7 +75,7 @@ def test_each_lowers_a_loss(name):
 
 
 def test_a_missing_package_is_named_before_torch_is_needed(monkeypatch):
-    monkeypatch.setattr("library.train.optimizer_table._is_installed", lambda package: package == "torch")
+    monkeypatch.setattr("library.train.optimizer_table.is_installed", lambda package: package == "torch")
     check_package("")
     check_package("RMSprop")
     for name, package in (("Lion", "lion-pytorch"), ("prodigy", "prodigyopt"), ("DAdaptAdam", "dadaptation"),

@@ -21,7 +21,9 @@ def test_the_result_is_one_of_the_two_neighbours(value, seed):
     exact = torch.tensor([value])
     rounded = round_stochastically(exact, generator(seed)).float()
     nearest = exact.to(torch.bfloat16)
-    below, above = (torch.nextafter(nearest, torch.tensor([end], dtype=torch.bfloat16)) for end in (-torch.inf, torch.inf))
+    below, above = (
+        torch.nextafter(nearest, torch.tensor([end], dtype=torch.bfloat16)) for end in (-torch.inf, torch.inf)
+    )
     assert float(rounded) in {float(below), float(nearest), float(above)}
     assert abs(float(rounded) - value) <= abs(value) * 2**-7 + 1e-38, "less than one step of bfloat16"
 

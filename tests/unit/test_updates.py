@@ -118,3 +118,30 @@ def test_an_optimizer_that_counts_for_all_parameters_is_found_out():
     net, updates = make(f"{__name__}.Counting", fused=True)
     with pytest.raises(OptionError, match="--fused_backward_pass.*Counting"):
         train(net, updates, steps=1)
+
+
+def test_scaled_float16_gradients_are_unscaled_in_float32(monkeypatch):
+    """As with --full_fp16 on a GPU: gradients of 1e-9 survive, and an overflow skips the update and halves the scale."""
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))
+    parameter = torch.nn.Parameter(torch.ones(64, dtype=torch.float16))
+    built = build_optimizer(OptimizerOptions(learning_rate=1e-2), [ParamGroup("unet", (parameter,), None)])
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=2.0**24), True
+    optimizer = accelerator.prepare_optimizer(built.optimizer)
+    updates = Updates(accelerator, optimizer, [parameter], max_grad_norm=1.0, wide=built.wide)
+
+    def step(gradient):
+        accelerator.scaler.scale((parameter.float() * gradient).sum()).backward()
+        norm = updates.clip()
+        assert parameter.grad.dtype is torch.float32
+        updates.apply(torch.tensor(True))
+        optimizer.zero_grad(set_to_none=True)
+        assert parameter.dtype is torch.float16 and parameter.grad is None
+        return float(norm)
+
+    assert step(1.0) == float("inf"), "2^24 is above what float16 holds"
+    assert torch.equal(parameter, torch.ones_like(parameter))
+    assert accelerator.scaler.get_scale() == 2.0**23
+    assert step(1e-9) == pytest.approx(8e-9, rel=0.01)
+    # Adam's first step is lr * g / (|g| + eps), with eps = 1e-8
+    assert torch.allclose(parameter.float(), torch.tensor(1 - 1e-2 * 1e-9 / 1.1e-8), atol=5e-4)

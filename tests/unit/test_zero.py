@@ -47,6 +47,12 @@ def test_weights_in_16_bits_and_trained_parameters_whole(monkeypatch):
     assert plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] > 500_000
 
 
+def test_weights_on_the_disk(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    plugin = deepspeed_plugin(config(zero_stage=3, offload_param_device="nvme", offload_param_nvme_path="/fast"))
+    assert plugin.deepspeed_config["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": "/fast"}
+
+
 def test_without_a_launcher_it_says_how_to_start(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(OptionError, match="--deepspeed.*accelerate launch"):
