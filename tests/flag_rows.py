@@ -217,7 +217,9 @@ ROWS: dict[str, Row] = {
     # of no effect here, and that is said
     "tokenizer_cache_dir": Row("{root}", both(learns_the_same, says("--tokenizer_cache_dir has no effect"))),
     "persistent_data_loader_workers": Row(True, both(learns_the_same, says("--persistent_data_loader_workers has no effect"))),
-    "lowram": Row(True, both(learns_the_same, says("--lowram has no effect"))),
+    "lowram": Row(
+        True, both(both(learns_the_same, marks(ss_lowram="True")), says("--lowram has no effect"))
+    ),
 }  # fmt: skip
 
 ELSEWHERE = {

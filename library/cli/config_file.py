@@ -29,7 +29,7 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> tuple[dict[st
     sentence for each key that belongs to another program, and for each value that is bent to what is meant.
     """
     values: dict[str, Any] = {}
-    found, notes = _flattened(path, read_toml(path, "--config_file"))
+    found, notes = _flattened(path, read_toml(path, "--config_file"), options)
     for name, value in found.items():
         option, where = options.get(name), f"{path}: {name}"
         if name in OWN:
@@ -47,22 +47,20 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> tuple[dict[st
     return values, notes
 
 
-def _flattened(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _flattened(
+    path: Path, content: Mapping[str, Any], options: Mapping[str, Option]
+) -> tuple[dict[str, Any], list[str]]:
     """(values by name, the last one where sections differ; a sentence for each that is lost so)."""
     values: dict[str, Any] = {}
     sections: dict[str, str] = {}
     notes = []
     for section, name, value in _entries(path, content):
         if name in values and values[name] != value:
-            earlier = f"{_shown(name, values[name])} {sections[name]}"
-            notes.append(f"{path}: {earlier} has no effect, {_shown(name, value)} {section} comes later")
+            is_secret = name in options and options[name].secret
+            earlier, later = (name if is_secret else f"{name} = {each!r}" for each in (values[name], value))
+            notes.append(f"{path}: {earlier} {sections[name]} has no effect, {later} {section} comes later")
         values[name], sections[name] = value, section
     return values, notes
-
-
-def _shown(name: str, value: Any) -> str:
-    """A setting as a note says it; tokens and keys are not said."""
-    return name if name.endswith(SECRET_ENDINGS) else f"{name} = {value!r}"
 
 
 def _entries(path: Path, content: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -46,6 +46,8 @@ def start_console(level: str | None = None, file: str | None = None) -> None:
     logging.getLogger().setLevel(min(lowest, logging.INFO))  # a run's own log is complete whatever is shown
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.INFO if level == "DEBUG" else logging.WARNING)
+    # on machines without a GPU it warns of a kernel for 4-bit weights, which nothing here has
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
 def start_log_file(path: Path) -> None:

@@ -23,7 +23,6 @@ class LegacyOptions:
     use_lion_optimizer: bool = opt(False, help="old form of --optimizer_type Lion")
     tokenizer_cache_dir: str | None = opt(help="without effect: the CLIP vocabulary is part of this program")
     persistent_data_loader_workers: bool = opt(False, help="without effect: workers always live as long as the run")
-    lowram: bool = opt(False, help="without effect: weights always go straight to their device")
     async_upload: bool = opt(False, help="without effect: uploads always go on beside the training")
     console_log_simple: bool = opt(False, help="without effect: messages are always plain lines")
 
@@ -31,7 +30,6 @@ class LegacyOptions:
 WITHOUT_EFFECT = {
     "tokenizer_cache_dir": "the CLIP vocabulary is part of this program, nothing is downloaded",
     "persistent_data_loader_workers": "workers always live as long as the run",
-    "lowram": "weights are always read straight to their device, one copy at a time",
     "async_upload": "uploads always go on beside the training",
     "console_log_simple": "messages are always plain lines",
 }

@@ -7,6 +7,8 @@ from typing import Any
 
 from library.options import Option, options_of
 
+BAR = r"\|"  # a bar that does not end a cell
+
 
 def options_page(script: str, groups: Collection[type], defaults: Mapping[str, Any] | None = None) -> str:
     """A table per option group: flag, value, default, meaning."""
@@ -24,7 +26,7 @@ def options_page(script: str, groups: Collection[type], defaults: Mapping[str, A
 
 def _row(option: Option, default: Any) -> str:
     shown = "" if default is None or option.kind is bool or default == "" else f"`{default}`"
-    return f"| `{option.flag}` | {_value(option)} | {shown} | {option.help.replace('|', '/')} |"
+    return f"| `{option.flag}` | {_value(option)} | {shown} | {option.help.replace('|', BAR)} |"
 
 
 def _value(option: Option) -> str:

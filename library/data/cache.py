@@ -24,6 +24,7 @@ from library.data.cache_files import NOT_OURS, UNCHECKED, VALID, CacheItem, Sour
 from library.data.headers import BadImage
 from library.data.images import Picture, cut_out, load_picture, reason, to_tensor, usable_cores
 from library.data.masks import latent_mask
+from library.data.newer_names import under_found_names
 from library.data.progress import progress
 from library.options import OptionError
 from library.randomness import torch_generator
@@ -165,6 +166,7 @@ def fill_disk(
     `is_checked`, every file that is there counts as valid. The caller lets the processes wait for each other
     afterwards.
     """
+    items = under_found_names(items, vae_fingerprint, is_checked=is_checked)
     imageless = [index for index, item in enumerate(items) if not item.has_image]
     groups = _groups(items, batch_size, imageless)[process_index::num_processes]
     share = sorted([*imageless, *(index for group in groups for index in group)])

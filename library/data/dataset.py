@@ -12,7 +12,6 @@ from typing import Any
 
 from library.data.assembly import Assembly
 from library.data.batch import Batch, Position
-from library.data.buckets import Size
 from library.data.cache import Encode, JoinedLatents, LatentStore, fill_disk, fill_memory
 from library.data.cache_files import CacheItem, decoded_before
 from library.data.config import DatasetConfig, SubsetConfig, check_cacheable
@@ -146,10 +145,6 @@ class TrainingData:
     def batches_per_epoch(self, num_processes: int) -> int:
         """Batches over all processes; the same for every epoch."""
         return sum(pool.num_batches(num_processes) for pool in self._samples.pools)
-
-    def bucket_summary(self) -> list[list[tuple[Size, int]]]:
-        """For each dataset: its buckets in use as ((width, height), samples per epoch), ascending."""
-        return [list(dataset.bucket_counts) for dataset in self.datasets]
 
     def metadata(self, *, num_processes: int = 1, accumulation: int = 1) -> dict[str, Any]:
         """The ss_* keys about the data, for str()."""

@@ -54,11 +54,6 @@ class Picture(NamedTuple):
     alpha_HW: np.ndarray | None  # uint8, 255 where opaque; None for a picture that can't be transparent
 
 
-def load_image(source: str | bytes, orientation: int = 1) -> np.ndarray:
-    """The upright picture as RGB, transparent parts on white; see :func:`load_picture`."""
-    return load_picture(source, orientation).rgb_HWC
-
-
 def load_picture(source: str | bytes, orientation: int = 1, *, background: str = "white") -> Picture:
     """The upright picture with transparent parts on `background`; `source` is a path or the file's bytes.
 

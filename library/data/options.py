@@ -148,7 +148,9 @@ class BucketOptions:
     """Training sizes."""
 
     resolution: tuple[int, int] | None = opt(
-        cli=str, parse=parse_resolution, help='training size, a multiple of 8: "512" or "width,height"; with buckets, the area'
+        cli=str,
+        parse=parse_resolution,
+        help='training size, a multiple of 8: "512" or "width,height"; with buckets, the area, of any sides',
     )
     enable_bucket: bool = opt(False, help="train each image near its own aspect ratio, in buckets of equal size")
     min_bucket_reso: int = opt(256, help="shortest side of a bucket")

@@ -42,12 +42,6 @@ def decode(vae: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
     return images.clamp(-1, 1)
 
 
-def set_memory_savers(vae: Any, *, slicing: bool = False, tiling: bool = False) -> None:
-    """`slicing`: one image at a time; `tiling`: large images in overlapping tiles (results differ a little)."""
-    (vae.enable_slicing if slicing else vae.disable_slicing)()
-    (vae.enable_tiling if tiling else vae.disable_tiling)()
-
-
 def fingerprint(vae: Any) -> str:
     """A hash of what makes latents: names, precision and values of the encoder's weights."""
     digest = hashlib.blake2b(digest_size=16)

@@ -44,7 +44,7 @@ class NetworkTarget(TrainTarget):
     """A network module, found by name, trained on a frozen model of any family."""
 
     def __init__(self, options: NetworkOptions, text: TextOptions | None = None) -> None:
-        """What can be wrong with the module and its arguments is refused here; `options.check_before_start` has files."""
+        """A wrong module and wrong arguments are refused here; wrong files by `options.check_before_start`."""
         self.options = options
         self.text = text or TextOptions()
         self.factory = NetworkFactory(str(options.network_module))

@@ -5,10 +5,11 @@ Numbers of a step are read back one step late, when the device has long finished
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -22,6 +23,10 @@ from library.train.guard import NonFiniteGuard
 from library.train.last_good import LastGood
 from library.train.output_options import LoggingOptions
 
+logger = logging.getLogger(__name__)
+
+LOG_NAMES = {"text encoder": "lr/textencoder", "unet": "lr/unet"}
+BAR_NAMES = {"max_norm/keys_scaled": "Keys Scaled", "max_norm/average_key_norm": "Average key norm"}
 LONGEST_AVERAGE = 10_000  # steps; keeps the moving average of huge data sets within reason
 
 
@@ -49,10 +54,11 @@ class TrainLog:
         last_good: LastGood,
         *,
         steps: int,
+        epochs: int,
         start: int,
         window: int,
     ) -> None:
-        self.accelerator, self.guard, self.last_good = accelerator, guard, last_good
+        self.accelerator, self.guard, self.last_good, self.epochs = accelerator, guard, last_good, epochs
         self.recent: deque[float] = deque(maxlen=min(max(window, 1), LONGEST_AVERAGE))
         self.pending: StepRecord | None = None
         self.bar = tqdm(
@@ -76,15 +82,20 @@ class TrainLog:
         loss = float(record.loss)
         if math.isfinite(loss):
             self.recent.append(loss)
-        self.bar.set_postfix(loss=f"{self.average:.4f}", refresh=False)
+        extra = {name: float(value) for name, value in record.extra.items()}
+        shown = {label: extra[name] for name, label in BAR_NAMES.items() if name in extra}
+        self.bar.set_postfix({"loss": f"{self.average:.4f}", **shown}, refresh=False)
         values = {"loss/current": loss, "loss/average": self.average, "grad_norm": float(record.grad_norm)}
-        values |= dict(record.learning_rates) | {name: float(value) for name, value in record.extra.items()}
+        values |= dict(record.learning_rates) | extra
         self.accelerator.log(values, step=record.step)
 
     @property
     def average(self) -> float:
         """Mean of the last epoch's losses."""
         return sum(self.recent) / len(self.recent) if self.recent else math.nan
+
+    def begin_epoch(self, epoch: int) -> None:
+        logger.info("epoch %d/%d", epoch, self.epochs)
 
     def end_epoch(self, epoch: int, step: int) -> None:
         self.settle()
@@ -93,6 +104,29 @@ class TrainLog:
     def close(self) -> None:
         self.settle()
         self.bar.close()
+
+
+def rates_by_log_name(
+    groups: Sequence[str], rates: Sequence[float | None], factors: Sequence[float]
+) -> dict[str, float]:
+    """What the trade calls the rates of parameter groups: by part for up to two groups, else by number.
+
+    Of more groups only the first is called by its part, where that is the text encoder. `factors` are those that an
+    optimizer found for its rates (D-Adaptation's d), if it does: their products are logged of the first group or, of
+    more than two, of each that goes by its number. Groups without a rate are left out.
+    """
+    are_many, names = len(groups) > 2, []
+    for index, group in enumerate(groups):
+        name = LOG_NAMES.get(group, "")
+        goes_by_part = name and name not in names and (not are_many or (index == 0 and group == "text encoder"))
+        names.append(name if goes_by_part else f"lr/group{index}")
+    logged = {name: rate for name, rate in zip(names, rates, strict=True) if rate is not None}
+    for index, (name, factor) in enumerate(zip(names, factors, strict=False)):
+        if not are_many and index == 0:
+            logged["lr/d*lr"] = factor * (rates[0] or 0.0)
+        elif are_many and name == f"lr/group{index}":
+            logged[f"lr/d*lr/group{index}"] = factor * (rates[index] or 0.0)
+    return logged
 
 
 def start_trackers(

@@ -43,6 +43,7 @@ def train_one_step(run: Run) -> None:
     """One optimizer update and what is due after it."""
     epoch = run.plan.epoch_of(run.step + 1)
     if run.plan.position_after(run.step).batch_index == 0 or run.step == run.start_step:
+        run.log.begin_epoch(epoch)
         run.target.on_epoch_start(epoch)
     record = update(run, run.batches, run.step)
     run.step += 1

@@ -67,9 +67,15 @@ class MemoryOptions:
     fused_backward_pass: bool = opt(
         False, help="update each parameter as soon as its gradient is there, so that gradients take no memory"
     )
+    lowram: bool = opt(False, help="without effect: weights always go straight to their device")
     highvram: bool = opt(False, help="leave every model on the GPU, also while it is not needed")
     torch_compile: bool = opt(False, help="compile the U-Net (torch.compile): slow first steps, faster ones later")
     dynamo_backend: str = opt("inductor", choices=DYNAMO_BACKENDS, help="what compiles for --torch_compile")
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect."""
+        why = "weights are always read straight to their device, one copy at a time"
+        return [f"--lowram has no effect: {why}"] if self.lowram else []
 
     def check_beside(self, training: TrainingOptions, optimizer: OptimizerOptions) -> list[str]:
         """Raise OptionError for what contradicts the steps and the optimizer; returns notes."""

@@ -45,14 +45,14 @@ PLAIN = (
     "multires_noise_iterations", "multires_noise_discount", "adaptive_noise_scale", "ip_noise_gamma",
     "noise_offset_random_strength", "ip_noise_gamma_random_strength", "loss_type", "huber_schedule", "huber_scale",
     "huber_c", "validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs",
-    "max_validation_steps", "ema_decay", "full_fp16", "fp8_base", "fp8_base_unet",
+    "max_validation_steps", "ema_decay", "full_fp16", "fp8_base", "fp8_base_unet", "lowram",
 )  # fmt: skip
 # None where the optimizer chooses its own rate
 RATES = ("ss_learning_rate", "ss_text_encoder_lr", "ss_unet_lr")
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class FileFacts:
     """What metadata needs to know of a run beside its options."""
 
     config: RunConfig
@@ -70,7 +70,7 @@ class RunFacts:
     version: str
 
 
-def constant_metadata(facts: RunFacts) -> dict[str, str]:
+def constant_metadata(facts: FileFacts) -> dict[str, str]:
     """The ss_* keys that stay the same for every file of the run."""
     options = facts.config.values()
     values: dict[str, Any] = {
@@ -83,7 +83,6 @@ def constant_metadata(facts: RunFacts) -> dict[str, str]:
         "ss_optimizer": facts.optimizer,
         "ss_lr_scheduler": facts.lr_scheduler,
         "ss_sd_scripts_commit_hash": facts.version,
-        "ss_lowram": False,  # the flag has no effect here
         **{f"ss_{name}": options[name] for name in PLAIN if name in options},
         **(dict.fromkeys(RATES) if facts.config.optimizer.picks_own_rate else {}),
         "ss_debiased_estimation": options["debiased_estimation_loss"],
@@ -99,7 +98,7 @@ def constant_metadata(facts: RunFacts) -> dict[str, str]:
     return {name: _text(value) for name, value in values.items()}
 
 
-def file_metadata(facts: RunFacts, constant: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
+def file_metadata(facts: FileFacts, constant: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
     """All metadata of one file, saved after `step` updates in or after `epoch` (from 1)."""
     metadata = dict(constant)
     metadata |= {"ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
@@ -108,7 +107,7 @@ def file_metadata(facts: RunFacts, constant: Mapping[str, str], *, step: int, ep
     return metadata | model_spec_metadata(_model_spec(facts))
 
 
-def _model_spec(facts: RunFacts) -> ModelSpec:
+def _model_spec(facts: FileFacts) -> ModelSpec:
     options, texts = facts.config.values(), facts.config.metadata
     low, high = options["min_timestep"], options["max_timestep"]
     given = low is not None or high is not None

@@ -15,7 +15,7 @@ from library.train.forecast import most_on_disk
 from library.train.report import Problem, Report, Section, brief_text, full_text, warnings_of
 from library.train.report_page import page, shown_pictures
 from library.train.resume import FileNames
-from library.train.run_sections import RunFacts, run_sections, settings_section, size
+from library.train.run_sections import ReportedRun, run_sections, settings_section, size
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ LEAST_SECONDS = 0.5  # ... and what is always allowed
 PAGE_NAME = "report.html"
 
 
-def make_report(facts: RunFacts, findings: Findings, title: str) -> Report:
+def make_report(facts: ReportedRun, findings: Findings, title: str) -> Report:
     """The document of a run."""
     name = facts.names.name or facts.names.final_file().stem
     config = facts.config
@@ -40,7 +40,7 @@ def make_report(facts: RunFacts, findings: Findings, title: str) -> Report:
     )
 
 
-def _tiles(facts: RunFacts, findings: Findings) -> Iterator[tuple[str, str, str]]:
+def _tiles(facts: ReportedRun, findings: Findings) -> Iterator[tuple[str, str, str]]:
     plan = facts.plan
     if findings.images:
         yield "images", f"{len(findings.images):,}", f"in {counted(len(findings.folders), 'folder')}"
@@ -65,7 +65,7 @@ def _short_number(count: int) -> str:
     return str(count)
 
 
-def run_problems(facts: RunFacts, findings: Findings) -> Iterator[Problem]:
+def run_problems(facts: ReportedRun, findings: Findings) -> Iterator[Problem]:
     """What seems wrong with the run rather than with its data."""
     plan = facts.plan
     if plan.steps < plan.steps_per_epoch:

@@ -31,7 +31,7 @@ from library.train.memory_estimate import MemoryEstimate, StepShape, estimate, k
 from library.train.optimizers import BuiltOptimizer, build_optimizer, check_optimizer
 from library.train.plan_report import make_report, publish
 from library.train.preflight import CheckedRun
-from library.train.run_sections import RunFacts, TrainedFacts
+from library.train.run_sections import ReportedRun, TrainedFacts
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def announce(
     if facts_of_trained is not None:
         needed = facts_of_trained.file_bytes + (facts_of_trained.state_bytes if config.saving.save_state else 0)
         check_free_space(names.folder, free, needed)
-    facts = RunFacts(
+    facts = ReportedRun(
         config=config,
         names=names,
         plan=begun.plan,

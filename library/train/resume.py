@@ -17,6 +17,8 @@ from library.train.output_options import SavingOptions
 
 STATE_FORMAT = 1
 STATE_FILE = "train_state.json"  # written last: where it is, the state is complete
+OF_ANOTHER_PROGRAM = ("optimizer.bin", "random_states_0.pkl")  # accelerate's states, as the trade's tools keep them
+PLACE_OF_ANOTHER_PROGRAM = {"current_epoch", "current_step"}  # what such a program writes into the file of our name
 PARTIAL, REPLACED = ".partial", ".old"  # endings of hidden folders while a state is written and put in place
 
 # options that may differ between a run and its continuation: they don't change what a step computes, or, for the
@@ -39,7 +41,7 @@ FREE_ON_RESUME = frozenset(
         "sample_sampler", "network_weights", "sdpa", "pretrained_model_name_or_path", "vae", "base_weights",
         "train_data_dir",
         "reg_data_dir", "dataset_config", "in_json", "cache_info", "conditioning_data_dir",
-        "skip_cache_check", "debug_dataset", "highvram", "cpu_offload_checkpointing", "ddp_timeout",
+        "skip_cache_check", "debug_dataset", "highvram", "lowram", "cpu_offload_checkpointing", "ddp_timeout",
         "ddp_gradient_as_bucket_view", "ddp_static_graph",
     }
 )  # fmt: skip
@@ -106,6 +108,8 @@ def find_state(resume: str, names: FileNames) -> Path | None:
     if resume != "latest":
         folder = Path(resume)
         if not (folder / STATE_FILE).is_file():
+            if any((folder / name).is_file() for name in OF_ANOTHER_PROGRAM):
+                raise _of_another_program(folder)
             raise OptionError(
                 "--resume", f"{resume} is no state folder", 'name a folder ending in "-state", or use "latest"'
             )
@@ -135,6 +139,8 @@ def read_state(folder: Path) -> RunState:
     """The place that a state folder holds; raises OptionError where it can't be read."""
     try:
         content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if "format" not in content and PLACE_OF_ANOTHER_PROGRAM.issubset(content):
+            raise _of_another_program(folder)
         if content.pop("format") != STATE_FORMAT:
             raise OptionError(
                 "--resume", f"{folder} was written by another version", "finish that run with the version that began it"
@@ -147,6 +153,12 @@ def read_state(folder: Path) -> RunState:
         if isinstance(error, OptionError):
             raise
         raise OptionError("--resume", f"{folder / STATE_FILE} can't be read ({error})") from None
+
+
+def _of_another_program(folder: Path) -> OptionError:
+    return OptionError(
+        "--resume", f"{folder} was written by another program", "start from its weights with --network_weights"
+    )
 
 
 def check_same_settings(

@@ -30,7 +30,7 @@ from library.train.config import RunConfig
 from library.train.ema import WeightAverage, given_out_by
 from library.train.guard import NonFiniteGuard, StopRequest
 from library.train.last_good import LastGood
-from library.train.logs import TrainLog
+from library.train.logs import TrainLog, rates_by_log_name
 from library.train.optimizers import BuiltOptimizer
 from library.train.placement import SAVE_DTYPES
 from library.train.plan import TrainPlan
@@ -40,7 +40,6 @@ from library.train.updates import Updates
 logger = logging.getLogger(__name__)
 
 STOP_CHECK_EVERY = 8  # steps between agreements of several processes on whether to stop
-LOG_NAMES = {"text encoder": "lr/textencoder", "unet": "lr/unet"}
 
 
 @dataclass
@@ -140,15 +139,7 @@ class Run:
 
     def learning_rates(self) -> dict[str, float]:
         """The rates of the coming update by log name, as far as the optimizer has any."""
-        names = [LOG_NAMES.get(name, f"lr/group{index}") for index, name in enumerate(self.built.group_names)]
-        rates = self.built.rates()
-        logged = {name: rate for name, rate in zip(names, rates, strict=True) if rate is not None}
-        for index, factor in enumerate(self.built.factors()):
-            if len(names) <= 2 and index == 0:
-                logged["lr/d*lr"] = factor * (rates[0] or 0.0)
-            elif len(names) > 2 and names[index] != LOG_NAMES["text encoder"]:
-                logged[f"lr/d*lr/group{index}"] = factor * (rates[index] or 0.0)
-        return logged
+        return rates_by_log_name(self.built.group_names, self.built.rates(), self.built.factors())
 
     @property
     def is_complete(self) -> bool:
@@ -197,12 +188,13 @@ class Run:
             self.guard,
             self.last_good,
             steps=self.plan.steps,
+            epochs=self.plan.epochs,
             start=self.start_step,
             window=self.plan.steps_per_epoch,
         )
         self.log.recent.extend(self.recent_losses)
 
-    def describe(self, facts: metadata.RunFacts) -> None:
+    def describe(self, facts: metadata.FileFacts) -> None:
         """Fix the metadata of the files this run writes."""
         self.metadata_of = partial(metadata.file_metadata, facts, metadata.constant_metadata(facts))
 

@@ -31,7 +31,7 @@ class TrainedFacts:
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class ReportedRun:
     """Everything that a report says of a run, beside its data."""
 
     config: RunConfig
@@ -52,7 +52,7 @@ class RunFacts:
     device_bytes: int | None = None  # of the GPU, where there is one
 
 
-def run_sections(facts: RunFacts, findings: Findings) -> list[Section]:
+def run_sections(facts: ReportedRun, findings: Findings) -> list[Section]:
     """What the run will do."""
     return [_trained(facts), _steps(facts, findings), _files(facts), _memory(facts)]
 
@@ -69,7 +69,7 @@ def size(number: float) -> str:
 # ---------------------------------------------------------------------------------------------- what is trained
 
 
-def _trained(facts: RunFacts) -> Section:
+def _trained(facts: ReportedRun) -> Section:
     default = facts.config.optimizer.learning_rate
     module = getattr(facts.config.target, "network_module", "the network")
     rows = [("base model", facts.model)]
@@ -88,7 +88,7 @@ def _trained(facts: RunFacts) -> Section:
     return Section("What is trained", tuple(blocks))
 
 
-def _group_row(group: ParamGroup, default: float, facts: RunFacts) -> tuple[str, str]:
+def _group_row(group: ParamGroup, default: float, facts: ReportedRun) -> tuple[str, str]:
     count = sum(parameter.numel() for parameter in group.parameters)
     rate = "chosen by the optimizer" if facts.chooses_own_rate else f"{default if group.lr is None else group.lr:g}"
     return (
@@ -100,7 +100,7 @@ def _group_row(group: ParamGroup, default: float, facts: RunFacts) -> tuple[str,
 # ---------------------------------------------------------------------------------------------- steps
 
 
-def _steps(facts: RunFacts, findings: Findings) -> Section:
+def _steps(facts: ReportedRun, findings: Findings) -> Section:
     plan = facts.plan
     several = len(findings.datasets) > 1
     rows = tuple(_batches_row(use, findings, several) for use in findings.datasets)
@@ -136,7 +136,7 @@ def _batches_row(use: DatasetUse, findings: Findings, several: bool) -> tuple[st
     )
 
 
-def _processes(facts: RunFacts) -> str:
+def _processes(facts: ReportedRun) -> str:
     if facts.num_processes == 1:
         return ""
     return f", each over {facts.num_processes} processes"
@@ -150,7 +150,7 @@ def _last_epoch(plan: TrainPlan) -> str:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _files(facts: RunFacts) -> Section:
+def _files(facts: ReportedRun) -> Section:
     config, trained = facts.config, facts.trained
     rows = [("saved", f"{' and '.join(_due(facts))}: {facts.names.final_file()}{_sizes(facts)}")]
     if config.validation.save_best:
@@ -174,7 +174,7 @@ def _files(facts: RunFacts) -> Section:
     return Section("Files", tuple(blocks))
 
 
-def _due(facts: RunFacts) -> list[str]:
+def _due(facts: ReportedRun) -> list[str]:
     plan = facts.plan
     due = []
     if plan.save_every_n_epochs:
@@ -184,14 +184,14 @@ def _due(facts: RunFacts) -> list[str]:
     return [*due, "at the end"]
 
 
-def _sizes(facts: RunFacts) -> str:
+def _sizes(facts: ReportedRun) -> str:
     if facts.trained is None:
         return ""
     state = f", with a state of {size(facts.trained.state_bytes)}" if facts.config.saving.save_state else ""
     return f" ({size(facts.trained.file_bytes)} each{state})"
 
 
-def _beside(file: FileToCome, facts: RunFacts) -> str:
+def _beside(file: FileToCome, facts: ReportedRun) -> str:
     parts = [facts.names.average_of(file.path).name] if file.with_average else []
     if file.with_state:
         state = size(facts.trained.state_bytes) if facts.trained else "?"
@@ -214,7 +214,7 @@ def _preview_rows(options: PreviewOptions) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------- memory
 
 
-def _memory(facts: RunFacts) -> Section:
+def _memory(facts: ReportedRun) -> Section:
     memory = facts.memory
     if memory is None:
         return Section("Memory", (Text("--plan estimates the memory that a step takes."),))

@@ -150,8 +150,8 @@ def cache_latents(config: RunConfig, data: TrainingData, bundle: ModelBundle, ac
         torch.cuda.empty_cache()
 
 
-def _facts(run: Run, started_at: float) -> metadata.RunFacts:
-    return metadata.RunFacts(
+def _facts(run: Run, started_at: float) -> metadata.FileFacts:
+    return metadata.FileFacts(
         config=run.config,
         plan=run.plan,
         seed=run.seed,

@@ -65,6 +65,21 @@ def test_mistakes_in_a_file_name_the_key(options, tmp_path, text, words, capfd):
     assert_said_last(capfd, [*words, "run.toml"])
 
 
+def test_a_key_in_two_sections_counts_as_the_later_one(options, tmp_path, capfd):
+    (tmp_path / "run.toml").write_text(
+        "seed = 3\nhuggingface_token = 'secret1'\n[a]\nnetwork_dim = 2\nseed = 1\n"
+        "[b]\nnetwork_dim = 3\nseed = 1\nhuggingface_token = 'secret2'\n"
+    )
+    del options["network_dim"], options["seed"]
+    assert train_network(config_file=tmp_path / "run.toml", **{**options, "max_train_steps": 1}) == 0
+    said = capfd.readouterr().err
+    assert said.count("network_dim = 2 in [a] has no effect, network_dim = 3 in [b] comes later") == 1
+    assert said.count("seed = 3 outside the sections has no effect, seed = 1 in [a] comes later") == 1
+    assert "huggingface_token outside the sections has no effect" in said and "secret" not in said
+    metadata = metadata_of(tmp_path / "out" / "net.safetensors")
+    assert (metadata["ss_network_dim"], metadata["ss_seed"]) == ("3", "1")
+
+
 def test_files_that_are_no_configuration(options, tmp_path, capfd):
     (tmp_path / "latin.toml").write_bytes(b"output_name = 'caf\xe9'")
     for name, words in {

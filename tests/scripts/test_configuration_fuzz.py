@@ -36,12 +36,12 @@ WRONG_VALUES = {
 NOWHERE = ("train_data_dir", "reg_data_dir", "pretrained_model_name_or_path", "vae", "network_weights", "resume",
            "dataset_config", "config_file", "log_tracker_config", "metadata_thumbnail")  # fmt: skip
 MISFITS = (
-    {"network_train_unet_only": True, "network_train_text_encoder_only": True}, {"xformers": True, "sdpa": True},
+    {"network_train_unet_only": True, "network_train_text_encoder_only": True},
     {"v2": True}, {"output_name": "a/b"}, {"dim_from_weights": True}, {"network_module": "networks.nothing"},
     {"network_args": "conv_dim"}, {"network_args": ["a=1", "a=2"]},
-    {"network_args": "conv_dimm=4"}, {"resolution": "64x64"}, {"resolution": "100"}, {"resolution": "64,64,64"},
+    {"network_args": "conv_dimm=4"}, {"resolution": "64x64"}, {"resolution": "100", "enable_bucket": False}, {"resolution": "64,64,64"},
     {"resolution": "0"}, {"use_8bit_adam": True, "use_lion_optimizer": True}, {"optimizer_type": "Adamm"},
-    {"optimizer_args": "lr"}, {"lr_scheduler": "cosinus"}, {"lr_warmup_steps": 100},
+    {"optimizer_args": "lr"}, {"lr_scheduler": "cosinus"},
     {"min_timestep": 900, "max_timestep": 5}, {"sample_prompts": "no/such.txt", "sample_every_n_steps": 1},
     {"train_data_dir": "x" * 5000}, {"vae": "x" * 5000},
     {"cache_latents": True, "color_aug": True}, {"huggingface_repo_id": "a//b"}, {"log_with": "tensorboard"},

@@ -11,7 +11,7 @@ import yaml
 
 from library.cli.console import start_console
 from library.targets.options import NetworkOptions
-from library.train.logs import settings_to_show
+from library.train.logs import rates_by_log_name, settings_to_show
 from library.train.output_options import HubOptions, LoggingOptions, SavingOptions
 from tests.runs import ENVIRONMENT, flags, logged, script, train_network
 
@@ -50,6 +50,41 @@ def test_messages_in_a_file_are_not_on_the_screen(options, tmp_path, capfd):
     assert "--console_log_simple has no effect" in text
     assert train_network(**options, console_log_file=tmp_path / "no" / "folder.txt") == 2
     assert "--console_log_file" in capfd.readouterr().err
+
+
+def test_epochs_and_the_norms_on_the_bar(options, tmp_path, capfd):
+    assert train_network(**options, scale_weight_norms=1e-3) == 0
+    said = capfd.readouterr().err
+    assert said.count("epoch 1/1") == 1 and (tmp_path / "out" / "net.log").read_text().count("epoch 1/1") == 1
+    last_bar = said[said.rindex("steps:") :]
+    assert "Keys Scaled=" in last_bar and "Average key norm=" in last_bar and "loss=" in last_bar
+    assert train_network(**{**options, "max_train_steps": 8}) == 0
+    said = capfd.readouterr().err
+    assert [said.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [1, 1] and "Keys Scaled" not in said
+
+
+@pytest.mark.parametrize(
+    ("groups", "factors", "expected"),
+    [
+        (["text encoder", "unet"], [], {"lr/textencoder": 0.0, "lr/unet": 1.0}),
+        (["unet"], [0.5], {"lr/unet": 0.0, "lr/d*lr": 0.0}),
+        (["unet", "unet plus"], [], {"lr/unet": 0.0, "lr/group1": 1.0}),
+        (["text encoder", "text encoder"], [], {"lr/textencoder": 0.0, "lr/group1": 1.0}),
+        (
+            ["text encoder", "unet block 1", "unet"],
+            [0.5, 0.5, 0.25],
+            {"lr/textencoder": 0.0, "lr/group1": 1.0, "lr/group2": 2.0, "lr/d*lr/group1": 0.5, "lr/d*lr/group2": 0.5},
+        ),
+        (["unet", "unet plus", "x"], [], {"lr/group0": 0.0, "lr/group1": 1.0, "lr/group2": 2.0}),
+        (
+            ["unet", "unet plus", "x"],
+            [0.5] * 3,
+            {f"lr/group{n}": float(n) for n in range(3)} | {f"lr/d*lr/group{n}": n / 2 for n in range(3)},
+        ),
+    ],
+)
+def test_names_of_rates(groups, factors, expected):
+    assert rates_by_log_name(groups, [0.0, 1.0, 2.0][: len(groups)], factors) == expected
 
 
 def test_weights_and_biases(options, tmp_path):

@@ -134,6 +134,16 @@ def own_class(tmp_path, monkeypatch):
     sys.modules.pop("my_discs", None)
 
 
+def test_a_resolution_that_is_only_an_area(options, tmp_path):
+    options |= {"resolution": 100, "max_train_steps": 1, "sample_at_first": True, "sample_every_n_steps": 5}
+    (tmp_path / "prompts.txt").write_text("a disc --s 1")
+    assert train_network(**options, sample_prompts=tmp_path / "prompts.txt") == 0
+    metadata = metadata_of(tmp_path / "out" / "net.safetensors")
+    assert metadata["ss_resolution"] == "(100, 100)"
+    buckets = json.loads(metadata["ss_bucket_info"])["buckets"].values()
+    assert all(side % 64 == 0 for bucket in buckets for side in bucket["resolution"])
+
+
 def test_a_class_of_ones_own(tmp_path, options, own_class, caplog):
     """Its own random draws included, a run is the same again, with workers and when it goes on from a state."""
     steps = {"max_train_steps": 7, "enable_bucket": False, "save_state": True, "save_every_n_steps": 3}

@@ -77,6 +77,24 @@ def test_adafactor_chooses_its_rate_and_says_so(options, tmp_path, capfd):
     assert "--unet_lr has no effect" in messages and "--lr_scheduler and --lr_warmup_steps have no effect" in messages
 
 
+def test_with_more_than_two_groups_rates_go_by_number(options, tmp_path):
+    options |= {"network_args": ["loraplus_lr_ratio=4"], "max_train_steps": 1, "logging_dir": tmp_path / "log"}
+    assert train_network(**options) == 0
+    found = [logged(tmp_path / "log", f"lr/{name}") for name in ("textencoder", "group1", "group2", "group3")]
+    assert found == [pytest.approx([rate]) for rate in (1e-3, 4e-3, 1e-3, 4e-3)]
+    with pytest.raises(KeyError):
+        logged(tmp_path / "log", "lr/unet")
+
+
+@pytest.mark.parametrize("length", [{"max_train_steps": 3}, {"max_train_steps": None, "max_train_epochs": 1}])
+def test_a_warm_up_longer_than_the_run_trains_with_one_warning(options, tmp_path, length, capfd):
+    options |= {"lr_scheduler": "cosine", "lr_warmup_steps": 100, "logging_dir": tmp_path / "log", **length}
+    assert train_network(**options) == 0
+    assert capfd.readouterr().err.count("ends within its warm-up") == 1
+    rates = logged(tmp_path / "log", "lr/unet")
+    assert rates == pytest.approx([1e-3 * step / 100 for step in range(len(rates))])
+
+
 def test_a_share_of_the_run_as_warm_up_from_a_file(options, tmp_path):
     (tmp_path / "run.toml").write_text('lr_scheduler = "warmup_stable_decay"\nlr_warmup_steps = 0.5\n'
                                        'lr_decay_steps = "25%"\nlr_scheduler_min_lr_ratio = 0.0\n')  # fmt: skip

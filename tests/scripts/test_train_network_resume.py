@@ -237,6 +237,23 @@ def test_an_output_folder_that_is_gone_loses_nothing(options, tmp_path, monkeypa
     assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train_state.json": '{"current_epoch": 2, "current_step": 10}', "optimizer.bin": "x"},
+        {"optimizer.bin": "x", "scheduler.bin": "x", "random_states_0.pkl": "x"},
+    ],
+)
+def test_a_state_of_another_program_is_named_as_such(options, tmp_path, files, capfd):
+    folder = tmp_path / "out" / "net-state"
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    assert train_network(**options, resume=folder) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"--resume: {folder} was written by another program; start from its weights with --network_weights" in last
+
+
 # ---------------------------------------------------------------------------------------------- equalities
 
 

@@ -120,13 +120,30 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sd1_path):
         ({"network_module": "networks.lorra"}, "--network_module: there is no Python module"),
         ({"network_args": ("conv_dims=4",)}, "--network_args conv_dims: unknown name; did you mean conv_dim"),
         ({"network_args": ("unet=4",)}, "--network_args unet: is set by the program"),
-        ({"network_weights": "missing.safetensors"}, "--network_weights: missing.safetensors does not exist"),
-        ({"base_weights": ("missing.pt",)}, "--base_weights: missing.pt does not exist"),
     ],
 )
 def test_refused_before_a_model_is_loaded(options, message):
     with pytest.raises(OptionError, match=message):
         target(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"network_weights": "missing.safetensors"}, "--network_weights: missing.safetensors does not exist"),
+        ({"base_weights": ("missing.pt",)}, "--base_weights: missing.pt does not exist"),
+    ],
+)
+def test_missing_files_are_refused_before_torch_is_loaded(options, message):
+    with pytest.raises(OptionError, match=message):
+        NetworkOptions("networks.lora", **options).check_before_start()
+
+
+@pytest.mark.parametrize(("files", "words"), [(("a",), ["0.5 0.25", "names 1 files"]), (None, ["1 0.5", "0 files"])])
+def test_multipliers_of_no_file_are_said(files, words):
+    (note,) = NetworkOptions("networks.lora", base_weights=files, base_weights_multiplier=(1, 0.5, 0.25)).notes()
+    assert note.startswith("--base_weights_multiplier: ") and all(word in note for word in words)
+    assert not NetworkOptions("networks.lora", base_weights=("a", "b"), base_weights_multiplier=(1,)).notes()
 
 
 def test_description():

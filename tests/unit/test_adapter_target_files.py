@@ -34,7 +34,7 @@ def test_truncated_weights_are_refused_before_a_model_is_loaded(tmp_path, bundle
     content = (tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "half.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(OptionError, match="--network_weights: .*half.safetensors is truncated"):
-        target(network_weights=str(tmp_path / "half.safetensors"))
+        target(network_weights=str(tmp_path / "half.safetensors")).options.check_before_start()
 
 
 def test_weights_of_another_network_are_refused(tmp_path, bundle):

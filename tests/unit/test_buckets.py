@@ -146,7 +146,6 @@ def test_contradicting_sizes_are_named(given, named):
 @pytest.mark.parametrize(
     "given",
     [
-        {"resolution": (500, 512)},
         {"resolution": (0, 64)},
         {"resolution": (64, 1_000_000)},
         {"bucket_reso_steps": 0},
@@ -158,6 +157,24 @@ def test_contradicting_sizes_are_named(given, named):
 def test_sizes_of_no_use_are_refused(given):
     with pytest.raises(OptionError, match=f"^--{next(iter(given))}: "):
         BucketOptions(**given)
+
+
+def test_a_resolution_of_any_sides_is_an_area_for_buckets():
+    found = bucket_sizes(options(500))
+    assert (448, 448) in found and (512, 512) not in found
+    assert found == sorted({(w, h) for w, h in found} | {(h, w) for w, h in found})
+    assert all(side % 64 == 0 for size in found for side in size)
+    assert max(map(math.prod, found)) <= 49 * 64 * 64
+    (placed,) = place_images([(600, 400)], options(500, no_upscale=True))
+    assert placed == Placement((576, 384), (600, 400))
+    for bucket in (options(500), options((500, 700), no_upscale=True)):
+        bucket.check()
+
+
+@pytest.mark.parametrize("side", [500, 4])
+def test_without_buckets_sides_are_multiples_of_8(side):
+    with pytest.raises(OptionError, match=f"^--resolution: {side} is not a multiple of 8; use {max(8, side - 4)}, or"):
+        options((512, side), enable=False).check()
 
 
 @pytest.mark.parametrize(("step", "used"), [(1, 8), (60, 64), (64, 64)])

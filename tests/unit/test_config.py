@@ -190,6 +190,19 @@ def test_a_wrong_key_is_named_with_its_place(tmp_path, images, where, key, value
     assert str(caught.value).startswith(sentence)
 
 
+@pytest.mark.parametrize("resolution", [100, "100", "100,64", [100, 64]])
+def test_with_buckets_a_resolution_need_be_no_multiple_of_8(tmp_path, images, resolution):
+    dataset = {"subsets": [{"image_dir": images}], "enable_bucket": True, "min_bucket_reso": 64}
+    content = {"datasets": [{**dataset, "resolution": resolution}]}
+    (config,) = load_file(tmp_path / "d.toml", content, bucket=BucketOptions())
+    assert config.bucket.resolution in ((100, 100), (100, 64))
+    given = BucketOptions(resolution=(100, 100))
+    assert load_file(tmp_path / "d.toml", {"datasets": [dataset]}, bucket=given)[0].bucket.resolution == (100, 100)
+    dataset["enable_bucket"] = False
+    with pytest.raises(OptionError, match="^--resolution: 100 is not a multiple of 8; use 96, or enable_bucket"):
+        load_file(tmp_path / "d.toml", {"datasets": [dataset]}, bucket=given)
+
+
 def test_rules_between_merged_values_name_where_the_value_stands(tmp_path, images):
     content = {
         "general": {"enable_bucket": True, "min_bucket_reso": 96},

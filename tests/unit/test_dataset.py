@@ -188,4 +188,4 @@ def test_a_damaged_cache_file_is_named_with_one_way_out(tmp_path):
 
 def test_a_batch_size_beyond_all_data_takes_no_memory(folders):
     data = build(folders[0], batch_size=10**30)
-    assert data.batches_per_epoch(2) == len(data.bucket_summary()[0]) == len(batches(data, epochs=1))
+    assert data.batches_per_epoch(2) == len(data.datasets[0].bucket_counts) == len(batches(data, epochs=1))

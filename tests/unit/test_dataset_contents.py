@@ -116,7 +116,7 @@ def two_sizes(tmp_path):
 
 def test_datasets_have_their_own_size_and_batch_size(tmp_path):
     data = two_sizes(tmp_path)
-    assert data.bucket_summary() == [[((64, 64), 12)], [((32, 64), 6)]]
+    assert [dataset.bucket_counts for dataset in data.datasets] == [(((64, 64), 12),), (((32, 64), 6),)]
     assert data.batches_per_epoch(1) == 5
     found = batches(data, epochs=1).values()
     assert sorted((tuple(batch.images_BCHW.shape[2:]), batch.size) for batch in found) == [

@@ -17,7 +17,6 @@ from library.data.images import (
     augment_color,
     cut_out,
     find_broken,
-    load_image,
     load_picture,
     place,
     resize,
@@ -53,7 +52,7 @@ def test_exif_orientation_as_pillow_applies_it(tmp_path, kind, orientation):
     with Image.open(path) as image:
         upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     assert header.orientation == orientation
-    loaded = load_image(path, header.orientation)
+    loaded = load_picture(path, header.orientation).rgb_HWC
     assert header.size_wh == (loaded.shape[1], loaded.shape[0])
     assert np.array_equal(loaded, upright)
 
@@ -81,7 +80,7 @@ def test_progressive_grey_and_formats_left_to_pillow(tmp_path):
 def test_avif(tmp_path):
     path = written(tmp_path, "picture.avif", orientation=6)
     header = read_header(path)
-    assert header[:2] == ((24, 40), 6) and load_image(path, 6).shape == (40, 24, 3)
+    assert header[:2] == ((24, 40), 6) and load_picture(path, 6).rgb_HWC.shape == (40, 24, 3)
     assert is_image(path) and not find_broken([path])
 
 
@@ -119,7 +118,7 @@ def test_no_image_and_no_file(tmp_path):
 
 def test_the_reason_does_not_repeat_the_path(tmp_path):
     with pytest.raises(BadImage, match="^No such file or directory$"):
-        load_image(str(tmp_path / "nowhere.png"))
+        load_picture(str(tmp_path / "nowhere.png"))
 
 
 # ---------------------------------------------------------------------------------------------- odd PNG files
@@ -164,14 +163,14 @@ def test_broken_inside_right_checksums(tmp_path, content):
 def test_the_same_file_with_its_pixels_is_well(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(96, 64, ROWS))
-    assert not find_broken([str(path)]) and load_image(str(path)).shape == (64, 96, 3)
+    assert not find_broken([str(path)]) and load_picture(str(path)).rgb_HWC.shape == (64, 96, 3)
 
 
 def test_a_long_text_in_a_png(tmp_path):
     text = PngImagePlugin.PngInfo()
     text.add_text("workflow", "x" * 3_000_000, zip=True)
     path = written(tmp_path, pnginfo=text)
-    assert not find_broken([path]) and load_image(path).shape == (24, 40, 3)
+    assert not find_broken([path]) and load_picture(path).rgb_HWC.shape == (24, 40, 3)
 
 
 def test_a_picture_above_the_limit_of_pillow(tmp_path, recwarn):
@@ -184,7 +183,7 @@ def test_a_picture_above_the_limit_of_pillow(tmp_path, recwarn):
 
 def test_a_picture_too_large_is_refused_before_it_is_decoded(tmp_path):
     with pytest.raises(BadImage, match="30000x20000 pixels; 20000x20000 is the largest"):
-        load_image(png(30_000, 20_000, ROWS))
+        load_picture(png(30_000, 20_000, ROWS))
 
 
 # ---------------------------------------------------------------------------------------------- pixels
@@ -200,21 +199,21 @@ def test_transparent_parts_become_white():
     rgba = Image.new("RGBA", (3, 1), (200, 0, 0, 255))
     rgba.putpixel((1, 0), (200, 0, 0, 0))
     rgba.putpixel((2, 0), (0, 0, 0, 51))
-    assert load_image(saved(rgba))[0].tolist() == [[200, 0, 0], [255, 255, 255], [204, 204, 204]]
+    assert load_picture(saved(rgba)).rgb_HWC[0].tolist() == [[200, 0, 0], [255, 255, 255], [204, 204, 204]]
 
 
 def test_transparent_palette_and_colour_key():
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
-    assert load_image(saved(palette, transparency=1))[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+    assert load_picture(saved(palette, transparency=1)).rgb_HWC[0].tolist() == [[10, 20, 30], [255, 255, 255]]
     keyed = Image.new("RGB", (1, 1), (9, 9, 9))
-    assert load_image(saved(keyed, transparency=(9, 9, 9)))[0].tolist() == [[255, 255, 255]]
+    assert load_picture(saved(keyed, transparency=(9, 9, 9))).rgb_HWC[0].tolist() == [[255, 255, 255]]
 
 
 def test_sixteen_bits_of_grey_keep_their_range():
     values = np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)
-    assert load_image(saved(Image.fromarray(values)))[0, :, 0].tolist() == [0, 128, 255]
+    assert load_picture(saved(Image.fromarray(values))).rgb_HWC[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_shrinking_averages_and_enlarging_is_smooth():

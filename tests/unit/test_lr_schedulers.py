@@ -76,6 +76,16 @@ def test_warm_up_is_counted_in_updates(name, warmup):
     assert seen[:4] == pytest.approx([0.0, 0.25, 0.5, 0.75]) and seen[4] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("name", [*WARMING, "constant"])
+def test_a_warm_up_longer_than_the_run_is_cut_off_with_it(name):
+    end = {"lr_scheduler_min_lr_ratio": 0.0} if name in ("cosine_with_min_lr", "warmup_stable_decay") else {}
+    options = build(ScheduleOptions, {"lr_scheduler": name, "lr_warmup_steps": 20, **end})
+    options.check_length(10)
+    assert options.is_all_warmup(10) and not options.is_all_warmup(20)
+    seen, last = rates(name, lr_warmup_steps=20, **end)
+    assert [*seen, last] == pytest.approx([step / 20 for step in range(11)])
+
+
 def test_stable_then_decay():
     seen, _ = rates("warmup_stable_decay", lr_warmup_steps=2, lr_decay_steps=0.3)
     assert seen[2:8] == [1.0] * 6 and 1.0 > seen[8] > seen[9] > 0
@@ -137,7 +147,7 @@ def test_up_then_down_and_never_outside(name, steps, warmup, ratio, decay):
     ("options", "words"),
     [
         ({"lr_scheduler": "cosin"}, ["--lr_scheduler", "'cosin'", "cosine"]),
-        ({"lr_scheduler": "linear", "lr_warmup_steps": 11}, ["--lr_warmup_steps", "11", "10"]),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 12, "lr_decay_steps": 6}, ["--lr_decay_steps", "0"]),
         ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 5, "lr_decay_steps": 6}, ["--lr_decay_steps", "5"]),
         ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler", "step_rules"]),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ["speed=1"]}, ["--lr_scheduler_args", "speed"]),

@@ -98,7 +98,7 @@ def test_every_image_is_trained_at_its_own_size(folder, caplog):
         data = build(folder, dataset_repeats=3)
     assert "meta.json: trained in buckets, the train_resolution of its images" in caplog.text
     assert data.num_train_images == 12
-    assert data.bucket_summary() == [[((48, 64), 6), ((64, 48), 6)]]
+    assert data.datasets[0].bucket_counts == (((48, 64), 6), ((64, 48), 6))
     for batch in batches(data, epochs=1).values():
         width, height = SIZES[batch.image_names[0].rpartition("/")[2][0]]
         assert batch.images_BCHW.shape[2:] == (height, width)

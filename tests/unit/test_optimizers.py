@@ -105,6 +105,20 @@ def test_adafactor_chooses_its_own_rate_unless_told_not_to():
     assert picks_own_rate("ADAFACTOR", None) and not picks_own_rate("transformers.optimization.Adafactor", None)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rate", "words"),
+    [
+        (("relative_step=False", "warmup_init=True"), 2e-6, ["relative_step=False has no effect: warmup_init=True"]),
+        (None, 1e-4, ["--learning_rate has no effect: AdaFactor"]),
+        (("warmup_init=True",), 2e-6, []),
+        (("relative_step=False",), 1e-4, []),
+    ],
+)
+def test_what_counts_for_nothing_beside_adafactor_is_said(arguments, rate, words):
+    notes = OptimizerOptions("AdaFactor", arguments, learning_rate=rate).notes()
+    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True))
+
+
 def test_the_rate_that_adafactor_chooses_is_known_after_its_first_step():
     built = build("AdaFactor")
     assert built.rates() == [None, None]
@@ -134,7 +148,11 @@ def test_adapting_optimizers_want_a_rate_of_about_1(caplog):
         build("AdamW", lr=1e-4)
         assert not caplog.records
         build("Prodigy", lr=1e-4)
-    assert "--learning_rate: 0.0001 is small for Prodigy" in caplog.text
+        build("DAdaptAdam", lr=4.0)
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "--learning_rate: 0.0001 is small for Prodigy",
+        "--learning_rate: 4 is large for DAdaptAdam",
+    ]
 
 
 def test_adapting_optimizers_with_several_rates(caplog):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,17 +67,6 @@ def test_float16_overflow_is_computed_again_in_float32(bundle: ModelBundle, capl
     assert latents.isfinite().all() and "overflows in float16" in caplog.text
     assert next(model.parameters()).dtype == torch.float16
     assert torch.allclose(vae.encode(model.float(), pictures, noise), latents, atol=1e-5)
-
-
-@torch.no_grad()
-def test_memory_savers(bundle: ModelBundle):
-    latents = torch.randn(3, 4, 8, 8)
-    expected = vae.decode(bundle.vae, latents)
-    vae.set_memory_savers(bundle.vae, slicing=True, tiling=True)
-    assert bundle.vae.use_slicing and bundle.vae.use_tiling
-    assert torch.allclose(vae.decode(bundle.vae, latents), expected, atol=1e-5)
-    vae.set_memory_savers(bundle.vae)
-    assert not bundle.vae.use_slicing and not bundle.vae.use_tiling
 
 
 def test_sizes(bundle: ModelBundle):
@@ -152,6 +141,29 @@ def test_gradient_checkpointing_of_the_unet(bundle: ModelBundle):
 
 
 def test_missing_xformers_names_the_way_out(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as if it were not installed
-    with pytest.raises(OptionError, match="--xformers: the package xformers is not installed; use --sdpa"):
+    monkeypatch.setattr("library.models.options.is_installed", lambda name: False)
+    with pytest.raises(OptionError, match="--xformers: the package xformers is not installed; .*use --sdpa"):
+        AttentionOptions(xformers=True).check_package()
+    AttentionOptions(xformers=True, mem_eff_attn=True).check_package()
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # as if it were broken
+    with pytest.raises(OptionError, match="--xformers: the package xformers can't be loaded .*; use --sdpa"):
         attention.apply(bundle.unet, bundle.vae, "xformers")
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "note"),
+    [
+        (("mem_eff_attn", "sdpa"), "sliced", "--sdpa without effect: --mem_eff_attn goes first"),
+        (("xformers", "sdpa"), "xformers", "--sdpa without effect: --xformers goes first"),
+        (
+            ("mem_eff_attn", "xformers", "sdpa"),
+            "sliced",
+            "--xformers and --sdpa without effect: --mem_eff_attn goes first",
+        ),
+        (("sdpa",), "sdpa", None),
+        ((), "sdpa", None),
+    ],
+)
+def test_of_several_kinds_the_first_is_used(asked, kind, note):
+    options = AttentionOptions(**dict.fromkeys(asked, True))
+    assert options.kind == kind and options.notes() == ([note] if note else [])
