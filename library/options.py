@@ -8,6 +8,7 @@ configuration error answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -24,6 +25,7 @@ import toml
 
 Group = TypeVar("Group")
 
+SWITCH_WORDS = {"true": True, "false": False, "True": True, "False": False}
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
 
 
@@ -106,10 +108,14 @@ def _resolve(field: dataclasses.Field, hint: Any) -> Option:
 def convert(option: Option, value: Any, where: str) -> Any:
     """A TOML or command-line value as the field's value; raises OptionError naming `where`.
 
-    Integers stand for switches (0, 1) and texts for numbers ("512"), as GUIs write them; nothing else is guessed.
+    Integers and the words true and false stand for switches, and texts for numbers ("512"), as GUIs write them;
+    nothing else is guessed.
     """
     if value is None:
         return option.default
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, (str, Path)) and "\0" in str(text):
+            raise OptionError(where, f"{str(text)!r} holds a character that no name can", "type it again")
     if option.parse is not None:
         try:
             return option.parse(value)
@@ -129,6 +135,8 @@ def _scalar(option: Option, value: Any, where: str) -> Any:
     number = _number(value) if isinstance(value, str) else value
     if kind is bool and value in (0, 1, True, False):
         return bool(value)
+    if kind is bool and isinstance(value, str) and value in SWITCH_WORDS:
+        return SWITCH_WORDS[value]
     if kind is Path and isinstance(value, (str, Path)):
         return Path(value)
     if kind is float and _is_finite_number(number):
@@ -197,13 +205,23 @@ def read_toml(path: Path | str, where: str) -> dict[str, Any]:
     """The content of a TOML file; OptionError as :func:`read_text`, or names the file for what is wrong in it."""
     text = read_text(path, where)
     try:
-        return toml.loads(text)
+        return _parsed(text)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # the parser lets all out
         line, lines = getattr(error, "lineno", 0), text.splitlines()
         has_backslash = "\\" in (lines[min(line, len(lines)) - 1] if line and lines else text)
         way_out = "write paths with / or in single quotes" if has_backslash else "correct it"
         reason = (getattr(error, "msg", str(error)).splitlines() or [type(error).__name__])[0]
         raise OptionError(str(path), f"{f'line {line} ' if line else ''}is not TOML ({reason})", way_out) from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """By Python's own reader where there is one; the trade's, which bends some escapes, reads what that refuses."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(text)
+    return toml.loads(text)
 
 
 def path_of(value: Any) -> Path:

@@ -2,16 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.models import vae
+from library.train import loop
 from tests.runs import metadata_of
+
+
+@dataclass
+class Inside:
+    """What a run was made of, as seen while it trained."""
+
+    attention: set[str] = field(default_factory=set)  # classes that compute the U-Net's
+    updates: str = ""  # the class that applies gradients
+    gradients_left: int = 0  # after the backward passes of an update
+    checkpointing: int = 0  # modules that compute again in the backward pass
+    workers: int = 0  # processes that make batches
+    encoded: list[int] = field(default_factory=list)  # images of each call of the VAE's encoder
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Inside]:
+    """Inside the block a run of this process fills what is given out."""
+    seen = Inside()
+    others = len(multiprocessing.active_children())
+
+    def update(run: Any, batches: Any, step: int, update: Any = loop.update) -> Any:
+        def clip(clip: Any = run.updates.clip) -> torch.Tensor:
+            seen.gradients_left = sum(parameter.grad is not None for parameter in run.parameters)
+            return clip()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run.updates, "clip", clip)
+            record = update(run, batches, step)
+        seen.attention = {type(processor).__name__ for processor in run.bundle.unet.attn_processors.values()}
+        seen.updates = type(run.updates).__name__
+        parts = [run.bundle.unet, *run.bundle.text_encoders]
+        seen.checkpointing = sum(getattr(m, "gradient_checkpointing", False) for part in parts for m in part.modules())
+        seen.workers = len(multiprocessing.active_children()) - others
+        return record
+
+    def encode(model: Any, images: torch.Tensor, noise: torch.Tensor, encode: Any = vae.encode) -> torch.Tensor:
+        seen.encoded.append(len(images))
+        return encode(model, images, noise)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "update", update)
+        patch.setattr(vae, "encode", encode)
+        yield seen
 
 
 @dataclass(frozen=True)
@@ -21,6 +69,7 @@ class Outcome:
     code: int
     folder: Path
     text: str  # of the console and the log
+    inside: Inside
 
     @property
     def file(self) -> Path:
@@ -60,6 +109,8 @@ def writes(*patterns: str) -> Check:
     """Files that match, as paths below the output folder, are there with the flag only; training is the same."""
 
     def check(without: Outcome, with_: Outcome) -> None:
+        if without.file.exists() and with_.file.exists():
+            learns_the_same(without, with_)
         for pattern in patterns:
             found = [{name for name in run.names() if re.fullmatch(pattern, name)} for run in (without, with_)]
             assert found[1] and not found[0], (pattern, found, with_.names())
@@ -72,6 +123,31 @@ def writes_no(pattern: str) -> Check:
         writes(pattern)(with_, without)
 
     return check
+
+
+def has_inside(**expected: Any) -> Check:
+    """What is seen while a run trains is this with the flag, and something else without it."""
+
+    def check(without: Outcome, with_: Outcome) -> None:
+        for name, value in expected.items():
+            before, after = getattr(without.inside, name), getattr(with_.inside, name)
+            assert after == value != before, (name, before, after)
+
+    return check
+
+
+def computes_attention_with(processor: str) -> Check:
+    """The U-Net's attention is of this class, with the flag and without it: the flag names the default."""
+
+    def check(without: Outcome, with_: Outcome) -> None:
+        assert without.inside.attention == with_.inside.attention == {processor}
+
+    return check
+
+
+def computes_again(without: Outcome, with_: Outcome) -> None:
+    """Gradient checkpointing is on in both models, with the flag only."""
+    assert with_.inside.checkpointing >= 2 > without.inside.checkpointing == 0
 
 
 def marks(**expected: Any) -> Check:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from library.data.images import usable_cores
 from tests.flag_effects import (
-    Check, both, learns_nearly_the_same, learns_otherwise, learns_the_same, marks, of_dtype, of_rank, only_parts, refuses,
-    runs, says, says_less, writes, writes_no,
+    Check, both, computes_again, computes_attention_with, has_inside, learns_nearly_the_same, learns_otherwise,
+    learns_the_same, marks, of_dtype, of_rank, only_parts, refuses, runs, says, says_less, writes, writes_no,
 )  # fmt: skip
 
 
@@ -36,8 +37,8 @@ ROWS: dict[str, Row] = {
     "v_parameterization": Row(True, both(learns_otherwise, marks(modelspec__prediction_type="v"))),
     "vae": Row("{other}", both(learns_otherwise, marks(ss_vae_name="other.safetensors"))),
     "no_half_vae": Row(True, learns_otherwise, {"mixed_precision": "bf16"}),
-    "mem_eff_attn": Row(True, learns_nearly_the_same),
-    "sdpa": Row(True, learns_the_same),
+    "mem_eff_attn": Row(True, both(learns_nearly_the_same, has_inside(attention={"SlicedAttention"}))),
+    "sdpa": Row(True, both(learns_the_same, computes_attention_with("AttnProcessor2_0"))),
     "clip_skip": Row(2, both(learns_otherwise, marks(ss_clip_skip="2", modelspec__encoder_layer="2"))),
     "max_token_length": Row(150, both(learns_otherwise, marks(ss_max_token_length="150"))),
     # where the images are
@@ -81,11 +82,12 @@ ROWS: dict[str, Row] = {
     "color_aug": Row(True, learns_otherwise, {"max_train_steps": 4}),
     "random_crop": Row(True, learns_otherwise, {"train_data_dir": "{wide}"}),
     "face_crop_aug_range": Row("1.0,1.5", learns_otherwise, {"train_data_dir": "{faces}"}),
-    "cache_latents": Row(True, says("caching latents")),
-    "cache_latents_to_disk": Row(True, says("caching latents"), {"train_data_dir": "{disk}"}),
+    "cache_latents": Row(True, both(learns_otherwise, has_inside(encoded=[1] * 4))),
+    "cache_latents_to_disk": Row(True, has_inside(encoded=[1] * 4), {"train_data_dir": "{disk}"}),
+    "vae_batch_size": Row(3, has_inside(encoded=[3, 1]), {"cache_latents": True}),
     # batches
     "train_batch_size": Row(1, both(learns_otherwise, marks(ss_batch_size_per_device="1"))),
-    "max_data_loader_n_workers": Row(2, learns_the_same),
+    "max_data_loader_n_workers": Row(2, both(learns_the_same, has_inside(workers=min(2, usable_cores())))),
     "seed": Row(2, both(learns_otherwise, marks(ss_seed="2"))),
     # the objective
     "noise_offset": Row(0.1, both(learns_otherwise, marks(ss_noise_offset="0.1"))),
@@ -115,7 +117,9 @@ ROWS: dict[str, Row] = {
     "unet_lr": Row(1e-2, both(learns_otherwise, marks(ss_unet_lr="0.01"))),
     "text_encoder_lr": Row(1e-2, both(learns_otherwise, marks(ss_text_encoder_lr="0.01"))),
     "max_grad_norm": Row(1e-3, learns_otherwise, {"optimizer_type": "SGDNesterov"}),
-    "fused_backward_pass": Row(True, learns_the_same, {"max_grad_norm": 0.0}),
+    "fused_backward_pass": Row(
+        True, both(learns_the_same, has_inside(updates="FusedUpdates", gradients_left=0)), {"max_grad_norm": 0.0}
+    ),
     "lr_scheduler": Row("linear", both(learns_otherwise, marks(ss_lr_scheduler="linear"))),
     "lr_warmup_steps": Row(2, both(learns_otherwise, marks(ss_lr_warmup_steps="2")), {"lr_scheduler": "constant_with_warmup"}),
     "lr_scheduler_num_cycles": Row(3, learns_otherwise, {"lr_scheduler": "cosine_with_restarts", **EPOCHS}),
@@ -129,8 +133,7 @@ ROWS: dict[str, Row] = {
     "max_train_steps": Row(1, learns_otherwise),
     "max_train_epochs": Row(3, marks(ss_max_train_steps="6", ss_num_epochs="3")),
     "gradient_accumulation_steps": Row(2, both(learns_otherwise, marks(ss_gradient_accumulation_steps="2"))),
-    "gradient_checkpointing": Row(True, both(learns_the_same, marks(ss_gradient_checkpointing="True"))),
-    "cpu_offload_checkpointing": Row(True, learns_the_same, {"gradient_checkpointing": True}),
+    "gradient_checkpointing": Row(True, both(learns_the_same, computes_again)),
     "mixed_precision": Row("bf16", both(learns_otherwise, marks(ss_mixed_precision="bf16"))),
     "full_bf16": Row(True, learns_otherwise, {"mixed_precision": "bf16"}),
     "fp8_base": Row(True, learns_otherwise, {"mixed_precision": "bf16"}),
@@ -154,6 +157,7 @@ ROWS: dict[str, Row] = {
     "base_weights": Row(["{network}"], learns_otherwise),
     "base_weights_multiplier": Row([0.5], learns_otherwise, {"base_weights": ["{network}"]}),
     # files
+    "output_dir": Row("{out}/deeper", writes("deeper/net.safetensors")),
     "output_name": Row("foo", writes("foo.safetensors")),
     "save_precision": Row("fp16", of_dtype(torch.float16)),
     "save_model_as": Row("ckpt", writes("net.ckpt")),
@@ -197,10 +201,6 @@ ROWS: dict[str, Row] = {
     ),
     "validation_seed": Row(5, both(learns_otherwise, marks(ss_validation_seed="5")), {"validation_split": 0.5}),
     "validate_every_n_steps": Row(1, says("validation after step 1:"), {"validation_split": 0.25}),
-    "validate_every_n_epochs": Row(
-        2, marks(ss_validate_every_n_epochs="2"), {"validation_split": 0.5, "max_train_steps": 4}
-    ),
-    "max_validation_steps": Row(1, marks(ss_max_validation_steps="1"), {"validation_split": 0.5}),
     "early_stop_patience": Row(
         1,
         says("without a loss below"),
@@ -217,16 +217,16 @@ ROWS: dict[str, Row] = {
     # of no effect here, and that is said
     "tokenizer_cache_dir": Row("{root}", both(learns_the_same, says("--tokenizer_cache_dir has no effect"))),
     "persistent_data_loader_workers": Row(True, both(learns_the_same, says("--persistent_data_loader_workers has no effect"))),
-    "lowram": Row(
-        True, both(both(learns_the_same, marks(ss_lowram="True")), says("--lowram has no effect"))
-    ),
+    "lowram": Row(True, both(learns_the_same, marks(ss_lowram="True"), says("--lowram has no effect"))),
+    "async_upload": Row(True, both(learns_the_same, says("--async_upload has no effect"))),
+    "console_log_simple": Row(True, both(learns_the_same, says("--console_log_simple has no effect"))),
 }  # fmt: skip
 
 ELSEWHERE = {
     "ddp_timeout": "tests/scripts/test_train_network_continued.py::test_two_processes_equal_one",
     "ddp_gradient_as_bucket_view": "tests/scripts/test_train_network_continued.py::test_two_processes_equal_one",
     "ddp_static_graph": "tests/scripts/test_train_network_continued.py::test_two_processes_equal_one",
-    "deepspeed": "tests/gpu/test_memory_cuda.py::test_deepspeed",
+    "deepspeed": "tests/unit/test_zero.py::test_the_settings_reach_deepspeed",
     "zero_stage": "tests/unit/test_zero.py::test_the_settings_reach_deepspeed",
     "offload_optimizer_device": "tests/unit/test_zero.py::test_the_settings_reach_deepspeed",
     "offload_optimizer_nvme_path": "tests/unit/test_zero.py::test_the_settings_reach_deepspeed",
@@ -235,13 +235,17 @@ ELSEWHERE = {
     "fp16_master_weights_and_gradients": "tests/unit/test_zero.py::test_weights_in_16_bits_and_trained_parameters_whole",
     "zero3_init_flag": "tests/unit/test_memory_options.py::test_settings_without_effect_are_named",
     "zero3_save_16bit_model": "tests/unit/test_memory_options.py::test_settings_without_effect_are_named",
-    "full_fp16": "tests/gpu/test_memory_cuda.py::test_full_fp16_goes_on_after_gradients_that_overflow",
-    "highvram": "tests/gpu/test_memory_cuda.py::test_highvram_leaves_the_vae_on_the_gpu",
+    "full_fp16": "tests/unit/test_placement.py::test_what_is_trained_is_cast_as_asked",
+    "highvram": "tests/unit/test_placement.py::test_a_vae_without_work_leaves_the_device",
+    "cpu_offload_checkpointing": "tests/unit/test_placement.py::test_checkpoints_go_to_the_cpu_from_elsewhere",
+    "validate_every_n_epochs": "tests/scripts/test_train_network_validation.py::"
+    "test_after_every_epoch_unless_told_otherwise",
+    "max_validation_steps": "tests/scripts/test_train_network_validation.py::"
+    "test_the_number_depends_on_weights_and_validation_seed_alone",
     "dataset_class": "tests/scripts/test_train_network_datasets.py::test_a_class_of_ones_own",
     "cache_info": "tests/unit/test_info_cache.py::test_the_second_scan_reads_nothing_and_finds_the_same",
     "config_file": "tests/scripts/test_train_network.py::test_config_file_is_the_same_as_flags",
     "output_config": "tests/scripts/test_train_network.py::test_output_config_round_trip_without_secrets",
-    "output_dir": "tests/scripts/test_train_network.py::test_files_and_metadata",
     "resume": "tests/scripts/test_train_network_resume.py::test_resume_in_mid_epoch_ends_in_the_same_weights",
     "sample_prompts": "tests/scripts/test_previews.py::test_names_and_what_web_user_interfaces_read",
     "sample_sampler": "tests/scripts/test_previews.py::test_names_and_what_web_user_interfaces_read",
@@ -254,7 +258,6 @@ ELSEWHERE = {
     "resume_from_huggingface": "tests/scripts/test_hub.py::test_going_on_with_a_state_from_the_hub",
     "console_log_level": "tests/scripts/test_logging.py::"
     "test_the_level_leaves_lighter_messages_out_of_the_screen_and_not_out_of_the_log",
-    "console_log_simple": "tests/scripts/test_logging.py::test_messages_in_a_file_are_not_on_the_screen",
     "log_with": "tests/scripts/test_logging.py::test_weights_and_biases",
     "wandb_api_key": "tests/scripts/test_logging.py::test_weights_and_biases",
     "wandb_run_name": "tests/scripts/test_logging.py::test_weights_and_biases",
@@ -264,8 +267,7 @@ ELSEWHERE = {
     "metadata_thumbnail": "tests/scripts/test_metadata.py::test_two_datasets_with_regularisation_and_flips",
     "torch_compile": "tests/unit/test_compilation.py::test_a_compiled_block_computes_the_same",
     "dynamo_backend": "tests/unit/test_compilation.py::test_an_unknown_backend_is_refused_by_name",
-    "vae_batch_size": "tests/unit/test_cache.py::",
-    "xformers": "tests/gpu/test_train_network_cuda.py::test_xformers_follows_sdpa",
+    "xformers": "tests/unit/test_vae_and_attention.py::test_xformers_is_switched_on_in_both_models",
     "max_nonfinite_steps": "tests/scripts/test_train_network_mistakes.py::"
     "test_a_run_without_finite_losses_stops_and_says_why",
 }

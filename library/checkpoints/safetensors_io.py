@@ -265,7 +265,10 @@ def require_disk_space(folder: Path, size: int) -> None:
     """Raise OptionError unless `size` bytes fit on the disk of `folder`, which exists."""
     free = shutil.disk_usage(folder).free
     if free < size + SPARE_DISK:
-        problem = f"the disk of {folder} has {free / 1e6:,.0f} MB free, {size / 1e6:,.1f} MB are needed"
+        problem = (
+            f"the disk of {folder} has {free / 1e6:,.0f} MB free, {size / 1e6:,.1f} MB are needed "
+            f"and {SPARE_DISK / 1e6:,.0f} MB are always left"
+        )
         raise OptionError("", problem, "free some space or choose another output folder")
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import toml
 
 from library.cli import foreign
 from library.options import Option, OptionError, convert, did_you_mean, read_toml
@@ -85,10 +84,26 @@ def write_config_file(path: Path, values: Mapping[str, Any], options: Mapping[st
         for name, option in options.items()
         if not option.secret and name not in OWN and values.get(name) not in (None, option.default)
     }
+    lines = [f"{name} = {_toml(value)}\n" for name, value in kept.items()]
     try:
-        path.write_text(toml.dumps(kept), encoding="utf-8")
+        path.write_bytes("".join(lines).encode())
     except OSError as error:
         raise OptionError("--output_config", f"{path} can't be written ({error.strerror})") from None
+    except UnicodeEncodeError as error:
+        name = next(name for name, line in zip(kept, lines, strict=True) if not _is_text(line))
+        problem = f"{kept[name]!r} holds a character that no text file can ({error.reason})"
+        raise OptionError(f"--{name}", problem, "type it again") from None
+
+
+def _toml(value: Any) -> str:
+    """A TOML value: JSON's escapes are TOML's, but for the one control character that JSON leaves as it is."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _is_text(line: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in line)
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from library.options import OptionError
 
+ODD_LETTERS = "backslashreplace"  # for names of files that are not UTF-8
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 
 
@@ -64,7 +65,7 @@ class Ending:
         name = f"{Path(self.program).stem}_{time.strftime('%Y%m%d%H%M%S')}.log"
         elsewhere = [Path(tempfile.gettempdir()) / name] if anywhere else []
         for path in [*([self.log_file] if self.log_file else []), *elsewhere]:
-            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError, ValueError), open(path, "a", encoding="utf-8", errors=ODD_LETTERS) as file:
                 file.write(f"{self.program}, Python {platform.python_version()}, {platform.platform()}\n{text}\n")
                 return path
         return None

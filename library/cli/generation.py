@@ -16,11 +16,12 @@ from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
 from library.cli import networks
 from library.cli.console import start_console
 from library.cli.ending import Ending
-from library.generate.options import CONFIG_GROUPS, GenerationConfig, PromptOptions, counted
+from library.generate.options import CONFIG_GROUPS, GenerationConfig, PromptOptions
 from library.generate.output import prepare_folder
 from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
 from library.generate.request import GenerationRequest, make_requests
 from library.options import OptionParser, add_arguments, build
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Files of cached latents: how they are named, when they are trusted, how they are read and written.
+"""Files of cached latents: when they are trusted, how they are read and written; how they are named: cache_names.py.
 
 The files are those of the trade (`latents`, `original_size`, `crop_ltrb`, `latents_flipped`), readable both ways, with
 one more array: `fingerprint`, a JSON text that says what made them. A file whose fingerprint does not fit, or whose
@@ -20,8 +20,7 @@ import secrets
 import struct
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -72,29 +71,8 @@ def latent_shape(bucket_wh: Size) -> tuple[int, int, int]:
     return LATENT_CHANNELS, bucket_wh[1] // LATENT_STRIDE, bucket_wh[0] // LATENT_STRIDE
 
 
-def cache_file_names(images: Sequence[tuple[str, Placement]], taken: Collection[str] = ()) -> list[str]:
-    """The cache file of each image: `<base>.npz` as in the trade, longer where two would share that name.
-
-    Images of one stem but several extensions use the whole file name; one image trained at several sizes has the
-    sizes in the name. Equal (path, placement) pairs share a file. Names that are `taken` count as shared.
-    """
-    unique = list(dict.fromkeys(images))
-    names = {image: f"{os.path.splitext(image[0])[0]}.npz" for image in unique}
-    for lengthen in (
-        lambda path, _: f"{path}.npz",
-        lambda path, placement: f"{path}.{_size_text(placement.bucket_wh)}.npz",
-        lambda path, placement: f"{path}.{_size_text(placement.bucket_wh)}.{_size_text(placement.resized_wh)}.npz",
-        lambda path, placement: (
-            f"{path}.{_size_text(placement.bucket_wh)}.{_size_text(placement.resized_wh)}"
-            f".{placement.interpolation or 'default'}.npz"
-        ),
-    ):
-        uses = Counter([*names.values(), *taken])
-        names = {image: lengthen(*image) if uses[name] > 1 else name for image, name in names.items()}
-    return [names[image] for image in images]
-
-
-def _size_text(size: Size) -> str:
+def size_text(size: Size) -> str:
+    """ "512x768", width first."""
     return f"{size[0]}x{size[1]}"
 
 
@@ -129,8 +107,8 @@ def fingerprint_of(item: CacheItem, source: SourceBytes, vae_fingerprint: str) -
         "mtime_ns": source.mtime_ns,
         "ctime_ns": source.ctime_ns,
         "vae": vae_fingerprint,
-        "resized": _size_text(item.placement.resized_wh),
-        "bucket": _size_text(item.placement.bucket_wh),
+        "resized": size_text(item.placement.resized_wh),
+        "bucket": size_text(item.placement.bucket_wh),
     }
 
 

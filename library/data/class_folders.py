@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from library.data.options import FolderOptions
-from library.data.sources import count_images
+from library.data.listing import count_images, entries_of, is_folder, is_hidden, why_closed
+from library.data.options import MOST_REPEATS, FolderOptions
 from library.options import OptionError, require
 
 logger = logging.getLogger(__name__)
@@ -39,11 +39,15 @@ def parse_folder_name(name: str) -> tuple[int | None, str]:
 def class_folders(base: str, flag: str, default_repeats: int = 1) -> Iterator[FolderOptions]:
     """The class folders in `base` that hold images, or `base` itself with `default_repeats`.
 
-    Raises OptionError with all it looked at.
+    Raises OptionError with all it looked at, and for a class folder that can't be looked into.
     """
     path = Path(base)
-    require(path.is_dir(), flag, f"{base!r} is not a folder", "name an existing folder of images or of class folders")
+    require(
+        os.path.isdir(path), flag, f"{base!r} is not a folder", "name an existing folder of images or of class folders"
+    )
     children, counts, own_images = _look_into(path)
+    for child in (child for child in children if child.used):
+        _check_class_folder(child, flag)
     used = [child for child in children if child.used and counts[child.path]]
     if not used and not own_images:
         way_out = "name class folders <repeats>_<class>, for example 10_cat, or name the folder of images itself"
@@ -62,6 +66,14 @@ def class_folders(base: str, flag: str, default_repeats: int = 1) -> Iterator[Fo
         yield FolderOptions(child.path, child.repeats or 1, child.class_tokens)
 
 
+def _check_class_folder(child: ClassFolder, flag: str) -> None:
+    if reason := why_closed(child.path):
+        raise OptionError(flag, f"{child.path} {reason}", "correct its permissions, or move it elsewhere")
+    if child.repeats is not None and child.repeats > MOST_REPEATS:
+        problem = f"{child.path.name} would be shown {child.repeats} times per epoch; is {child.repeats} a date?"
+        raise OptionError(flag, problem, f"rename it, for example to 10_{child.class_tokens}")
+
+
 def passed_over_folders(base: Path | str) -> list[tuple[Path, str]]:
     """(folder, why) for what lies in an existing `base` and is not trained on: sub-folders, and images beside them."""
     children, counts, own_images = _look_into(Path(base))
@@ -74,10 +86,10 @@ def passed_over_folders(base: Path | str) -> list[tuple[Path, str]]:
 
 def _look_into(path: Path) -> tuple[list[ClassFolder], dict[Path, int], int]:
     """(sub-folders in order, how many images each holds, how many lie directly in the folder)."""
-    children = [
-        ClassFolder(child, *parse_folder_name(child.name)) for child in sorted(path.iterdir()) if child.is_dir()
-    ]
-    return children, {child.path: count_images(child.path) for child in children}, count_images(path)
+    folders = [Path(entry.path) for entry in entries_of(path) if is_folder(entry)]
+    children = [ClassFolder(folder, *parse_folder_name(folder.name)) for folder in folders]
+    counts = {folder: 0 if why_closed(folder) else count_images(folder) for folder in folders}
+    return children, counts, count_images(path)
 
 
 def _tree(path: Path, children: Sequence[ClassFolder], counts: Mapping[Path, int]) -> str:
@@ -90,6 +102,8 @@ def why_passed_over(child: ClassFolder, num_images: int) -> str:
     """Why a sub-folder with this many images is not trained on."""
     if not num_images:
         return why_empty(child.path)
+    if is_hidden(child.path.name):
+        return "a hidden folder"
     if child.repeats is None:
         name = child.path.name
         return f"{num_images} images, but the name does not begin with the repeats; rename it, for example to 10_{name}"
@@ -98,8 +112,12 @@ def why_passed_over(child: ClassFolder, num_images: int) -> str:
 
 def why_empty(folder: Path) -> str:
     """Why a folder gives no images, with a look one level deeper."""
-    deeper = [child for child in sorted(folder.iterdir()) if child.is_dir() and count_images(child)]
+    if reason := why_closed(folder):
+        return reason
+    entries = entries_of(folder)
+    children = [Path(entry.path) for entry in entries if is_folder(entry) and not is_hidden(entry.name)]
+    deeper = next((child for child in children if not why_closed(child) and count_images(child)), None)
     if deeper:
-        return f"no images, but {count_images(deeper[0])} in {deeper[0].name}{os.sep}; only one level is looked at"
-    num_files = sum(1 for _ in folder.iterdir())
+        return f"no images, but {count_images(deeper)} in {deeper.name}{os.sep}; only one level is looked at"
+    num_files = len(entries)
     return f"{num_files} files, none of them an image" if num_files else "empty"

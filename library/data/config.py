@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from library.data import dataset_file
 from library.data.class_folders import class_folders, why_empty
 from library.data.dataset_file import Level
+from library.data.listing import count_images
 from library.data.metadata_file import Size, common_train_sizes, read_metadata
 from library.data.options import (
     AugmentOptions,
@@ -29,7 +30,7 @@ from library.data.options import (
     SourceOptions,
     ValidationSplitOptions,
 )
-from library.data.sources import count_images
+from library.data.same_files import path_key
 from library.options import OptionError, convert, options_of, require
 from library.packages import is_installed
 
@@ -217,18 +218,18 @@ def _dataset(level: dataset_file.DatasetLevel, general: Level, groups: Sequence[
     loader, _ = _merged(LoaderOptions, levels, groups)
     own, _ = _merged(DatasetOptions, levels, groups)
     split, _ = _merged(ValidationSplitOptions, levels, groups)
-    subsets: dict[Path, SubsetConfig] = {}
+    subsets: dict[str, SubsetConfig] = {}  # by what is equal for all names of their source
     train_sizes: list[tuple[Size, ...] | None] = []
     for subset_level in level.subsets:
         subset = replace(_subset((subset_level, *levels), groups), network_multiplier=own.network_multiplier)
         if subset.folder.num_repeats < 1:
             logger.info("%s: ignored, num_repeats is below 1", subset_level.place)
-        elif subset.source in subsets:
+        elif path_key(subset.source) in subsets:
             logger.info("%s: ignored, %s is already part of this dataset", subset_level.place, subset.source)
         elif subset.is_metadata and not (entries := read_metadata(subset.source, f"{subset_level.place}.{METADATA}")):
             logger.info("%s: ignored, %s has no entries", subset_level.place, subset.source)
         else:
-            subsets[subset.source] = subset
+            subsets[path_key(subset.source)] = subset
             train_sizes.append(common_train_sizes(entries) if subset.is_metadata else None)
     config = DatasetConfig(
         bucket,
@@ -276,7 +277,7 @@ def _subset(levels: Sequence[Level], groups: Sequence[Any]) -> SubsetConfig:
     folder, _ = _merged(FolderOptions, levels, groups)
     place = f"{levels[0].place}.image_dir"
     if folder.image_dir is not None:
-        require(folder.image_dir.is_dir(), place, f"{str(folder.image_dir)!r} is not a folder")
+        require(os.path.isdir(folder.image_dir), place, f"{str(folder.image_dir)!r} is not a folder")
     elif folder.metadata_file is None:
         raise OptionError(place, "is missing", "name the folder of images")
     caption, _ = _merged(CaptionOptions, levels, groups)
@@ -342,7 +343,7 @@ def _from_metadata(source: SourceOptions, groups: Sequence[Any]) -> DatasetConfi
     assert source.in_json is not None
     image_dir = Path(source.train_data_dir) if source.train_data_dir else None
     if image_dir is not None:
-        require(image_dir.is_dir(), "--train_data_dir", f"{str(image_dir)!r} is not a folder")
+        require(os.path.isdir(image_dir), "--train_data_dir", f"{str(image_dir)!r} is not a folder")
     folder = replace(folder, image_dir=image_dir, metadata_file=Path(source.in_json))
     entries = read_metadata(Path(source.in_json), "--in_json")
     require(bool(entries), "--in_json", f"{source.in_json} has no entries", "name the file with captions and tags")

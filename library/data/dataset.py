@@ -25,6 +25,7 @@ from library.data.mask_files import report_masks, with_mask_files
 from library.data.metadata_source import scan_metadata
 from library.data.options import CacheOptions
 from library.data.placed_images import placed_images
+from library.data.same_files import under_one_name
 from library.data.scan import Scan
 from library.data.sources import (
     FolderContents,
@@ -72,6 +73,7 @@ class TrainingData:
             for contents, subset in zip(found, subsets, strict=True)
         )
         found, broken_masks = with_mask_files(found, subsets)
+        found = under_one_name(found)
         with_latents, unusable = datasets_with_latents(configs, found)
         images, items = placed_images(configs, found, with_latents)
         broken = {path: reason for contents in found for path, reason in contents.broken.items()} | unusable
@@ -252,7 +254,8 @@ def _needs_a_look(item: CacheItem) -> bool:
 
 def _scan(subset: SubsetConfig) -> FolderContents:
     if subset.is_metadata:
-        return scan_metadata(subset.source, subset.image_dir)
+        options = subset.caption
+        return scan_metadata(subset.source, subset.image_dir, between=options.joint, all_lines=options.enable_wildcard)
     contents = scan_folder(
         subset.image_dir,
         caption_extension=subset.caption.caption_extension,

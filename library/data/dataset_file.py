@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.data.listing import is_utf8
 from library.data.options import (
     AugmentOptions,
     BucketOptions,
@@ -111,11 +112,14 @@ def parse_file(path: Path, flag: str) -> Any:
     if kind == ".toml":
         return read_toml(path, flag)
     try:
-        return json.loads(read_text(path, flag))
+        content = json.loads(read_text(path, flag))
     except json.JSONDecodeError as error:
         raise OptionError(str(path), f"line {error.lineno} is not JSON ({error.msg})", "correct that line") from None
     except (RecursionError, ValueError) as error:  # tables without end, a number of 5,000 digits
         raise OptionError(str(path), f"is not JSON ({error})", "correct it") from None
+    is_whole = is_utf8(json.dumps(content, ensure_ascii=False))
+    require(is_whole, str(path), "has half a character (\\ud800 to \\udfff alone)", "write that text anew")
+    return content
 
 
 def _table(value: Any, place: str) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from library.data.config import DatasetConfig, SubsetConfig
 from library.data.images import usable_cores
 from library.data.loading import TrainImage
 from library.data.lookalikes import alike, equal_files
+from library.data.same_files import file_keys
 from library.data.scan import Scan
 from library.data.sources import ImageRecord
 from library.data.summary import LoadedDataset
@@ -190,7 +191,9 @@ def find(
     folders = list(_folders(datasets, scan))
     tokens, longest = _captions(datasets, count_tokens)
     sizes = {image.record.path: image.record.num_bytes for folder in folders for image in folder.images}
-    equal = equal_files(sizes.items(), usable_cores())
+    one_path = {key: path for path, key in reversed(file_keys(sizes).items())}  # a file under two names is no copy
+    equal = equal_files([(path, sizes[path]) for path in one_path.values()], usable_cores())
+    looks = {path: scan.looks[path] for path in one_path.values() if path in scan.looks}
     uses = (
         DatasetUse(number, dataset.config.batch_size, sizes_in_words(dataset.config))
         for number, dataset in enumerate(datasets, 1)
@@ -208,7 +211,7 @@ def find(
         longest_captions=tuple(longest),
         scan=scan,
         equal=tuple(map(tuple, equal)),
-        alike=tuple(map(tuple, alike(scan.looks, equal))),
+        alike=tuple(map(tuple, alike(looks, equal))),
         num_validation=num_validation,
     )  # fmt: skip
 

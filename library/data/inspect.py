@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from library.data.batch import Batch, Position
 from library.data.buckets import Size, crop_yx
 from library.data.cache_files import CacheItem, latent_shape, peek_latents
-from library.data.images import usable_cores
+from library.data.images import resize, usable_cores
 from library.data.loading import BatchBuilder, DrawnSample, Failure, RunFacts, Samples, served
 from library.data.options import LATENT_STRIDE
 from library.options import OptionError
@@ -29,6 +29,7 @@ COLUMNS = (
 
 
 PALE = 225  # the grey of what a mask leaves out
+LONGEST_SIDE = 256  # pixels of a shown picture: there are hundreds of them
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ShownSample:
     is_reg: bool = False
     is_mirrored: bool | None = None
     is_latents: bool = False  # the picture is made of latents, because there is no image
-    pixels_HWC: np.ndarray | None = None  # uint8
+    pixels_HWC: np.ndarray | None = None  # uint8, sides up to LONGEST_SIDE
 
 
 # ---------------------------------------------------------------------------------------------- samples
@@ -56,7 +57,7 @@ class ShownSample:
 def shown_samples(
     samples: Samples, items: Sequence[CacheItem], run: RunFacts, *, num_pictured: int, workers: int
 ) -> Iterator[ShownSample]:
-    """The samples of the first epoch; those of the first `num_pictured` batches with pictures.
+    """The samples of the first epoch; this process's first `num_pictured` with pictures.
 
     Pictures are made of the images, also where latents are cached.
     """
@@ -65,8 +66,8 @@ def shown_samples(
         yield from found  # type: ignore[misc]
 
 
-def samples_of_batch(batch: Batch, number: int, *, with_pictures: bool) -> Iterator[ShownSample]:
-    """What is known of the samples of a ready batch, the `number`-th of the epoch."""
+def samples_of_batch(batch: Batch, number: int, *, num_pictured: int) -> Iterator[ShownSample]:
+    """What is known of the samples of a ready batch, the `number`-th of the epoch; the first ones with pictures."""
     pictures_BCHW = batch.latents_BCHW if batch.images_BCHW is None else batch.images_BCHW
     assert pictures_BCHW is not None
     for index, name in enumerate(batch.image_names):
@@ -83,7 +84,7 @@ def samples_of_batch(batch: Batch, number: int, *, with_pictures: bool) -> Itera
             (top, left),
             float(batch.loss_weight_B[index]),
             is_latents=batch.images_BCHW is None,
-            pixels_HWC=picture_of(pictures_BCHW[index]) if with_pictures else None,
+            pixels_HWC=_small(picture_of(pictures_BCHW[index])) if index < num_pictured else None,
         )
 
 
@@ -96,6 +97,14 @@ def picture_of(pixels_or_latents_CHW: torch.Tensor) -> np.ndarray:
     grey_CHW = (channels_CHW - low) / (high - low).clamp_min(1e-6) * 255
     enlarged_CHW = grey_CHW.repeat_interleave(LATENT_STRIDE, 1).repeat_interleave(LATENT_STRIDE, 2)
     return enlarged_CHW.byte().permute(1, 2, 0).numpy()
+
+
+def _small(pixels_HWC: np.ndarray) -> np.ndarray:
+    scale = LONGEST_SIDE / max(pixels_HWC.shape[:2])
+    if scale >= 1:
+        return pixels_HWC
+    height, width = (max(1, round(side * scale)) for side in pixels_HWC.shape[:2])
+    return resize(pixels_HWC, (width, height))
 
 
 class _OnlyLatents:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.headers import BadImage, read_header
+from library.data.listing import entries_of, is_file, is_image
 from library.data.options import MaskOptions
-from library.data.sources import FolderContents, ImageRecord, MaskFile, is_image, listed
+from library.data.sources import FolderContents, ImageRecord, MaskFile, composed, listed
 from library.options import OptionError, require
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def settle_masks(configs: Sequence[DatasetConfig], *, masked_loss: bool) -> tupl
     """
     subsets = [subset for config in configs for subset in config.subsets]
     for folder in dict.fromkeys(subset.masks.conditioning_data_dir for subset in subsets):
-        require(folder is None or folder.is_dir(), "conditioning_data_dir", f"{str(folder)!r} is not a folder")
+        require(folder is None or os.path.isdir(folder), "conditioning_data_dir", f"{str(folder)!r} is not a folder")
     if masked_loss:
         way_out = "give a folder of masks (conditioning_data_dir) or use the images' alpha channel (alpha_mask)"
         if not configs:
@@ -52,16 +53,19 @@ def with_mask_files(
     """The contents with each image's mask, where a subset has a folder of them; and broken masks with the reason.
 
     The mask of `a.jpg` is an image `a` of any kind in the folder, or in its sub-folder of the name of the images'
-    folder. Raises OptionError listing all images that have none.
+    folder; that of `sub/a.jpg`, which a metadata file may name, first of all in its sub-folder `sub`. Raises
+    OptionError listing all images that have none, or share one with another image.
     """
     contents, broken, missing = [], {}, []
+    shared: dict[str, list[str]] = {}  # mask -> images of several folders
     for folder_contents, subset in zip(found, subsets, strict=True):
         folder = subset.masks.conditioning_data_dir
         if folder is not None:
-            files = _by_stem(folder, subset.image_dir.name)
+            masks = _Masks(folder, subset.image_dir)
+            paths = masks.of([image.path for image in folder_contents.images])
+            shared |= masks.shared
             images = []
-            for image in folder_contents.images:
-                path = files.get(_stem(image.path))
+            for image, path in zip(folder_contents.images, paths, strict=True):
                 if path is None:
                     missing.append(image.path)
                     continue
@@ -71,6 +75,10 @@ def with_mask_files(
                     broken[path] = str(error)
             folder_contents = replace(folder_contents, images=tuple(images))
         contents.append(folder_contents)
+    if shared:
+        table = "".join(f"\n  {mask}: {listed(paths)}" for mask, paths in sorted(shared.items()))
+        way_out = "put the masks into sub-folders named as those of the images"
+        raise OptionError("conditioning_data_dir", f"images of several folders have one mask; {way_out}:{table}")
     if missing:
         problem = f"{len(missing)} image{'s have' if len(missing) > 1 else ' has'} no mask: {listed(missing)}"
         way_out = "add pictures of these names, white where the image counts and black where it does not"
@@ -78,15 +86,40 @@ def with_mask_files(
     return contents, broken
 
 
-def _by_stem(folder: Path, images_folder: str) -> dict[str, str]:
-    """Stem -> mask; those in the sub-folder of the name of the images' folder come first."""
-    folders = [each for each in (folder, folder / images_folder) if each.is_dir()]
-    names = [(each, name) for each in folders for name in sorted(os.listdir(each), reverse=True) if is_image(name)]
-    return {_stem(name): os.path.join(each, name) for each, name in names}
+class _Masks:
+    """The masks in a folder; every sub-folder is listed once."""
 
+    def __init__(self, folder: Path, image_dir: Path) -> None:
+        self.folder = os.path.join(folder, "")
+        self.image_dir = os.path.abspath(image_dir)
+        self.shared: dict[str, list[str]] = {}
+        self._listings: dict[str, dict[str, str]] = {}  # sub-folder -> stem -> mask
 
-def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
+    def of(self, images: Sequence[str]) -> list[str | None]:
+        """The mask of each image; notes those that images of several folders would share."""
+        found: list[str | None] = []
+        users: dict[str, dict[str, str]] = {}  # mask -> folder -> image
+        for image in images:
+            folder, name = os.path.split(os.path.abspath(image))
+            stem = composed(os.path.splitext(name)[0])
+            below = os.path.join(folder, "").removeprefix(
+                os.path.join(self.image_dir, "")
+            )  # whole where it lies elsewhere
+            places = [below] * bool(below and not os.path.isabs(below)) + [os.path.basename(self.image_dir), ""]
+            mask = next((mask for place in places if (mask := self._listing(place).get(stem))), None)
+            found.append(mask)
+            if mask is not None:
+                users.setdefault(mask, {}).setdefault(folder, image)
+        self.shared = {mask: list(by_folder.values()) for mask, by_folder in users.items() if len(by_folder) > 1}
+        return found
+
+    def _listing(self, place: str) -> dict[str, str]:
+        if place not in self._listings:
+            folder = os.path.join(self.folder, place)
+            entries = entries_of(folder) if os.path.isdir(folder) else []
+            names = [entry for entry in reversed(entries) if is_image(entry.name) and is_file(entry)]
+            self._listings[place] = {composed(os.path.splitext(entry.name)[0]): entry.path for entry in names}
+        return self._listings[place]
 
 
 def _mask_file(path: str) -> MaskFile:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.data.listing import is_utf8
 from library.data.options import LATENT_STRIDE, MAX_SIDE
 from library.options import OptionError, require
 
@@ -28,14 +30,23 @@ class MetadataEntry:
     """What a metadata file says of one image."""
 
     key: str
-    caption: str  # caption and tags joined
+    caption: str  # without the tags; empty where there is none
     tags: str  # empty where there are none
     train_size: Size | None  # (width, height) the image is to be trained at
+
+    def joined(self, between: str, *, all_lines: bool = False) -> str:
+        """Caption and tags with `between` between them; with `all_lines`, one of which is drawn, in every line."""
+        if not self.tags or not self.caption:
+            return self.caption or self.tags
+        if not all_lines:
+            return f"{self.caption}{between}{self.tags}"
+        lines = (line.strip() for line in self.caption.split("\n"))
+        return "\n".join(f"{line}{between}{self.tags}" for line in lines if line)
 
 
 def read_metadata(path: Path, where: str) -> tuple[MetadataEntry, ...]:
     """The entries of a metadata file in their order; raises OptionError naming `where`, or the file and its entry."""
-    require(path.is_file(), where, f"{str(path)!r} is no file", "name a .json or .jsonl file")
+    require(os.path.isfile(path), where, f"{str(path)!r} is no file", "name a .json or .jsonl file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -59,7 +70,7 @@ def _object(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.splitlines()):
+    for number, line in enumerate(text.split("\n")):  # other characters that end lines are text
         if not line.strip():
             continue
         table = _parsed(line, path, number)
@@ -71,7 +82,9 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _parsed(text: str, path: Path, lines_before: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_doubles)
+    except _TwiceError as error:
+        raise OptionError(str(path), f"the key {error.args[0]!r} stands in it twice", "remove one of them") from None
     except json.JSONDecodeError as error:
         problem = f"line {error.lineno + lines_before} is not JSON ({error.msg})"
         raise OptionError(str(path), problem, "correct that line") from None
@@ -79,18 +92,30 @@ def _parsed(text: str, path: Path, lines_before: int) -> Any:
         raise OptionError(str(path), "is nested too deeply to be a metadata file") from None
 
 
+class _TwiceError(Exception):
+    """A key that stands twice in one object."""
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise _TwiceError(key)
+    return content
+
+
 def _entry(key: str, table: Any, place: str) -> MetadataEntry:
     if not isinstance(table, dict):
         raise OptionError(place, f"{table!r} is not a table", 'write {"caption": "..."} in its place')
     caption = next((_text(table, name, place) for name in CAPTION_NAMES if table.get(name) is not None), "")
     tags = _text(table, "tags", place)
-    joined = f"{caption}, {tags}" if caption and tags else caption or tags
-    return MetadataEntry(key, joined, tags, _train_size(table.get("train_resolution"), place))
+    return MetadataEntry(key, caption, tags, _train_size(table.get("train_resolution"), place))
 
 
 def _text(table: Mapping[str, Any], name: str, place: str) -> str:
     value = table.get(name)
     require(value is None or isinstance(value, str), place, f"{name} {value!r} is not a text")
+    require(is_utf8(value or ""), place, f"{name} {value!r} has half a character", "write it anew")
     return value or ""
 
 
@@ -103,55 +128,3 @@ def _train_size(value: Any, place: str) -> Size | None:
         raise OptionError(place, f"train_resolution {value!r} is no size", "write [width, height]")
     width, height = (side // LATENT_STRIDE * LATENT_STRIDE for side in value)
     return width, height
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-@dataclass(frozen=True, slots=True)
-class EntryFiles:
-    """The files an entry leads to; None for each that is not there."""
-
-    image: str | None
-    npz: str | None  # latents
-    flipped_npz: str | None  # latents of the mirrored image, in a file of their own as older tools wrote them
-
-
-class EntryFinder:
-    """Finds the files of entries; every folder is listed once."""
-
-    def __init__(self, image_dir: Path, is_image: Callable[[str], bool]) -> None:
-        self.image_dir = str(image_dir)
-        self.is_image = is_image
-        self._listings: dict[str, dict[str, list[str]]] = {}  # folder -> stem -> names, sorted
-
-    def find(self, key: str) -> EntryFiles:
-        """A key is a path as it stands, or one in the image folder, with or without its extension."""
-        inside = os.path.join(self.image_dir, key)
-        image = next((path for path in (key, inside) if self._has(path) and self.is_image(path)), None)
-        image = image or next(filter(self.is_image, self._named(inside)), None)
-        bases = [os.path.splitext(key)[0], inside, *([os.path.splitext(image)[0]] if image else [])]
-        npz = next((f"{base}.npz" for base in bases if self._has(f"{base}.npz")), None)
-        flipped = f"{npz.removesuffix('.npz')}_flip.npz" if npz else ""
-        return EntryFiles(image, npz, flipped if self._has(flipped) else None)
-
-    def _has(self, path: str) -> bool:
-        folder, name = os.path.split(path)
-        return name in self._listing(folder).get(os.path.splitext(name)[0], ())
-
-    def _named(self, path: str) -> list[str]:
-        """Files called `path` and an extension."""
-        folder, stem = os.path.split(path)
-        return [os.path.join(folder, name) for name in self._listing(folder).get(stem, ()) if name != stem]
-
-    def _listing(self, folder: str) -> dict[str, list[str]]:
-        if folder not in self._listings:
-            listing: dict[str, list[str]] = {}
-            try:
-                with os.scandir(folder or ".") as entries:
-                    for name in sorted(entry.name for entry in entries if not entry.is_dir()):
-                        listing.setdefault(os.path.splitext(name)[0], []).append(name)
-            except (OSError, ValueError):  # a key may contain anything
-                pass
-            self._listings[folder] = listing
-        return self._listings[folder]

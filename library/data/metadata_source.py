@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from library.data.cache_files import DAMAGE, original_size
+from library.data.entry_finder import EntryFiles, EntryFinder
 from library.data.headers import BadImage, Header
-from library.data.metadata_file import EntryFiles, EntryFinder, MetadataEntry, read_metadata
-from library.data.sources import FolderContents, FromMetadata, ImageRecord, is_image, read_all
+from library.data.metadata_file import MetadataEntry, Size, read_metadata
+from library.data.same_files import file_keys
+from library.data.sources import FolderContents, FromMetadata, ImageRecord, listed, read_all
+
+logger = logging.getLogger(__name__)
 
 
-def scan_metadata(path: Path, image_dir: Path) -> FolderContents:
+def scan_metadata(path: Path, image_dir: Path, *, between: str, all_lines: bool = False) -> FolderContents:
     """The images that the entries of a metadata file name, in its order; entries that lead nowhere are broken.
 
-    An entry that has no image but latents in a .npz file is found by that.
+    An entry that has no image but latents in a .npz file is found by that. `between` stands between caption and tags,
+    with `all_lines` in each line of the caption.
     """
     entries = read_metadata(path, "metadata_file")
-    finder = EntryFinder(image_dir, is_image)
+    finder = EntryFinder(image_dir)
     found = [(entry, finder.find(entry.key)) for entry in entries]
     images: list[ImageRecord] = []
+    turned: list[str] = []
     broken: dict[str, str] = {}
     for (entry, files), header in zip(found, _headers([files for _, files in found], path.name), strict=True):
         file = files.image or files.npz
@@ -29,7 +37,10 @@ def scan_metadata(path: Path, image_dir: Path) -> FolderContents:
         elif isinstance(header, BadImage):
             broken[file] = str(header)
         else:
-            images.append(_record(entry, files, file, header))
+            images.append(_record(entry, entry.joined(between, all_lines=all_lines), files, header))
+            facts = images[-1].metadata
+            turned += [file] if facts is not None and facts.train_wh != entry.train_size else []
+    _report(path, images, turned)
     empty = tuple(image.path for image in images if not image.caption)
     return FolderContents(tuple(images), broken, empty)
 
@@ -50,15 +61,46 @@ def _header_of_latents(npz: str) -> Header | BadImage:
         return BadImage("holds no latents, and there is no image")
 
 
-def _record(entry: MetadataEntry, files: EntryFiles, path: str, header: Header) -> ImageRecord:
-    has_image = files.image is not None
-    facts = FromMetadata(entry.tags, entry.train_size, files.npz, files.flipped_npz, has_image)
+def _record(entry: MetadataEntry, caption: str, files: EntryFiles, header: Header) -> ImageRecord:
+    path = files.image or files.npz
+    assert path is not None
+    train_wh = _turned(entry.train_size, header) if entry.train_size else None
+    facts = FromMetadata(entry.tags, train_wh, files.npz, files.flipped_npz, has_image=files.image is not None)
     return ImageRecord(
         path,
         header.size_wh,
         header.orientation,
-        entry.caption,
+        caption,
         header.num_bytes,
         has_alpha=header.has_alpha,
         metadata=facts,
     )
+
+
+def _turned(train_wh: Size, header: Header) -> Size:
+    """The size to train at, its sides swapped where it is that of a picture on its side.
+
+    Tools that take no notice of Exif wrote it from the stored picture; one that does would have written what fits the
+    upright one better.
+    """
+    width, height = train_wh
+    upright_w, upright_h = header.size_wh
+    is_wide, should_be_wide = width > height, upright_w > upright_h
+    is_on_its_side = (
+        header.orientation >= 5 and width != height and upright_w != upright_h and is_wide != should_be_wide
+    )
+    return (height, width) if is_on_its_side else train_wh
+
+
+def _report(path: Path, images: list[ImageRecord], turned: list[str]) -> None:
+    """Say which images several entries name, and which sizes were turned."""
+    keys = file_keys(image.path for image in images)
+    uses = Counter(keys[image.path] for image in images)
+    doubles = [image.path for image in {keys[image.path]: image for image in images}.values()
+               if uses[keys[image.path]] > 1]  # fmt: skip
+    if doubles:
+        told = f"{path}: {len(doubles)} images are named by several entries and trained once for each"
+        logger.warning("%s: %s", told, listed(doubles))
+    if turned:
+        told = "the train_resolution of %d photos is that of the camera's sensor; its sides are swapped"
+        logger.info(f"%s: {told}: %s", path, len(turned), listed(turned))

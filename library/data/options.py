@@ -17,6 +17,7 @@ from library.options import OptionError, opt, path_of, require
 
 LATENT_STRIDE = 8  # pixels per latent pixel: every trained size is a multiple of it
 MAX_SIDE = 16_384  # pixels: beyond any model, but a slip of the keyboard
+MOST_REPEATS = 10_000  # of an image in an epoch: beyond any use, but a date in the name of a folder
 
 
 def parse_resolution(value: Any) -> tuple[int, int]:
@@ -85,10 +86,16 @@ class SourceOptions:
     def __post_init__(self) -> None:
         repeats = self.dataset_repeats
         require(repeats >= 1, "--dataset_repeats", f"{repeats} is no number of showings", "use 1 or more")
+        check_repeats(repeats, "--dataset_repeats")
 
     def given(self, *names: str) -> list[str]:
         """The flags of these options that were given a value."""
         return [f"--{name}" for name in names if getattr(self, name)]
+
+
+def check_repeats(repeats: int, where: str) -> None:
+    """Raise OptionError for more showings in an epoch than anybody means."""
+    require(repeats <= MOST_REPEATS, where, f"{repeats} is too often", f"use {MOST_REPEATS} or less, and more epochs")
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,9 @@ class FolderOptions:
     custom_attributes: dict[str, Any] | None = opt(
         parse=parse_table, help="a table of your own; kept with the subset, changes nothing"
     )
+
+    def __post_init__(self) -> None:
+        check_repeats(self.num_repeats, "--num_repeats")
 
 
 @dataclass(frozen=True)

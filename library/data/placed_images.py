@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from library.data.buckets import Placement, covering, place_images
-from library.data.cache_files import CacheItem, cache_file_names
+from library.data.cache_files import CacheItem
+from library.data.cache_names import cache_file_names
 from library.data.config import DatasetConfig
 from library.data.face_crop import Face, face_in_name
 from library.data.loading import TrainImage

@@ -7,10 +7,11 @@ per caption file.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
+import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +20,14 @@ from pathlib import Path
 
 from library.data.headers import BadImage, Header, read_header
 from library.data.info_cache import read_with_notes
+from library.data.listing import image_extensions, is_hidden, is_image, listing
 from library.data.progress import progress
 from library.options import OptionError
 
 logger = logging.getLogger(__name__)
 
+LINE_ENDS = re.compile(r"\r\n?|\n")  # not the other characters that Unicode counts as such: they are text
 CAPTION_FALLBACKS = (".txt", ".caption")  # what people have when nothing has the extension asked for
-OTHER_IMAGES = frozenset(  # what people take for an image that could be used
-    (".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".exr")
-)
 FACE_PIECES = 4  # "name_cx_cy_w_h": a face position in the file name, which the caption's name may lack
 NAMES_SHOWN = 5
 READ_TOGETHER = 256  # images between two looks at how slow the disk is
@@ -82,7 +82,7 @@ class FolderContents:
     uncaptioned: tuple[str, ...] = ()  # paths of images without a caption file
     caption_extension: str = ""  # the one used; empty where captions are in no files of their own
     unreadable_captions: tuple[str, ...] = ()  # not UTF-8
-    passed_over: tuple[str, ...] = ()  # paths: images of other kinds, and folders named like an image
+    passed_over: tuple[str, ...] = ()  # paths: images of other kinds, hidden ones, and folders named like an image
 
     def without(self, paths: Collection[str]) -> FolderContents:
         """The same, less these images."""
@@ -91,34 +91,6 @@ class FolderContents:
 
 def _files_of(image: ImageRecord) -> set[str]:
     return {image.path} | ({image.mask.path} if image.mask else set())
-
-
-@functools.cache
-def image_extensions() -> frozenset[str]:
-    """Extensions of images, in lower case; AVIF and JPEG XL where a Pillow plug-in for them is installed."""
-    extensions = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-    for extension, modules in ((".avif", ("pillow_avif", "PIL._avif")), (".jxl", ("pillow_jxl", "jxlpy"))):
-        if any(importlib.util.find_spec(module) for module in modules):
-            extensions.add(extension)
-    return frozenset(extensions)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file of this name counts as an image."""
-    return os.path.splitext(name)[1].lower() in image_extensions()
-
-
-def count_images(folder: Path) -> int:
-    """How many images lie directly in `folder`."""
-    with os.scandir(folder) as entries:
-        return sum(is_image(entry.name) and _is_file(entry) for entry in entries)
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link in a circle
-        return False
 
 
 def scan_folder(
@@ -134,9 +106,9 @@ def scan_folder(
     Captions are the first line with text of their files, or, with `all_lines`, all those lines. An image without a
     caption file gets `class_tokens`, or the empty caption. When no image has a caption file of `caption_extension` but
     there are .txt or .caption files, those are used. With `cache_info`, what was read before and has not changed since
-    comes from the folder's metadata_cache.json.
+    comes from the folder's metadata_cache.json. Raises OptionError for a folder that can't be looked into.
     """
-    files, broken, passed_over = _listing(folder)
+    files, broken, passed_over = listing(folder)
     names = [name for name in files if is_image(name)]
     by_name = _by_caption_name(files)
     extension = _extension_in_use(names, by_name, caption_extension)
@@ -160,23 +132,6 @@ def scan_folder(
             )
             uncaptioned += [] if caption_path else [path]
     return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable), passed_over)
-
-
-def _listing(folder: Path) -> tuple[list[str], dict[str, str], tuple[str, ...]]:
-    """Names of files, sorted; paths of image files that are no files, with the reason; paths passed over."""
-    files, broken, passed_over = [], {}, []
-    unusable = OTHER_IMAGES - image_extensions()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _is_file(entry):
-                files.append(entry.name)
-                if os.path.splitext(entry.name)[1].lower() in unusable:
-                    passed_over.append(entry.path)
-            elif is_image(entry.name) and os.path.isdir(entry.path):
-                passed_over.append(entry.path)
-            elif is_image(entry.name):
-                broken[entry.path] = "is a link to a file that is not there"
-    return sorted(files), broken, tuple(sorted(passed_over))
 
 
 def read_all(tasks: Sequence[ReadTask], name: str, all_lines: bool = False) -> Iterator[ReadResult]:
@@ -223,17 +178,22 @@ def read_caption(path: str, *, all_lines: bool = False) -> str:
     text = raw.decode(encoding)
     if "\0" in text:  # UTF-16 without its mark, or UTF-32
         raise UnicodeDecodeError(encoding, raw, 0, len(raw), "holds NUL characters")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in LINE_ENDS.split(text) if line.strip()]
     return "\n".join(lines if all_lines else lines[:1])
 
 
 def _by_caption_name(files: Sequence[str]) -> dict[str, str]:
-    """Name -> file, for names as they are and for names with their extension in lower case."""
+    """Name -> file, for names as they are, composed, and with their extension in lower case."""
     by_name: dict[str, str] = {}
     for name in files:
-        stem, extension = os.path.splitext(name)
+        stem, extension = os.path.splitext(composed(name))
         by_name.setdefault(stem + extension.lower(), name)
-    return by_name | {name: name for name in files}
+    return by_name | {composed(name): name for name in files} | {name: name for name in files}
+
+
+def composed(name: str) -> str:
+    """The one of Unicode's ways to write a name that most systems use; macOS writes accents as letters (UAX #15)."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _extension_in_use(names: Sequence[str], files: Mapping[str, str], asked: str) -> str:
@@ -248,7 +208,8 @@ def _caption_name(image_name: str, files: Mapping[str, str], extension: str) -> 
     stem = os.path.splitext(image_name)[0]
     pieces = stem.split("_")
     stems = [stem, "_".join(pieces[:-FACE_PIECES])] if len(pieces) > FACE_PIECES else [stem]
-    tries = (stem + ending for stem in stems for ending in (extension, extension.lower()))
+    tries = [stem + ending for stem in stems for ending in (extension, extension.lower())]
+    tries += [composed(name) for name in tries]
     return next((files[name] for name in tries if name in files), None)
 
 
@@ -280,14 +241,18 @@ def report_captions(folders: Iterable[tuple[FolderContents, str, str | None]]) -
 def report_passed_over(folders: Iterable[FolderContents]) -> None:
     """Log, in one line, how many files of which kinds lie beside the images and are not used."""
     paths = {path for contents in folders for path in contents.passed_over}
-    kinds = Counter(
-        f"folder named {extension}" if extension in image_extensions() else extension
-        for extension in (os.path.splitext(path)[1].lower() for path in paths)
-    )
+    kinds = Counter(map(_kind_of_passed_over, paths))
     if kinds:
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         usable = ", ".join(sorted(image_extensions()))
         logger.warning("training images: %s passed over; images are files of %s", found, usable)
+
+
+def _kind_of_passed_over(path: str) -> str:
+    extension = os.path.splitext(path)[1].lower()
+    if is_hidden(path):
+        return f"hidden {extension}"
+    return f"folder named {extension}" if extension in image_extensions() else extension
 
 
 def report_broken(broken: dict[str, str], on_bad_image: str) -> None:

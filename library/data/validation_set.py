@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
@@ -25,6 +25,7 @@ from library.data.config import DatasetConfig, SubsetConfig
 from library.data.epoch_plan import Pool
 from library.data.images import usable_cores
 from library.data.loading import RunFacts, Samples, TrainImage, load_batches
+from library.data.same_files import file_keys
 from library.options import OptionError
 from library.randomness import seed_for
 
@@ -65,19 +66,27 @@ def split_images(configs: Sequence[DatasetConfig], images: Sequence[TrainImage],
     for image in images:
         if not subsets[image.subset].folder.is_reg:
             measurable[dataset_of[image.subset]].append(image)
+    keys = file_keys(image.record.path for image in images)
     held = [
-        held_out((image.record.path for image in found), share, seed_of(config, seed))
+        _keys_held_out([image.record.path for image in found], keys, share, seed_of(config, seed))
         for found, share, config in zip(measurable, shares, configs, strict=True)
     ]
     validation = [
-        image for found, paths in zip(measurable, held, strict=True) for image in found if image.record.path in paths
-    ]
+        image for found, held_keys in zip(measurable, held, strict=True) for image in found
+        if keys[image.record.path] in held_keys
+    ]  # fmt: skip
     anywhere = frozenset().union(*held)
-    training = [image for image in images if image.record.path not in anywhere]
+    training = [image for image in images if keys[image.record.path] not in anywhere]
     _check(len(validation), sum(not subsets[image.subset].folder.is_reg for image in training), max(shares))
     if elsewhere := len(images) - len(training) - len(validation):
         logger.info("validation: %d images left out of other datasets, because one holds them out", elsewhere)
     return ImageSplit(training, validation)
+
+
+def _keys_held_out(paths: Sequence[str], keys: Mapping[str, str], share: float, seed: int) -> frozenset[str]:
+    """As :func:`held_out`, with one path for each file; these are the files' keys."""
+    one_path = {keys[path]: path for path in reversed(paths)}
+    return frozenset(keys[path] for path in held_out(one_path.values(), share, seed))
 
 
 def held_out(paths: Iterable[str], share: float, seed: int) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,13 +64,19 @@ def make_pictures(
     encoder: PromptEncoder,
     *,
     show_progress: bool = True,
+    after_step: Callable[[], None] | None = None,
 ) -> list[Image.Image]:
-    """One batch, with a progress bar over its steps; raises NotFiniteError for latents that are not numbers."""
+    """One batch, with a progress bar over its steps; raises NotFiniteError for latents that are not numbers.
+
+    `after_step` is called after each step, and breaks the batch off by raising something.
+    """
     with tqdm(unit="step", desc="steps", leave=False, disable=not show_progress) as progress:
 
         def show(_done: int, total: int) -> None:
             progress.total = total
             progress.update()
+            if after_step is not None:
+                after_step()
 
         latents_BChw = denoise(family, bundle, batch, encoder=encoder, progress=show)
     if not latents_BChw.isfinite().all():

@@ -10,6 +10,7 @@ from library.diffusion.samplers import SAMPLERS, check_steps
 from library.families.options import ModelOptions
 from library.models.options import AttentionOptions
 from library.options import named_values, opt, require
+from library.wording import counted
 
 SIZE_STEP = 8  # pixels of one latent pixel
 LEAST_SIZE = 64  # pixels; the U-Net halves its 8 times smaller latents three times
@@ -228,7 +229,3 @@ def check_seed(where: str, seed: int | None) -> None:
 def network_arguments(text: str) -> dict[str, str]:
     """ "name=value;name=value" as a dict; a value may contain "="."""
     return named_values([item.strip() for item in text.split(";") if item.strip()], "--network_args")
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -11,12 +11,11 @@ from library.diffusion.samplers import SAMPLERS
 from library.generate.options import PictureOptions, PromptOptions, check_seed, check_size
 from library.generate.prompt_line import PromptLine
 from library.options import require
-from library.text.prompt_weights import parse_prompt_weights
+from library.text.prompt_weights import LARGEST_EMPHASIS, parse_prompt_weights
 
 logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1
-LARGEST_EMPHASIS = 1e6
 
 
 @dataclass(frozen=True)

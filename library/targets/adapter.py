@@ -80,6 +80,15 @@ def finding_layers_once(make: Callable[[], Any], unet: torch.nn.Module) -> Any:
         embedding.__class__ = shown
 
 
+def skips_parameters(arguments: Mapping[str, str]) -> bool:
+    """Whether a network with these arguments leaves parameters out of some steps: modules, or ranks as DyLoRA does."""
+    try:
+        drops_modules = float(arguments.get("module_dropout") or 0) > 0
+    except ValueError:  # None, as text
+        drops_modules = False
+    return drops_modules or arguments.get("algo", "").lower() == "dylora"
+
+
 class NetworkFactory:
     """The functions of a network module."""
 

@@ -31,6 +31,7 @@ class TrainTarget(ABC):
 
     options: Any  # the target's own option group
     needs_autocast: bool = True  # False: what is trained casts by itself, which is cheaper than autocast
+    skips_parameters: bool = False  # whether a step may leave out some of what is trained, and which ones by chance
 
     @abstractmethod
     def setup(self, family: ModelFamily, bundle: ModelBundle, *, gradient_checkpointing: bool) -> None:

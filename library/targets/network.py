@@ -20,7 +20,7 @@ from library.data.batch import Batch
 from library.families.base import Conditioning, ModelBundle, ModelFamily
 from library.families.options import TextOptions
 from library.options import OptionError
-from library.targets.adapter import Adapted, Models, NetworkFactory, blamed_on, read_tensors
+from library.targets.adapter import Adapted, Models, NetworkFactory, blamed_on, read_tensors, skips_parameters
 from library.targets.base import ParamGroup, TrainTarget
 from library.targets.options import NetworkOptions
 
@@ -53,6 +53,7 @@ class NetworkTarget(TrainTarget):
             self.factory.require("create_network_from_weights")
         self.factory.check_arguments(options.arguments)
         self.needs_autocast = not self.factory.casts_itself
+        self.skips_parameters = skips_parameters(options.arguments)
         self._trains_text = False
         self._strength = 1.0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from library.text.prompt_weights import BREAK, parse_prompt_weights
+from library.text.prompt_weights import BREAK, LARGEST_EMPHASIS, parse_prompt_weights
 from library.text.tokens import WINDOW, ClipTokenizer, Tokens
 
 
@@ -50,13 +50,13 @@ def weighted_tokens(tokenizer: ClipTokenizer, prompt: str, max_windows: int) -> 
 def weighted_windows(tokenizers: Sequence[ClipTokenizer], captions: Sequence[str], num_windows: int) -> Tokens:
     """Captions with emphasis as ids and weights; tokens beyond `num_windows` windows are cut off.
 
-    A caption without emphasis and BREAK gets the ids it has without weighting.
+    A caption without emphasis and BREAK gets the ids it has without weighting; no weight is beyond LARGEST_EMPHASIS.
     """
     ids, weights = [], []
     for tokenizer in tokenizers:
         prompts = [weighted_tokens(tokenizer, caption, num_windows) for caption in captions]
         ids.append(token_ids(tokenizer, prompts, num_windows))
-        weights.append(token_weights(prompts, num_windows))
+        weights.append(token_weights(prompts, num_windows).clamp_(-LARGEST_EMPHASIS, LARGEST_EMPHASIS))
     return Tokens(tuple(ids), tuple(weights))
 
 

@@ -26,7 +26,15 @@ def expand_wildcards(text: str, draw: random.Random) -> str:
     """`text` with one alternative of each group; groups inside alternatives not taken draw nothing."""
     if "{" not in text and "}" not in text:
         return text
-    return "".join(_chosen(part, draw) for part in _parsed(text))
+    chosen: list[str] = []
+    ahead = [*reversed(_parsed(text))]  # the next one last; groups may nest deeper than Python's calls can
+    while ahead:
+        part = ahead.pop()
+        if isinstance(part, str):
+            chosen.append(part)
+        else:
+            ahead.extend(reversed(draw.choice(part.alternatives)))
+    return "".join(chosen)
 
 
 def _parsed(text: str) -> list[str | _Group]:
@@ -49,9 +57,10 @@ def _parsed(text: str) -> list[str | _Group]:
         else:
             _add(group, ESCAPES.get(token, token))
         position += len(token)
-    while len(stack) > 1:
-        _leave_open(stack)
-    return stack[0].alternatives[0]
+    whole, *left_open = stack  # those stand inside each other, each at the end of the one before
+    for group in left_open:
+        _add_as_text(whole, group)
+    return whole.alternatives[0]
 
 
 def _close(stack: list[_Group]) -> None:
@@ -59,22 +68,15 @@ def _close(stack: list[_Group]) -> None:
     _add(stack[-1], "{}" if group.alternatives == [[]] else group)
 
 
-def _leave_open(stack: list[_Group]) -> None:
-    """What was taken for a group becomes text of the one around it."""
-    group = stack.pop()
-    _add(stack[-1], "{")
+def _add_as_text(whole: _Group, group: _Group) -> None:
+    """What was taken for a group becomes text of the whole."""
+    _add(whole, "{")
     for index, alternative in enumerate(group.alternatives):
         if index:
-            _add(stack[-1], "|")
+            _add(whole, "|")
         for part in alternative:
-            _add(stack[-1], part)
+            _add(whole, part)
 
 
 def _add(group: _Group, part: str | _Group) -> None:
     group.alternatives[-1].append(part)
-
-
-def _chosen(part: str | _Group, draw: random.Random) -> str:
-    if isinstance(part, str):
-        return part
-    return "".join(_chosen(inner, draw) for inner in draw.choice(part.alternatives))

@@ -19,6 +19,7 @@ from library.options import OptionError
 from library.targets.base import ParamGroup, TrainTarget
 from library.train import placement
 from library.train.config import RunConfig
+from library.train.lr_schedulers import depends_on_length
 from library.train.options import ScheduleOptions
 from library.train.plan import TrainPlan
 from library.train.preflight import CheckedRun
@@ -113,7 +114,7 @@ def check_length(plan: TrainPlan, state: RunState, schedule: ScheduleOptions) ->
         )
     if state.step == plan.steps:
         logger.info("this run is complete: nothing is left to train")
-    if state.planned_steps not in (None, plan.steps) and schedule.depends_on_length:
+    if state.planned_steps not in (None, plan.steps) and depends_on_length(schedule):
         logger.warning(
             "the run was planned for %s steps and now has %d: from here on, the schedule %s is that of the new length",
             state.planned_steps, plan.steps, schedule.name,

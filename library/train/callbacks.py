@@ -17,6 +17,7 @@ class Callback:
     """
 
     state_name: str | None = None
+    is_of_the_weights: bool = True  # False: its state stays when a run goes back to earlier weights
 
     def before_first_step(self, step: int) -> None:
         """Called once before training goes on after `step` updates; 0 for a new run."""
@@ -26,6 +27,9 @@ class Callback:
 
     def after_epoch(self, epoch: int, step: int) -> None:
         """Called after the last update of an epoch, once every callback's `after_step` is through."""
+
+    def before_end(self, step: int) -> None:
+        """Called once when training is over, complete or stopped, before the last files are written."""
 
     def at_end(self, step: int) -> None:
         """Called once when the run is complete; not when it was stopped on the way."""

@@ -132,11 +132,34 @@ def outdated_epoch(epoch: int, plan: TrainPlan, age: int | None) -> int:
 # ---------------------------------------------------------------------------------------------- states
 
 
+class RawTensors:
+    """The parameters and buffers of a module as they are, by name.
+
+    Modules of other people may turn their `state_dict` into what their files hold, from which they can't go on exactly.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        named = (*self.module.named_parameters(), *self.module.named_buffers())
+        return {name: tensor.detach() for name, tensor in named}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put the values back in place; raises ValueError for other names or shapes."""
+        own = self.state_dict()
+        for name in (*own, *state):
+            if name not in own or name not in state or own[name].shape != state[name].shape:
+                raise ValueError(f"{name} is not what this network has")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
 def save_state(
     folder: Path,
     state: RunState,
     *,
-    trained: torch.nn.Module,
+    trained: RawTensors,
     others: Mapping[str, Any],
 ) -> None:
     """Write a state folder; it appears under its name only when everything in it is on the disk.
@@ -147,7 +170,7 @@ def save_state(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in trained.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
         save_file(tensors, partial / "trained.safetensors", {"format": "pt"})
         states = {name: part.state_dict() for name, part in others.items()}
         with open(partial / "optimizer.pt", "wb") as file:
@@ -178,7 +201,7 @@ def _replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(folder: Path, *, trained: torch.nn.Module, others: Mapping[str, Any]) -> None:
+def load_state(folder: Path, *, trained: RawTensors, others: Mapping[str, Any]) -> None:
     """Put a state's weights and everything else in place; raises OptionError for a damaged state."""
     try:
         tensors = load_file(folder / "trained.safetensors")

@@ -8,6 +8,7 @@ from library.data.findings import Findings, enlargement, kept_part, samples_in_s
 from library.data.loading import TrainImage
 from library.data.options import BucketOptions, MaskOptions
 from library.train.report import Gallery, Picture, Problem
+from library.wording import counted
 
 MUCH_CROPPED = 0.25  # share of a picture: its subject may be cut
 MUCH_ENLARGED = 1.25  # times as long: what is learned is blur
@@ -24,11 +25,6 @@ def data_problems(findings: Findings, bucket: BucketOptions, masks: MaskOptions)
     yield from _sizes(findings, bucket)
     yield from _short_batches(findings)
     yield from _turned_or_transparent(findings, masks)
-
-
-def counted(number: int, what: str, many: str | None = None) -> str:
-    """ "1 image", "2 images"."""
-    return f"{number:,} {what if number == 1 else many or what + 's'}"
 
 
 def picture_of(findings: Findings, image: TrainImage, note: str = "") -> Picture:
@@ -51,7 +47,7 @@ def _unusable(findings: Findings) -> Iterator[Problem]:
     if broken:
         yield Problem(
             True,
-            f"{counted(len(broken), 'image')} can't be read and left out",
+            f"{counted(len(broken), 'image')} can't be read: left out",
             "mend or remove them",
             lines=tuple(f"{path}: {reason}" for path, reason in sorted(broken.items())[:LISTED]),
             said_before=True,

@@ -8,8 +8,9 @@ from library.data.class_folders import passed_over_folders
 from library.data.findings import BucketUse, Findings, FolderUse, enlargement
 from library.data.loading import TrainImage
 from library.data.options import SourceOptions
-from library.train.data_problems import counted, picture_of
+from library.train.data_problems import picture_of
 from library.train.report import Bar, Block, Facts, Gallery, Picture, Section, Table, Text
+from library.wording import counted
 
 PICTURES = 200  # of all buckets together
 CAPTION_LETTERS = 160

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,14 +34,59 @@ MOST_TRIED = 20_000  # steps of a schedule that can only be followed step by ste
 # ---------------------------------------------------------------------------------------------- optimizer and schedule
 
 
-def stand_ins(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
+def stand_ins(groups: Sequence[ParamGroup], device: torch.device | str = "cpu") -> list[ParamGroup]:
     """The same groups with one small parameter each, of the precision of theirs."""
-    return [replace(group, parameters=(_stand_in(group),)) for group in groups]
+    return [replace(group, parameters=(_stand_in(group, device),)) for group in groups]
 
 
-def _stand_in(group: ParamGroup) -> torch.nn.Parameter:
+def _stand_in(group: ParamGroup, device: torch.device | str) -> torch.nn.Parameter:
     dtype = group.parameters[0].dtype if group.parameters else torch.float32
-    return torch.nn.Parameter(torch.full((STAND_IN, STAND_IN), 0.01, dtype=dtype))
+    return torch.nn.Parameter(torch.full((STAND_IN, STAND_IN), 0.01, dtype=dtype, device=device))
+
+
+def try_out(config: RunConfig, groups: Sequence[ParamGroup], num_steps: int, device: torch.device) -> None:
+    """Raise OptionError for arguments that optimizer or schedule take at first and fail with at a later step."""
+    with quietly():
+        built = build_optimizer(config.optimizer, stand_ins(groups, device))
+        scheduler = build_lr_scheduler(config.schedule, built, num_steps)
+        try:
+            _step_once(built)
+        except Exception as error:  # whatever an optimizer of anybody's raises
+            name = type(built.optimizer).__name__
+            problem = f"{name} can't make a step with these settings ({_first_line(error)})"
+            where = "--optimizer_args" if config.optimizer.optimizer_args else "--optimizer_type"
+            raise OptionError(where, problem, "change --optimizer_args, or use AdamW") from None
+        if scheduler is None:
+            return
+        done = 0
+        try:
+            while done < min(num_steps, MOST_TRIED):
+                done += 1
+                scheduler.step()
+                if not all(math.isfinite(float(rate or 0.0)) for rate in built.rates()):
+                    raise ValueError("the rate is not finite")
+        except Exception as error:
+            name = config.schedule.name.rpartition(".")[2]
+            where = "--lr_scheduler_args" if config.schedule.lr_scheduler_args else "--lr_scheduler"
+            problem = f"{name} fails after step {done} of {num_steps} ({_first_line(error)})"
+            raise OptionError(where, problem, "change the arguments, or use another schedule") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _step_once(built: BuiltOptimizer) -> list[torch.Tensor]:
+    """One step with small gradients; returns the parameters."""
+    parameters = [parameter for group in built.optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    built.wide.widen(parameters)
+    try:
+        built.optimizer.step()
+    finally:
+        built.wide.narrow()
+    return parameters
 
 
 @contextlib.contextmanager
@@ -61,11 +107,8 @@ def state_bytes_per_parameter(built: BuiltOptimizer) -> float | None:
 
     `built` is over stand-ins, on which it makes one step.
     """
-    parameters = [parameter for group in built.optimizer.param_groups for parameter in group["params"]]
     try:
-        for parameter in parameters:
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        built.optimizer.step()
+        parameters = _step_once(built)
         kept = [built.optimizer.state.get(parameter, {}) for parameter in parameters]
         tensors = [value for state in kept for value in state.values() if isinstance(value, torch.Tensor)]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1)

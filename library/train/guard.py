@@ -59,17 +59,27 @@ class NonFiniteGuard:
         return self.in_a_row >= self.limit
 
 
+REASONS = (
+    "the usual reasons are a learning rate or alpha that is too high (lower --learning_rate), fp16, or a damaged model"
+)
+
+
 class TrainingDiverged(OptionError):
-    """Too many updates in a row without a finite loss."""
+    """Too many updates in a row without a finite loss; `step` is that of the state saved as `saved`."""
 
     exit_code = 1
 
-    def __init__(self, count: int, saved: object) -> None:
+    def __init__(self, count: int, saved: object, step: int) -> None:
+        learned = "" if step else " (nothing was learned by then)"
         super().__init__(
             "",
-            f"stopped after {count} updates in a row without a finite loss; the last good state is {saved}",
-            "the usual reasons are a learning rate or alpha that is too high, fp16, or a damaged model",
+            f"stopped after {count} updates in a row without a finite loss; the last good state is {saved}{learned}",
+            REASONS,
         )
+
+
+class Stopped(Exception):
+    """Something beside training is broken off, because the run was asked to stop."""
 
 
 class StopRequest:
@@ -83,6 +93,11 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
+
+    def check(self) -> None:
+        """Raise Stopped once the signal came."""
+        if self:
+            raise Stopped
 
     @property
     def exit_code(self) -> int:

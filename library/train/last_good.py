@@ -28,7 +28,7 @@ class LastGood:
     """Keeps copies of the state dicts of `parts`: modules, optimizers, schedules."""
 
     def __init__(self, parts: Mapping[str, Any], start_step: int) -> None:
-        self.parts = parts
+        self.parts, self.start_step = parts, start_step
         self.candidate = self.confirmed = self._copy(start_step)
         self.restored_step: int | None = None
 
@@ -38,12 +38,18 @@ class LastGood:
             self.confirmed = self.candidate
 
     def consider(self, step: int) -> None:
-        """Take a copy after update `step` when one is due."""
-        if step - self.candidate.step >= COPY_EVERY and self.confirmed is self.candidate:
+        """Take a copy after update `step` when one is due: after 1, 2, 4, 8 ... updates, later after every COPY_EVERY.
+
+        With the early ones a run that goes wrong soon does not lose everything.
+        """
+        every = min(COPY_EVERY, max(1, self.candidate.step - self.start_step))
+        if step - self.candidate.step >= every and self.confirmed is self.candidate:
             self.candidate = self._copy(step)
 
     def restore(self) -> int:
         """Put the confirmed copy back into the parts; returns its step."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies that are still on their way
         for name, part in self.parts.items():
             part.load_state_dict(self.confirmed.states[name])
         self.restored_step = self.confirmed.step
@@ -56,7 +62,9 @@ class LastGood:
 def _on_cpu(value: Any) -> Any:
     """A copy of a state dict that shares nothing with it."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        # into pinned memory, so that the host need not wait for the device, which copies before it changes the values
+        copied = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+        return copied.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
         return {key: _on_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -49,7 +49,7 @@ def train_one_step(run: Run) -> None:
     run.step += 1
     run.log.push(replace(record, step=run.step, epoch=epoch))
     if run.guard.gives_up:
-        raise TrainingDiverged(run.guard.in_a_row, run.save_last_good())
+        raise TrainingDiverged(run.guard.in_a_row, run.save_last_good(), run.step)
     run.last_good.consider(run.step)
     run.after_step(run.step)
     if run.plan.ends_epoch(run.step):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ TABLE: dict[str, Callable[..., torch.optim.lr_scheduler.LambdaLR]] = {
     "warmup_stable_decay": transformers_schedules.get_wsd_schedule,
 }
 # what schedules call the length of the run, where a class asks for it
-LENGTHS = ("num_training_steps", "total_steps", "T_max")
+LENGTHS = ("num_training_steps", "total_steps", "T_max", "total_iters")
 
 
 def build_lr_scheduler(
@@ -87,19 +90,71 @@ def _custom(
     path: str, optimizer: torch.optim.Optimizer, num_steps: int, arguments: dict[str, Any]
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """A schedule of any class; where its constructor asks for the length of the run and is not told, it is."""
-    path = path if "." in path else f"torch.optim.lr_scheduler.{path}"
-    missing = OptionError("--lr_scheduler_type", f"there is no {path}", "is the package installed?")
-    scheduler_class = import_class(path, torch.optim.lr_scheduler.LRScheduler, "--lr_scheduler_type", missing)
+    scheduler_class = _class_of(path)
     step: Any = scheduler_class.step
     needed = [p for p in list(inspect.signature(step).parameters.values())[1:] if p.default is p.empty]
     if needed:
         problem = f"{scheduler_class.__name__} follows {needed[0].name}, which a step does not have"
         raise OptionError("--lr_scheduler_type", problem, "use a schedule of the number of steps")
-    if "steps_per_epoch" not in arguments:
-        for name, parameter in inspect.signature(scheduler_class).parameters.items():
-            if name in LENGTHS and parameter.default in (parameter.empty, None):
-                arguments.setdefault(name, num_steps)
+    told = dict.fromkeys(_lengths_wanted(scheduler_class, arguments), num_steps)
+    for name in told:
+        logger.info("%s: %s is %d, the length of the run", scheduler_class.__name__, name, num_steps)
     try:
-        return scheduler_class(optimizer, **arguments)
+        return scheduler_class(optimizer, **arguments, **told)
     except (TypeError, ValueError) as error:
         raise OptionError("--lr_scheduler_args", f"{scheduler_class.__name__} refuses them ({error})") from None
+
+
+def _class_of(path: str) -> Any:
+    path = path if "." in path else f"torch.optim.lr_scheduler.{path}"
+    missing = OptionError("--lr_scheduler_type", f"there is no {path}", "is the package installed?")
+    return import_class(path, torch.optim.lr_scheduler.LRScheduler, "--lr_scheduler_type", missing)
+
+
+def _lengths_wanted(scheduler_class: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """The arguments that stand for the length of the run and are not given; torch's default of 5 is none to keep."""
+    if "steps_per_epoch" in arguments:
+        return []
+    parameters = inspect.signature(scheduler_class).parameters
+    return [
+        name
+        for name in LENGTHS
+        if name in parameters
+        and name not in arguments
+        and (name == "total_iters" or parameters[name].default in (inspect.Parameter.empty, None))
+    ]
+
+
+def depends_on_length(options: ScheduleOptions) -> bool:
+    """Whether a longer run has other rates: a schedule of the table, or a class that is told the run's length."""
+    if not options.lr_scheduler_type:
+        return options.depends_on_length
+    arguments = parse_arguments(options.lr_scheduler_args, "--lr_scheduler_args")
+    return bool(_lengths_wanted(_class_of(options.lr_scheduler_type), arguments))
+
+
+@contextlib.contextmanager
+def length_kept(scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> Iterator[None]:
+    """Let a new schedule, inside the block, load the state of one of another length; only its place is taken over.
+
+    Afterwards rates are those of a run that had this schedule from its first step on.
+    """
+    if scheduler is None:
+        yield
+        return
+    groups = scheduler.optimizer.param_groups
+    first, rates = copy.deepcopy(scheduler.state_dict()), [group["lr"] for group in groups]
+    yield
+    done = scheduler.last_epoch
+    scheduler.load_state_dict(first)
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    step_to(scheduler, done)
+
+
+def step_to(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int) -> None:
+    """Bring a new schedule to where it is after `step` updates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch expects an update before each of these steps
+        for _ in range(step):
+            scheduler.step()

@@ -98,24 +98,30 @@ def constant_metadata(facts: FileFacts) -> dict[str, str]:
     return {name: _text(value) for name, value in values.items()}
 
 
-def file_metadata(facts: FileFacts, constant: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
-    """All metadata of one file, saved after `step` updates in or after `epoch` (from 1)."""
+def file_metadata(
+    facts: FileFacts, constant: Mapping[str, str], *, step: int, epoch: int, ending: str
+) -> dict[str, str]:
+    """All metadata of one file, saved after `step` updates in or after `epoch` (from 1).
+
+    `ending`: of the titles of the averaged and of the best weights, by which user interfaces tell them from others.
+    """
     metadata = dict(constant)
     metadata |= {"ss_steps": str(step), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
     if facts.config.saving.no_metadata:
         metadata = {name: metadata[name] for name in MINIMUM if name in metadata}
-    return metadata | model_spec_metadata(_model_spec(facts))
+    return metadata | model_spec_metadata(_model_spec(facts, ending))
 
 
-def _model_spec(facts: FileFacts) -> ModelSpec:
+def _model_spec(facts: FileFacts, ending: str) -> ModelSpec:
     options, texts = facts.config.values(), facts.config.metadata
+    title = texts.metadata_title or options["output_name"]
     low, high = options["min_timestep"], options["max_timestep"]
     given = low is not None or high is not None
     return ModelSpec(
         kind=facts.family["kind"],
         v_prediction=facts.family["v_prediction"],
         adapter="lora",
-        title=texts.metadata_title or options["output_name"],
+        title=f"{title}{ending}" if title else None,
         resolution=facts.resolution,
         author=texts.metadata_author,
         description=texts.metadata_description,

@@ -35,8 +35,11 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_accelerator(config: RunConfig, *, autocast: bool) -> Accelerator:
-    """This process's accelerator. Accumulation is the loop's own, so that an epoch's last update is a true mean."""
+def make_accelerator(config: RunConfig, *, autocast: bool, skips_parameters: bool = False) -> Accelerator:
+    """This process's accelerator. Accumulation is the loop's own, so that an epoch's last update is a true mean.
+
+    `autocast` and `skips_parameters` are what the target says of itself.
+    """
     precision = config.training.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise OptionError("--mixed_precision", "fp16 needs a GPU", "use bf16 or no on the CPU")
@@ -51,7 +54,7 @@ def make_accelerator(config: RunConfig, *, autocast: bool) -> Accelerator:
         log_with=list(config.logging.trackers) or None,
         project_dir=logging_folder(config.logging),
         deepspeed_plugin=deepspeed_plugin(config),
-        kwargs_handlers=[AutocastKwargs(enabled=autocast), *_distributed(config.distributed)],
+        kwargs_handlers=[AutocastKwargs(enabled=autocast), *_distributed(config.distributed, skips_parameters)],
     )
     if accelerator.num_processes == 1:
         for name in config.distributed.given_for_several_processes:
@@ -59,13 +62,17 @@ def make_accelerator(config: RunConfig, *, autocast: bool) -> Accelerator:
     return accelerator
 
 
-def _distributed(options: DistributedOptions) -> list[Any]:
+def _distributed(options: DistributedOptions, skips_parameters: bool = False) -> list[Any]:
     """accelerate's settings of data parallelism."""
+    if skips_parameters and options.ddp_static_graph:
+        problem = "does not go with a network that leaves modules out by chance (module_dropout, dylora)"
+        raise OptionError("--ddp_static_graph", problem, "leave it out")
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
             broadcast_buffers=False,
             gradient_as_bucket_view=options.ddp_gradient_as_bucket_view,
             static_graph=options.ddp_static_graph,
+            find_unused_parameters=skips_parameters,
         )
     ]
     if options.ddp_timeout is not None:

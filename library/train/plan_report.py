@@ -9,13 +9,14 @@ from pathlib import Path
 
 from library.data.findings import Findings
 from library.data.thumbnails import thumbnails
-from library.train.data_problems import counted, data_problems
+from library.train.data_problems import data_problems
 from library.train.data_sections import data_sections
 from library.train.forecast import most_on_disk
 from library.train.report import Problem, Report, Section, brief_text, full_text, warnings_of
 from library.train.report_page import page, shown_pictures
 from library.train.resume import FileNames
 from library.train.run_sections import ReportedRun, run_sections, settings_section, size
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def publish(report: Report, findings: Findings, names: FileNames, *, is_plan_onl
 
 def _write(path: Path, text: str, mode: str = "w") -> None:
     try:
-        with path.open(mode, encoding="utf-8") as file:
+        with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:  # names of files may be any bytes
             file.write(text)
     except OSError as error:  # a report is not worth a run
         logger.warning("%s can't be written (%s)", path, error.strerror)

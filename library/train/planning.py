@@ -25,8 +25,8 @@ from library.train.forecast import (
     rate_courses,
     stand_ins,
     state_bytes_per_parameter,
+    try_out,
 )
-from library.train.lr_schedulers import build_lr_scheduler
 from library.train.memory_estimate import MemoryEstimate, StepShape, estimate, known_parts
 from library.train.optimizers import BuiltOptimizer, build_optimizer, check_optimizer
 from library.train.plan_report import make_report, publish
@@ -156,7 +156,9 @@ def plan_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget)
     Raises the OptionErrors that the run would raise before its first step.
     """
     config = checked.config
-    accelerator = placement.make_accelerator(config, autocast=target.needs_autocast)
+    accelerator = placement.make_accelerator(
+        config, autocast=target.needs_autocast, skips_parameters=target.skips_parameters
+    )
     check_optimizer(config.optimizer)
     begun = begin(checked, accelerator, family)
     if not accelerator.is_main_process:
@@ -166,8 +168,9 @@ def plan_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget)
         placement.enable_gradient_checkpointing(bundle)
     seed_global_generators(begun.seed, "initialisation")
     groups = _attach(checked, family, bundle, target)
-    built = build_optimizer(config.optimizer, stand_ins(groups or (ParamGroup("network", (), None),)))
-    build_lr_scheduler(config.schedule, built, begun.plan.steps)
+    tried = groups or (ParamGroup("network", (), None),)
+    try_out(config, tried, begun.plan.steps, accelerator.device)
+    built = build_optimizer(config.optimizer, stand_ins(tried))
     memory = None
     if groups is not None:
         parts = known_parts(config, bundle, groups, state_bytes_per_parameter(built))

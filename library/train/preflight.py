@@ -27,7 +27,15 @@ from library.train.hub import check_hub, fetch_state
 from library.train.optimizer_table import check_package
 from library.train.output_options import TRACKERS, LoggingOptions
 from library.train.preview_prompts import read_previews
-from library.train.resume import FileNames, RunState, check_same_settings, find_state, read_state, settings_that_matter
+from library.train.resume import (
+    FileNames,
+    RunState,
+    check_same_settings,
+    find_state,
+    notes_on_earlier_files,
+    read_state,
+    settings_that_matter,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,18 +80,27 @@ def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
     for note in face_crop_notes(datasets, config.cache):
         logger.warning(note)
     names = FileNames.of(config.saving)
-    folder = None
-    if config.saving.resume:
-        is_remote, token = config.hub.resume_from_huggingface, config.hub.huggingface_token
-        resume = str(fetch_state(config.saving.resume, token)) if is_remote else config.saving.resume
-        folder = find_state(resume, names)
-    state = read_state(folder) if folder else None
-    if folder is not None and state is not None:
-        defaults = settings_that_matter(config.defaults(), None)
-        check_same_settings(folder, state, settings_that_matter(config.values(), config.training.seed), defaults)
-        for name in config.start.skipping:
-            logger.warning("--%s has no effect: the state goes on after step %d", name, state.step)
+    folder, state = _to_go_on_from(config, names)
     return CheckedRun(config, datasets, names, folder, state, previews)
+
+
+def _to_go_on_from(config: RunConfig, names: FileNames) -> tuple[Path | None, RunState | None]:
+    """The state that --resume names, checked; for a new run a word on what an earlier one left."""
+    if not config.saving.resume:
+        for note in notes_on_earlier_files(names):
+            logger.warning(note)
+        return None, None
+    is_remote, token = config.hub.resume_from_huggingface, config.hub.huggingface_token
+    resume = str(fetch_state(config.saving.resume, token)) if is_remote else config.saving.resume
+    folder = find_state(resume, names)
+    if folder is None:
+        return None, None
+    state = read_state(folder)
+    defaults = settings_that_matter(config.defaults(), None)
+    check_same_settings(folder, state, settings_that_matter(config.values(), config.training.seed), defaults)
+    for name in config.start.skipping:
+        logger.warning("--%s has no effect: the state goes on after step %d", name, state.step)
+    return folder, state
 
 
 def _shaping_data(config: RunConfig) -> tuple[Any, ...]:

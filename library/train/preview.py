@@ -31,6 +31,7 @@ from library.generate.request import LARGEST_SEED, batches, request_of
 from library.options import OptionError
 from library.randomness import seed_for
 from library.train.callbacks import Callback
+from library.train.guard import Stopped
 from library.train.placement import evaluating
 from library.train.preview_files import Moment, Preview, PreviewFiles
 from library.train.run import Run
@@ -107,7 +108,9 @@ class Previews(Callback):
         if self.run.accelerator.trackers:
             self._unlogged += [(preview, moment, begun) for preview in self.previews if preview not in self.share]
         self._written = self._writer.submit(self._write, moment, drawn)
-        if failures:
+        if self.run.stop and len(drawn) < len(self.share):
+            logger.info("%s: previews broken off, %d of %d are drawn", moment.caption, len(drawn), len(self.share))
+        elif failures:
             logger.warning("%s: %d of %d previews failed, training goes on: %s",
                            moment.caption, len(self.share) - len(drawn), len(self.share), failures[0])  # fmt: skip
         logger.info("%s: %d previews in %.1f s, in %s", moment.caption, len(drawn), seconds, self.files.folder)
@@ -120,9 +123,11 @@ class Previews(Callback):
         shows_progress = self.run.accelerator.is_local_main_process
         with tqdm(total=len(requests), desc="previews", unit="picture", leave=False, disable=not shows_progress) as bar:
             for batch in batches(requests, BATCH, self.encoder.windows):
+                if self.run.stop:
+                    break
                 previews = [next(pending) for _ in batch]
                 pictures = self._pictures(previews, [] if len(previews) > 1 else failures)
-                if not pictures and len(previews) > 1:
+                if not pictures and len(previews) > 1 and not self.run.stop:
                     pictures = [picture for preview in previews for picture in self._pictures([preview], failures)]
                 drawn += pictures
                 bar.update(len(batch))
@@ -131,10 +136,17 @@ class Previews(Callback):
     def _pictures(self, previews: Sequence[Preview], failures: list[str]) -> list[tuple[Preview, Image.Image]]:
         """The pictures of one batch; none where it could not be drawn."""
         run = self.run
-        with reported(failures):
+        with reported(failures), contextlib.suppress(Stopped):
             requests = [preview.request for preview in previews]
             shows_progress = run.accelerator.is_local_main_process
-            images = make_pictures(run.family, run.bundle, requests, self.encoder, show_progress=shows_progress)
+            images = make_pictures(
+                run.family,
+                run.bundle,
+                requests,
+                self.encoder,
+                show_progress=shows_progress,
+                after_step=run.stop.check,
+            )
             return list(zip(previews, images, strict=True))
         return []
 

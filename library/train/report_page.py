@@ -8,7 +8,6 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from library.train.data_problems import counted
 from library.train.report import (
     Bar,
     Cell,
@@ -22,6 +21,7 @@ from library.train.report import (
     Table,
     Text,
 )
+from library.wording import counted
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 PICTURES = 240  # of the whole page

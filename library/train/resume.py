@@ -115,10 +115,30 @@ def find_state(resume: str, names: FileNames) -> Path | None:
             )
         return folder
     _finish_renames(names)
+    return next(reversed(_states(names)), None)
+
+
+def _states(names: FileNames) -> list[Path]:
+    """Complete states of this output name, the newest last."""
     found = [
         folder for folder in names.folder.glob("*-state") if (folder / STATE_FILE).is_file() and _is_ours(folder, names)
     ]
-    return max(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns, default=None)
+    return sorted(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns)
+
+
+def notes_on_earlier_files(names: FileNames) -> list[str]:
+    """What a new run should know of a run before it with the same output name."""
+    final, states = names.final_file(), _states(names)
+    notes = []
+    if final.is_file():
+        notes.append(f"{final} is there already, from an earlier run: it will be replaced; --output_name keeps both")
+    if states:
+        more = f" and {len(states) - 1} more" if len(states) > 1 else ""
+        notes.append(
+            f"{names.folder} has states of an earlier run ({states[-1].name}{more}): this run begins anew beside them; "
+            "--resume latest goes on from the newest"
+        )
+    return notes
 
 
 def _finish_renames(names: FileNames) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,10 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import LambdaLR
 
-from library.checkpoints.safetensors_io import NonFiniteError
-from library.data.batch import Batch
+from library.checkpoints.safetensors_io import NonFiniteError, read_header
+from library.data.batch import Batch, Position
 from library.data.dataset import TrainingData
 from library.data.loading import Tokenize
 from library.diffusion.noise import NoiseSource
@@ -31,8 +29,9 @@ from library.train.ema import WeightAverage, given_out_by
 from library.train.guard import NonFiniteGuard, StopRequest
 from library.train.last_good import LastGood
 from library.train.logs import TrainLog, rates_by_log_name
+from library.train.lr_schedulers import depends_on_length, length_kept, step_to
 from library.train.optimizers import BuiltOptimizer
-from library.train.placement import SAVE_DTYPES
+from library.train.placement import SAVE_DTYPES, reduced
 from library.train.plan import TrainPlan
 from library.train.resume import FileNames, RunState
 from library.train.updates import Updates
@@ -108,7 +107,9 @@ class Run:
 
     @cached_property
     def last_good(self) -> LastGood:
-        return LastGood(self._parts(), self.start_step)
+        stay = {callback.state_name for callback in self.callbacks if not callback.is_of_the_weights}
+        parts = {name: part for name, part in self._parts().items() if name not in stay}
+        return LastGood(parts, self.start_step)
 
     @cached_property
     def tokenize(self) -> Tokenize:
@@ -123,8 +124,13 @@ class Run:
     @cached_property
     def batches(self) -> Generator[Batch, None, None]:
         """This process's batches from the start step on, to the end of the last epoch."""
-        loader = self.data.loader(
-            start=self.plan.position_after(self.start_step),
+        start, workers = self.plan.position_after(self.start_step), self.config.loader.max_data_loader_n_workers
+        return (batch for _, batch in self.batches_from(start, workers=workers))
+
+    def batches_from(self, start: Position, *, workers: int) -> Iterator[tuple[Position, Batch]]:
+        """This process's batches from anywhere in the run on, made by up to `workers` processes."""
+        return self.data.loader(
+            start=start,
             draw=NoiseSource(self.config.noise, self.seed),
             tokenize=self.tokenize,
             accumulation=self.plan.accumulation,
@@ -133,9 +139,8 @@ class Run:
             prior_loss_weight=self.config.loss.prior_loss_weight,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            workers=self.config.loader.max_data_loader_n_workers,
+            workers=workers,
         )
-        return (batch for _, batch in loader)
 
     def learning_rates(self) -> dict[str, float]:
         """The rates of the coming update by log name, as far as the optimizer has any."""
@@ -152,10 +157,14 @@ class Run:
         self.ended_early = True
 
     def stop_requested(self) -> bool:
-        """Whether to stop before the next update; several processes agree on it every few steps."""
+        """Whether to stop before the next update."""
+        return self.agree_to_stop(self.step)
+
+    def agree_to_stop(self, count: int) -> bool:
+        """Whether to stop before the next of something that all processes count alike; they agree every few counts."""
         if self.accelerator.num_processes == 1:
             return bool(self.stop)
-        if self.step % STOP_CHECK_EVERY:
+        if count % STOP_CHECK_EVERY:
             return False
         asked = torch.tensor([self.stop.signal_number or 0], device=self.device)
         numbers = self.accelerator.gather(asked)
@@ -220,18 +229,23 @@ class Run:
         with given_out_by(self.optimizer, self.parameters):
             self._write_weights(path, self._metadata(step, epoch, looked_at=self.average is None))
         if self.average is not None:
+            of_average = self.names.average_of(path)
+            logger.info("saving %s", of_average)
             with self.average.applied():
-                self._write_weights(self.names.average_of(path), self._metadata(step, epoch, looked_at=True))
+                self._write_weights(of_average, self._metadata(step, epoch, looked_at=True, ending="-ema"))
 
     def write_best(self, path: Path, step: int, epoch: int) -> None:
         """Write the weights that validation looks at."""
         if self.accelerator.is_main_process:
             with self.weights_for_output():
-                self._write_weights(path, self._metadata(step, epoch, looked_at=True))
+                self._write_weights(path, self._metadata(step, epoch, looked_at=True, ending="-best"))
 
-    def _metadata(self, step: int, epoch: int, *, looked_at: bool) -> Mapping[str, str]:
-        """The metadata of a file; with what callbacks found out about its weights, if these were the ones they saw."""
-        content = self.metadata_of(step=step, epoch=epoch)
+    def _metadata(self, step: int, epoch: int, *, looked_at: bool, ending: str = "") -> Mapping[str, str]:
+        """The metadata of a file; with what callbacks found out about its weights, if these were the ones they saw.
+
+        `ending` tells its title from that of the plain file.
+        """
+        content = self.metadata_of(step=step, epoch=epoch, ending=ending)
         if looked_at and not self.config.saving.no_metadata:
             for callback in self.callbacks:
                 content |= callback.file_metadata(step)
@@ -275,28 +289,25 @@ class Run:
     def restore(self, folder: Path, state: RunState) -> None:
         """Put the state's weights, optimizer, schedule and counters in place."""
         parts = self._parts()
-        checkpoints.load_state(folder, trained=parts.pop("trained"), others=parts)
+        has_other_length = state.planned_steps not in (None, self.plan.steps)
+        is_other_schedule = has_other_length and depends_on_length(self.config.schedule)
+        with length_kept(self.lr_scheduler) if is_other_schedule else contextlib.nullcontext():
+            checkpoints.load_state(folder, trained=parts.pop("trained"), others=parts)
         self.start_step = self.step = state.step
         self.recent_losses = state.recent_losses
         self.guard.total = state.skipped_steps
-        if state.planned_steps != self.plan.steps and isinstance(self.lr_scheduler, LambdaLR):
-            self.lr_scheduler.last_epoch -= 1
-            self.lr_scheduler.step()  # the coming rate is still that of a run of the other length
         logger.info("going on after step %d from %s", state.step, folder)
 
     def skip_to(self, step: int) -> None:
         """Start after `step` updates that another run did and whose state is lost; the schedule goes on there."""
         self.start_step = self.step = step
         if self.lr_scheduler is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch expects an update before each of these steps
-                for _ in range(step):
-                    self.lr_scheduler.step()
+            step_to(self.lr_scheduler, step)
 
     def _parts(self) -> dict[str, Any]:
         """Everything with a state that changes while training."""
         parts = {
-            "trained": self.target.trained_module(),
+            "trained": checkpoints.RawTensors(self.target.trained_module()),
             "optimizer": self.built,
             "lr_scheduler": self.lr_scheduler,
             "scaler": self.accelerator.scaler,
@@ -306,19 +317,45 @@ class Run:
 
     def finish(self) -> int:
         """Save what the run ends with: the final file, or, when it was asked to stop, model and state."""
-        self.log.close()
-        if self.is_complete:
-            for callback in self._all_callbacks():
-                callback.at_end(self.step)
-            self.accelerator.wait_for_everyone()
+        if self.is_complete and self._is_written_already():
+            self.log.close()
             self.close_callbacks()
-            logger.info("model saved.")
+            logger.info("nothing left to do: %s is that of step %d", self.names.final_file(), self.step)
             return 0
-        folder = self.checkpoints.interrupted(self.step)
+        folder = self._save_the_end()
         self.accelerator.wait_for_everyone()
         self.close_callbacks()
+        if folder is None:
+            logger.info("model saved.")
+            return 0
         logger.info('stopped after step %d of %d; to go on, add: --resume "%s"', self.step, self.plan.steps, folder)
         return self.stop.exit_code
+
+    def _save_the_end(self) -> Path | None:
+        """Write the last files, after the callbacks or in spite of their errors; returns the state of a stopped run."""
+        is_complete = self.is_complete
+        try:
+            self.log.close()
+            for callback in self.callbacks:
+                callback.before_end(self.step)
+            for callback in self.callbacks if is_complete else ():
+                callback.at_end(self.step)
+        finally:
+            folder = None if is_complete else self.checkpoints.interrupted(self.step)
+            if is_complete:
+                self.checkpoints.at_end(self.step)
+        return folder
+
+    def _is_written_already(self) -> bool:
+        """Whether nothing was trained since a run before, and the final file of that is there; the same everywhere."""
+        if self.step > self.start_step:
+            return False
+        is_written = False
+        if self.accelerator.is_main_process and self.names.final_file().is_file():
+            with contextlib.suppress(OptionError):
+                is_written = read_header(self.names.final_file()).metadata.get("ss_steps") == str(self.step)
+        everywhere = reduced(self.accelerator, torch.tensor(float(is_written), device=self.device), "sum")
+        return bool(everywhere)
 
     def close_callbacks(self) -> None:
         for callback in self.callbacks:
@@ -326,9 +363,13 @@ class Run:
 
     def save_last_good(self) -> Path:
         """Go back to the last weights known to be good, and save them with their state; returns the state's folder."""
+        return self.checkpoints.interrupted(self.go_back())
+
+    def go_back(self) -> int:
+        """Go back to the last weights known to be good; returns their step."""
         self.step = self.last_good.restore()
         self.guard.in_a_row = 0
-        return self.checkpoints.interrupted(self.step)
+        return self.step
 
     def _is_healthy(self) -> bool:
         self.log.settle()

@@ -9,13 +9,14 @@ from library.data.findings import DatasetUse, Findings
 from library.options import options_of
 from library.targets.base import ParamGroup
 from library.train.config import RunConfig
-from library.train.data_problems import counted
+from library.train.course_options import ValidationOptions
 from library.train.forecast import FileToCome, RateCourse, most_on_disk
 from library.train.memory_estimate import MemoryEstimate
 from library.train.plan import TrainPlan
 from library.train.preview_options import PreviewOptions
 from library.train.report import Bar, Block, Curve, Facts, Section, Table, Text
 from library.train.resume import FileNames
+from library.wording import counted
 
 MIB, GIB = 2**20, 2**30
 FILES_LISTED = 40
@@ -54,7 +55,7 @@ class ReportedRun:
 
 def run_sections(facts: ReportedRun, findings: Findings) -> list[Section]:
     """What the run will do."""
-    return [_trained(facts), _steps(facts, findings), _files(facts), _memory(facts)]
+    return [_trained(facts), _steps(facts, findings), _files(facts, findings), _memory(facts)]
 
 
 def size(number: float) -> str:
@@ -150,12 +151,15 @@ def _last_epoch(plan: TrainPlan) -> str:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _files(facts: ReportedRun) -> Section:
+def _files(facts: ReportedRun, findings: Findings) -> Section:
     config, trained = facts.config, facts.trained
     rows = [("saved", f"{' and '.join(_due(facts))}: {facts.names.final_file()}{_sizes(facts)}")]
+    if config.average.ema_decay is not None:
+        average = f"{facts.names.average_of(facts.names.final_file())} and so on beside each file"
+        rows.append(("average", f"{average}; previews, validation and the best file use it"))
     if config.validation.save_best:
         rows.append(("best", f"{facts.names.best_file()}, of the lowest validation loss"))
-    rows += _preview_rows(config.preview)
+    rows += _preview_rows(config.preview) + (_validation_rows(config.validation) if findings.num_validation else [])
     blocks: list[Block] = [Facts(tuple(rows), brief=True)]
     files = facts.files[-FILES_LISTED:]
     header = ("file", "after step", "epoch", "size", "beside it", "removed after step")
@@ -209,6 +213,17 @@ def _preview_rows(options: PreviewOptions) -> list[tuple[str, str]]:
     if options.every_n_steps:
         due.append(f"every {counted(options.every_n_steps, 'step')}")
     return [("previews", f"{' and '.join(due)}, of {options.sample_prompts}")]
+
+
+def _validation_rows(options: ValidationOptions) -> list[tuple[str, str]]:
+    due = [f"every {counted(options.validate_every_n_steps, 'step')}"] if options.validate_every_n_steps else []
+    if options.every_n_epochs:
+        due.append("every epoch" if options.every_n_epochs == 1 else f"every {options.every_n_epochs} epochs")
+    rows = [("validated", f"before the first step, {' and '.join(due)}, at the end")]
+    if options.early_stop_patience is not None:
+        without = counted(options.early_stop_patience, "validation")
+        rows.append(("ends early", f"after {without} without a lower loss (--early_stop_patience)"))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------- memory

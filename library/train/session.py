@@ -24,6 +24,8 @@ from library.train import logs, metadata, placement
 from library.train.beginning import begin, param_groups
 from library.train.config import RunConfig
 from library.train.ema import WeightAverage
+from library.train.final_check import FinalCheck
+from library.train.forecast import try_out
 from library.train.guard import NonFiniteGuard, StopRequest
 from library.train.hub import HubUploader
 from library.train.loop import train
@@ -46,7 +48,9 @@ def run_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget, 
     """Build the run, train, save; returns the exit code. Raises OptionError for what the user can mend."""
     started_at = time.time()
     config = checked.config
-    accelerator = placement.make_accelerator(config, autocast=target.needs_autocast)
+    accelerator = placement.make_accelerator(
+        config, autocast=target.needs_autocast, skips_parameters=target.skips_parameters
+    )
     check_optimizer(config.optimizer)
     logs.start_trackers(accelerator, config.logging, tracker_name, logs.settings_to_show(config.groups()))
     run = build_run(checked, family, target, accelerator)
@@ -79,6 +83,7 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     target.setup(family, bundle, gradient_checkpointing=config.training.gradient_checkpointing)
     groups = param_groups(target, config.optimizer.learning_rate)
     placement.set_precision(config, bundle, target)
+    try_out(config, groups, plan.steps, accelerator.device)
     built = build_optimizer(config.optimizer, groups)
     lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
     keep_whole(accelerator.state.deepspeed_plugin, [p for group in groups for p in group.parameters])
@@ -116,7 +121,8 @@ def make_updates(config: RunConfig, accelerator: Accelerator, built: BuiltOptimi
 
 
 def add_callbacks(run: Run, checked: CheckedRun) -> None:
-    """What happens beside the steps, in its order: the average first, because others look at it."""
+    """What happens beside the steps, in its order: the average before those that look at it."""
+    run.callbacks.append(FinalCheck(run))
     decay = run.config.average.ema_decay
     if decay is not None:
         run.average = WeightAverage(run.parameters, decay)

@@ -72,9 +72,9 @@ class FusedUpdates(Updates):
             raise OptionError(FUSED, f"{type(built.optimizer).__name__} looks at all gradients together", "use AdamW")
         self.bare = built.optimizer
         self._norms: list[torch.Tensor] = []
-        for group in self.bare.param_groups:
+        for number, group in enumerate(self.bare.param_groups):
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(self._hook(group))
+                parameter.register_post_accumulate_grad_hook(self._hook(number))
 
     def clip(self) -> torch.Tensor:
         """The global norm of the gradients that have been applied, before they were clipped."""
@@ -86,9 +86,9 @@ class FusedUpdates(Updates):
     def apply(self, is_finite: torch.Tensor) -> None:
         """Nothing is left to do."""
 
-    def _hook(self, group: dict[str, Any]) -> Any:
+    def _hook(self, number: int) -> Any:
         def update(parameter: torch.Tensor) -> None:
-            self._update(parameter, group)
+            self._update(parameter, self.bare.param_groups[number])  # a state that is loaded brings groups of its own
 
         return update
 

@@ -25,9 +25,11 @@ from library.data.validation_set import STRATA
 from library.diffusion.noise import NoiseSource
 from library.randomness import python_random
 from library.train.callbacks import Callback
+from library.train.guard import REASONS
 from library.train.loop import batch_loss
 from library.train.placement import evaluating, reduced, to_device
 from library.train.run import Run
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Validation(Callback):
     """Measures the held-out images of a run when they are due, keeps the best file, ends the run when asked to."""
 
     state_name = "validation"
+    is_of_the_weights = False  # the best file of a run stays the best one
 
     def __init__(self, run: Run) -> None:
         assert run.data.validation is not None
@@ -80,25 +83,40 @@ class Validation(Callback):
     def before_first_step(self, step: int) -> None:
         """The loss that everything is compared with: for a network, that of the model as it was."""
         if self.course.start is None:
-            self.course.start = self.course.loss = self.measured()
+            loss = self.measured()
+            if loss is None:
+                return
+            self.course.start = self.course.loss = loss
             self._log(step)
             logger.info("validation before the first step: loss %.5f", self.course.start)
-        self._end_if_hopeless()
+            if not math.isfinite(self.course.start):
+                logger.warning("the validation loss is not finite before anything was learned: is the model damaged?")
+        elif self._is_due(step) and self.course.measured_at != step:
+            self._measure(step)  # it was broken off when the run was stopped
+        self._end_if_hopeless(way_out="; a larger --early_stop_patience, or none, lets it go on")
 
     def after_step(self, step: int) -> None:
         """An epoch's end is also measured here, so that every state saved at this step knows of it."""
-        plan, every, every_epoch = self.run.plan, self.options.validate_every_n_steps, self.options.every_n_epochs
-        is_due = every is not None and step % every == 0
-        if every_epoch is not None and plan.ends_epoch(step):
-            is_due = is_due or plan.epoch_of(step) % every_epoch == 0
-        if is_due:
+        if self._is_due(step):
             self._measure(step)
             self._end_if_hopeless()
 
+    def _is_due(self, step: int) -> bool:
+        plan, every, every_epoch = self.run.plan, self.options.validate_every_n_steps, self.options.every_n_epochs
+        if step == 0:
+            return False
+        if every is not None and step % every == 0:
+            return True
+        return every_epoch is not None and plan.ends_epoch(step) and plan.epoch_of(step) % every_epoch == 0
+
     def at_end(self, step: int) -> None:
         """The final weights are measured in any case: they may be the best."""
-        if self.course.measured_at != step:
+        course = self.course
+        if course.measured_at != step:
             self._measure(step)
+        if course.measured_at >= 0 and not math.isfinite(course.best):
+            file = "; there is no -best file" if self.options.save_best else ""
+            logger.warning("no validation of this run had a finite loss%s; %s", file, REASONS)
 
     def file_metadata(self, step: int) -> dict[str, str]:
         return {"ss_validation_loss": str(self.course.loss)} if step == self.course.measured_at else {}
@@ -110,17 +128,29 @@ class Validation(Callback):
         self.course = Course(**state)
 
     def _measure(self, step: int) -> None:
-        course = self.course
-        is_best = course.note(step, self.measured())
+        course, loss = self.course, self.measured()
+        if loss is None:
+            return
+        is_best = course.note(step, loss)
         self._log(step)
-        what = "the lowest so far" if is_best else f"lowest {course.best:.5f} after step {course.best_step}"
-        logger.info("validation after step %d: loss %.5f, %.5f at the start, %s", step, course.loss, course.start, what)
+        best = "none was so far"
+        if math.isfinite(course.best):
+            best = f"lowest {course.best:.5f} after step {course.best_step}"
+        if math.isfinite(course.loss):
+            what = "the lowest so far" if is_best else best
+            logger.info(
+                "validation after step %d: loss %.5f, %.5f at the start, %s", step, course.loss, course.start, what
+            )
+        else:
+            logger.warning(
+                "validation after step %d: the loss is not finite (lower --learning_rate); %s", step, best
+            )  # fmt: skip
         if is_best and self.options.save_best:
             self.run.checkpoints.keep_best(step)
 
     @torch.no_grad()
-    def measured(self) -> float:
-        """The mean loss over all samples of all processes."""
+    def measured(self) -> float | None:
+        """The mean loss over all samples of all processes; None where the run was asked to stop meanwhile."""
         run, num_processes = self.run, self.run.accelerator.num_processes
         batches = self.images.batches(
             at_most=self.options.max_validation_steps,
@@ -139,7 +169,10 @@ class Validation(Callback):
             disable=not run.accelerator.is_local_main_process,
         )
         with run.weights_for_output(), evaluating(run.model):
-            for batch in shown:
+            for index, batch in enumerate(shown):
+                if run.agree_to_stop(index):
+                    logger.info("validation is broken off")
+                    return None
                 loss = batch_loss(run, to_device(batch, run.device), trains_text=False)
                 total += loss * batch.denominator
                 num_samples += batch.denominator
@@ -157,10 +190,13 @@ class Validation(Callback):
             values["loss/validation/divergence"] = course.loss - average
         self.run.accelerator.log(values, step=step)
 
-    def _end_if_hopeless(self) -> None:
+    def _end_if_hopeless(self, way_out: str = "") -> None:
         patience, course = self.options.early_stop_patience, self.course
-        if patience is not None and course.num_without_improvement >= patience:
-            self.run.end_early(
-                f"{course.num_without_improvement} validations without a loss below the {course.best:.5f}"
-                f" after step {course.best_step}"
-            )
+        if patience is None or course.num_without_improvement < patience:
+            return
+        number = counted(course.num_without_improvement, "validation")
+        if math.isfinite(course.best):
+            lowest = f"a loss below the {course.best:.5f} after step {course.best_step}"
+        else:
+            lowest = "a finite loss: nothing useful was learned, lower --learning_rate"
+        self.run.end_early(f"{number} without {lowest}{way_out}")

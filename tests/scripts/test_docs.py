@@ -1,15 +1,28 @@
-"""The option pages of the documentation are those of the code. DOCS_UPDATE=1 writes them anew."""
+"""The documentation is that of the code: its option pages (DOCS_UPDATE=1 writes them anew), tables, flags, examples."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import train_network
+from library.cli import config_file, generation, training
+from library.cli.legacy import LegacyOptions
 from library.cli.reference import options_page
+from library.data import dataset_file
 from library.generate.options import CONFIG_GROUPS
+from library.options import options_of
+from library.train.optimizer_table import NAMES, TABLE
+from library.train.options import COUNTS_IN, LR_SCHEDULERS
+from library.train.preview_options import PreviewOptions
+from library.train.preview_prompts import PREVIEW_LINE_OPTIONS, read_previews
+from networks.lora_settings import BLOCK_KEYS, LoRASettings
 from tests.runs import ROOT
 
 PAGES = {
@@ -18,6 +31,12 @@ PAGES = {
     ),
     "gen_img_diffusers": lambda: options_page("gen_img_diffusers.py", CONFIG_GROUPS.values()),
 }
+WRITTEN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINING, DATA = ROOT / "docs" / "train_network.md", ROOT / "docs" / "datasets.md"
+OPTIONS = train_network.SCRIPT.options()
+# flags of quickstart.py and of other people's programs
+OF_OTHERS = {"--torch-index-url", "--num_processes", "--use_deepspeed", "--logdir"}
+ENDINGS = {"\\\n": " ", "^\n": " "}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -28,8 +47,144 @@ def test_option_pages_are_current(name):
     assert path.read_text(encoding="utf-8") == PAGES[name]()
 
 
+# ---------------------------------------------------------------------------------------------- links
+
+
+def anchors(page: Path) -> set[str]:
+    """What "#..." may lead to, as GitHub makes it of headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in WRITTEN:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name}: {target}#{anchor}"
+
+
+def test_pictures_are_small_and_shown():
+    shown = " ".join(page.read_text(encoding="utf-8") for page in WRITTEN)
+    for picture in (ROOT / "docs" / "pictures").iterdir():
+        assert f"pictures/{picture.name}" in shown
+        assert picture.stat().st_size < (600_000 if picture.name == "quickstart.png" else 200_000)
+
+
+# ---------------------------------------------------------------------------------------------- flags and tables
+
+
+def known_flags() -> set[str]:
+    parsers = (training.build_parser(train_network.SCRIPT), generation.build_parser(""))
+    in_prompts = {f"--{name}" for name in PREVIEW_LINE_OPTIONS}
+    return OF_OTHERS.union(in_prompts, *(parser._option_string_actions for parser in parsers))
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", text))
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_every_flag_that_a_page_names_exists(page):
+    assert flags_in(page.read_text(encoding="utf-8")) <= known_flags()
+
+
+def test_every_flag_is_explained_outside_the_reference():
+    explained = flags_in(TRAINING.read_text(encoding="utf-8") + DATA.read_text(encoding="utf-8"))
+    assert {f"--{name}" for name in OPTIONS} - explained == set()
+    assert {option.flag for option in options_of(LegacyOptions)} <= explained
+
+
+def table_after(page: Path, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without its head."""
+    section = page.read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    rows = re.search(r"(?:^\|.*\n)+", section, re.M)
+    assert rows, heading
+    return [
+        [cell.strip().strip("`").replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in rows[0].splitlines()[2:]
+    ]
+
+
+def test_the_table_of_optimizers_is_that_of_the_code():
+    rows = [tuple(row[:3]) for row in table_after(TRAINING, "## Optimizers")]
+    assert rows == [(name, TABLE[name.lower()].path, TABLE[name.lower()].pip_name) for name in NAMES]
+
+
+def test_the_table_of_schedules_is_that_of_the_code():
+    rows = {row[0]: flags_in(row[2]) - {"--lr_scheduler_args"} for row in table_after(TRAINING, "## Schedules")}
+    assert rows == {name: {f"--{o}" for o, where in COUNTS_IN.items() if name in where} for name in LR_SCHEDULERS}
+
+
+def test_the_table_of_network_arguments_is_that_of_the_code():
+    named = {name for row in table_after(TRAINING, "### networks.lora") for name in re.findall(r"\w+", row[0])}
+    own = set(LoRASettings.__dataclass_fields__) - {"blocks"}
+    assert named == own | set(BLOCK_KEYS)
+
+
+def test_the_table_of_dataset_keys_is_that_of_the_code():
+    rows = {key: "".join(cells[:3]) for key, *cells in table_after(DATA, "### Every key")}
+    assert {key for key, where in rows.items() if where == "xx"} == dataset_file.DATASET_KEYS
+    assert {key for key, where in rows.items() if where == "xxx"} == dataset_file.INHERITED_KEYS
+    assert {key for key, where in rows.items() if where == "x"} == dataset_file.FOLDER_ONLY_KEYS
+    assert rows.keys() == dataset_file.DATASET_KEYS | dataset_file.SUBSET_KEYS
+
+
+# ---------------------------------------------------------------------------------------------- examples
+
+
+class Block(NamedTuple):
+    page: str
+    language: str
+    text: str
+
+
+def blocks() -> Iterator[Block]:
+    for page in WRITTEN:
+        for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
+            yield Block(page.name, language, text)
+
+
+def command_lines(program: str) -> list[tuple[str, str]]:
+    """(page, what follows `program`) of every example that starts it, and of lines that are nothing but flags."""
+    found = []
+    for page, _, text in blocks():
+        for ending, blank in ENDINGS.items():
+            text = text.replace(ending, blank)
+        for line in text.splitlines():
+            if re.search(rf"{program}\s+--", line):
+                found.append((page, line.partition(program)[2]))
+            elif line.startswith("--") and program == "train_network.py" and page != "gen_img.md":
+                found.append((page, line))
+    return found
+
+
+MINIMUM = "--pretrained_model_name_or_path m --output_dir o --network_module networks.lora"
+
+
+@pytest.mark.parametrize(("page", "words"), command_lines("train_network.py"))
+def test_examples_of_train_network_are_command_lines(page, words):
+    words = re.sub(r"--config_file \S+", "", words).replace("--output_config", "")
+    config, _ = training.parse(train_network.SCRIPT, shlex.split(f"{MINIMUM} {words}".replace("\\", "/")))
+    assert config is not None
+    config.check()
+
+
+@pytest.mark.parametrize(("page", "words"), command_lines("gen_img_diffusers.py"))
+def test_examples_of_the_generator_are_command_lines(page, words):
+    generation.build_parser("").parse_strictly(shlex.split(words))
+
+
+@pytest.mark.parametrize("block", [block for block in blocks() if block.language == "toml"], ids=lambda b: b.page)
+def test_examples_of_files_have_known_keys(block, tmp_path):
+    file = tmp_path / "example.toml"
+    file.write_text(block.text, encoding="utf-8")
+    if "[[datasets]]" in block.text:
+        assert dataset_file.read(file).datasets
+    elif "[prompt]" in block.text:
+        assert len(read_previews(PreviewOptions(sample_prompts=str(file)))) == 2
+    else:
+        values, notes = config_file.read_config_file(file, OPTIONS)
+        assert values and not notes

@@ -19,7 +19,7 @@ from PIL import Image
 
 import train_network as entry
 from library.cli.training import build_parser
-from tests.flag_effects import Outcome
+from tests.flag_effects import Outcome, watching
 from tests.flag_rows import ELSEWHERE, ROWS
 from tests.runs import ROOT, train_network
 from tests.tiny_data import tiny_image, tiny_images
@@ -63,7 +63,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_sd1_path: Path) -> dic
     entries = {f"image_{index:03d}": {"caption": "one", "tags": "two, three"} for index in range(4)}
     (root / "meta.json").write_text(json.dumps(entries), encoding="utf-8")
     (root / "data.toml").write_text(
-        f"[[datasets]]\nresolution = 64\nbatch_size = 1\n[[datasets.subsets]]\nimage_dir = '{here['others'] / '1_disc'}'\n",
+        "[[datasets]]\nresolution = 64\nbatch_size = 1\n"
+        f"[[datasets.subsets]]\nimage_dir = '{here['others'] / '1_disc'}'\n",
         encoding="utf-8",
     )
     (root / "prompts.txt").write_text("a disc --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
@@ -109,11 +110,11 @@ def outcome_of(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         handler = logging.StreamHandler(console)
         logging.getLogger().addHandler(handler)
         try:
-            with contextlib.redirect_stderr(console), contextlib.redirect_stdout(console):
+            with contextlib.redirect_stderr(console), contextlib.redirect_stdout(console), watching() as inside:
                 code = train_network(**options)
         finally:
             logging.getLogger().removeHandler(handler)
-        return Outcome(code, folder, console.getvalue())
+        return Outcome(code, folder, console.getvalue(), inside)
 
     return outcome
 
@@ -125,13 +126,17 @@ def test_the_flag_changes_what_it_should(flag, outcome_of):
 
 
 def test_every_flag_has_its_test():
-    """Each flag of the parser is in one of the tables, and each test named in ELSEWHERE is there and names its flag."""
+    """Each flag of the parser is in one of the tables, and each test named in ELSEWHERE is there and names its flag.
+
+    Those are tests that run everywhere: what only a GPU shows is in tests/gpu besides.
+    """
     flags = {
         word.removeprefix("--") for action in build_parser(entry.SCRIPT)._actions for word in action.option_strings
     }
     assert flags - {"-h", "help"} == set(ROWS) | set(ELSEWHERE)
     assert not set(ROWS) & set(ELSEWHERE)
     for flag, test in ELSEWHERE.items():
+        assert not test.startswith("tests/gpu")
         path, _, name = test.partition("::")
         source = (ROOT / path).read_text(encoding="utf-8")
         assert f"def {name}(" in source and flag in source, test

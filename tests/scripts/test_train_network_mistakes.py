@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.runs import ROOT, flags, script, train_network
+from tests.runs import ROOT, flags, metadata_of, script, train_network
 
 
 def poisoned(path: Path, source: Path) -> Path:
@@ -41,6 +41,24 @@ def test_what_a_diverged_run_saves_is_good(options, tmp_path, capfd):
     assert "the last good state is" in message and "net-step00000000-state" in message
     assert all(tensor.abs().max() < 10 for tensor in load_file(good).values())
     assert len(list((tmp_path / "out").glob("*-state"))) <= 3, "ruined states are not written"
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.9}, {"optimizer_type": "AdamWScheduleFree"}])
+def test_a_run_that_ends_with_ruined_weights_saves_good_ones(options, tmp_path, settings, capfd):
+    """It is over before so many updates were skipped that it stops by itself; the last update may be the ruin."""
+    folder = tmp_path / "out"
+    for steps in (1, 3):
+        again = options | settings | {"learning_rate": 1e20, "max_train_steps": steps, "save_state_on_train_end": True}
+        assert train_network(**again) == 0
+        messages = capfd.readouterr().err
+        assert f"the weights after step {steps} give no finite loss" in messages
+        assert "nothing was learned by then" in messages and "lower --learning_rate" in messages
+        files = sorted(folder.glob("*.safetensors"))
+        assert len(files) == 1 + ("ema_decay" in settings)
+        for file in files:
+            assert all(tensor.abs().max() < 10 for tensor in load_file(file).values()), file
+        assert metadata_of(folder / "net.safetensors")["ss_steps"] == "0"
+        assert all(t.abs().max() < 10 for t in load_file(folder / "net-state" / "trained.safetensors").values())
 
 
 def test_weights_that_half_precision_cannot_hold_are_saved_in_full(options, tmp_path, capfd):

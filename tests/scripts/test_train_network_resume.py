@@ -91,13 +91,32 @@ def test_resume_with_a_changed_dataset_file_is_refused(options, tmp_path, images
     assert "training data" in capfd.readouterr().err.splitlines()[-1]
 
 
+def test_what_an_earlier_run_of_the_name_left_is_said(options, tmp_path, capfd):
+    assert train_network(**options, save_state=True, save_every_n_steps=2) == 0
+    assert "earlier run" not in capfd.readouterr().err
+    assert train_network(**options, plan=True) == 0
+    messages = capfd.readouterr().err
+    assert "net.safetensors is there already" in messages
+    assert "states of an earlier run (net-state and 1 more)" in messages and "--resume latest" in messages
+    assert train_network(**options, resume="latest") == 0
+    assert "earlier run" not in capfd.readouterr().err
+
+
 def test_resume_beyond_the_end(options, tmp_path, capfd):
     assert train_network(**options, save_state=True) == 0
     state = tmp_path / "out" / "net-state"
     assert train_network(**{**options, "max_train_steps": 2}, resume=state) == 2
     assert "step 3" in capfd.readouterr().err.splitlines()[-1]
     assert train_network(**options, resume=state) == 0
-    assert "nothing is left to train" in capfd.readouterr().err
+    capfd.readouterr()
+    before = (state.parent / "net.safetensors").stat().st_mtime_ns
+    assert train_network(**options, resume="latest") == 0
+    messages = capfd.readouterr().err
+    assert "nothing left to do" in messages and "saving" not in messages
+    assert (state.parent / "net.safetensors").stat().st_mtime_ns == before
+    (state.parent / "net.safetensors").unlink()
+    assert train_network(**options, resume="latest") == 0
+    assert (state.parent / "net.safetensors").is_file(), "it was lost, so it is written again"
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "trained.safetensors", "train_state.json"])

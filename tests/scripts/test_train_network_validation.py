@@ -127,9 +127,21 @@ def test_a_run_that_gets_no_better_ends_early(options, tmp_path, capfd):
     assert 3 <= steps < 40
     again = {**options, **HELD_OUT, "resume": tmp_path / "out" / "net-state"}
     assert train_network(**again, **patience) == 0, "it ends at once: nothing has got better"
-    assert f"ends after step {steps} of 40" in capfd.readouterr().err
+    messages = capfd.readouterr().err
+    assert f"ends after step {steps} of 40" in messages and "a larger --early_stop_patience" in messages
+    assert "nothing left to do" in messages
     assert train_network(**{**again, "max_train_steps": steps + 1}, **{**patience, "early_stop_patience": 9}) == 0
     assert metadata_of(tmp_path / "out" / "net.safetensors")["ss_steps"] == str(steps + 1)
+
+
+def test_losses_that_are_not_finite_are_no_convergence(options, tmp_path, capfd):
+    options |= {"max_train_steps": 9, "learning_rate": 1e20, "max_validation_steps": 1, "validate_every_n_steps": 1}
+    assert train_network(**options, **HELD_OUT, early_stop_patience=2, save_best=True) == 0
+    messages = capfd.readouterr().err
+    assert "validation after step 1: the loss is not finite (lower --learning_rate)" in messages
+    assert "2 validations without a finite loss" in messages and "inf" not in messages.replace("info", "")
+    assert "there is no -best file" not in messages, "the weights that were gone back to have a finite loss"
+    assert metadata_of(tmp_path / "out" / "net-best.safetensors")["ss_steps"] == "0"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from torch.nn.functional import avg_pool2d
 
 from library.data.buckets import Placement, crop_ltrb
 from library.data.cache import fill_disk, fill_memory
-from library.data.cache_files import CacheItem, cache_file_names, read_latents, state_of
+from library.data.cache_files import CacheItem, read_latents, state_of
+from library.data.cache_names import cache_file_names
 from library.data.headers import read_header
 from library.data.images import load_picture, place, to_tensor
 from library.options import OptionError
@@ -327,56 +328,6 @@ def test_a_file_of_the_trade_with_latents_that_are_not_finite_is_rebuilt(tmp_pat
     with caplog.at_level(logging.INFO):
         assert cached([item])[1].num_images == 1
     assert "(1 not finite)" in caplog.text
-
-
-def newer_named(item, **arrays):
-    """Its file as newer programs of the trade write it, and no other."""
-    foreign(item, **arrays)
-    path = Path(item.npz)
-    return path.rename(path.with_name(f"{path.stem}_0080x0065_sd.npz"))
-
-
-def test_a_file_of_the_trade_under_its_newer_name_is_used_and_left_alone(tmp_path, caplog):
-    items = build_two(tmp_path)
-    marked = np.full((4, 6, 8), 3.0, np.float32)
-    files = [newer_named(item, latents=marked, alpha_mask=np.ones((6, 8), np.float32)) for item in items]
-    for is_checked in (True, False):
-        store, encode = cached(items, is_checked=is_checked)
-        assert encode.num_images == 0 and np.array_equal(store.load(1, flipped=False), marked)
-    with_alpha = [replace(item, alpha_too=True) for item in items]
-    store, encode = cached(with_alpha)
-    assert encode.num_images == 0 and store.load_alpha(0).min() == 1
-    assert sorted(tmp_path.glob("*.npz")) == sorted(files)
-
-
-def test_of_two_names_the_older_one_counts_where_it_is_valid(tmp_path):
-    item, _ = build_two(tmp_path)
-    older = Path(item.npz).read_bytes()
-    latents = load(item)
-    newer_named(item, latents=np.zeros((4, 6, 8), np.float32))
-    Path(item.npz).write_bytes(older)
-    assert np.array_equal(cached([item])[0].load(0, flipped=False), latents)
-    overwritten(item, older[:-500])
-    store, encode = cached([item])
-    assert encode.num_images == 0 and not store.load(0, flipped=False).any()
-    assert Path(item.npz).read_bytes() == older[:-500]
-
-
-@pytest.mark.parametrize("damage", [{"latents": np.zeros((4, 8, 6), np.float32)}, {"original_size": np.array((65, 80))}])
-def test_a_newer_name_without_use_changes_nothing(tmp_path, damage):
-    item, _ = build_two(tmp_path)
-    file = newer_named(item, **damage)
-    content = file.read_bytes()
-    store, encode = cached([item])
-    assert encode.num_images == 1 and store.load(0, flipped=False).any() and file.read_bytes() == content
-    assert os.path.exists(item.npz)
-
-
-def test_a_newer_name_that_two_images_would_share_is_nobodys(tmp_path):
-    item, _ = build_two(tmp_path)
-    newer_named(item)
-    sharing = replace(item, npz=f"{item.path}.npz")  # as cache_file_names names the files of a.png and a.jpg
-    assert cached([sharing])[1].num_images == 1
 
 
 def test_a_file_of_the_trade_older_than_its_image_is_rebuilt(tmp_path):

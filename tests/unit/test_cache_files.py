@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.data.buckets import Placement
-from library.data.cache_files import cache_file_names
+from library.data.cache_names import cache_file_names
 from library.options import OptionError
 from tests.tiny_data import tiny_image
 from tests.unit.test_cache import PLACEMENT, SIZE, TinyEncoder, cached, foreign, make_item, other_placement, overwritten

@@ -22,7 +22,7 @@ from library.data.images import (
     resize,
     to_tensor,
 )
-from library.data.sources import is_image
+from library.data.listing import is_image
 from tests.tiny_data import tiny_image
 
 FORMATS = {"png": {}, "jpg": {"quality": 95}, "webp": {"lossless": True}, "webp_lossy.webp": {"quality": 95}, "bmp": {}}

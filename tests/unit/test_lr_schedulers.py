@@ -147,7 +147,10 @@ def test_up_then_down_and_never_outside(name, steps, warmup, ratio, decay):
     ("options", "words"),
     [
         ({"lr_scheduler": "cosin"}, ["--lr_scheduler", "'cosin'", "cosine"]),
-        ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 12, "lr_decay_steps": 6}, ["--lr_decay_steps", "0"]),
+        (
+            {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 12, "lr_decay_steps": 6},
+            ["--lr_decay_steps", "0"],
+        ),
         ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 5, "lr_decay_steps": 6}, ["--lr_decay_steps", "5"]),
         ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler", "step_rules"]),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ["speed=1"]}, ["--lr_scheduler_args", "speed"]),

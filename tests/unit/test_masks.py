@@ -1,5 +1,6 @@
 """Masks: they follow their images, and the loss of what they hide is 0."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -162,6 +163,31 @@ def test_masks_of_several_folders_lie_in_folders_of_their_names(tmp_path):
     data = build(train, MaskOptions(conditioning_data_dir=tmp_path / "masks"), bucket=NO_BUCKETS, batch_size=1)
     for batch in batches(data).values():
         assert (batch.mask_B1HW.max() == 0) == ("1_dog" in batch.image_names[0])
+
+
+def test_masks_of_metadata_lie_in_folders_as_their_images(tmp_path):
+    for number, name in enumerate("xy"):
+        tiny_images(tmp_path / "images" / name, 1, captions=(), sizes=[(64, 64)], seed=number)
+        (tmp_path / "masks" / name).mkdir(parents=True)
+        Image.new("L", (64, 64), 255 * number).save(tmp_path / "masks" / name / "image_000.png")
+    entries = {f"{name}/image_000": {"caption": name} for name in "xy"}
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
+    source = SourceOptions(str(tmp_path / "images"), in_json=str(tmp_path / "meta.json"))
+    masks = MaskOptions(conditioning_data_dir=tmp_path / "masks")
+    groups = (NO_BUCKETS, CaptionOptions(), AugmentOptions(), LoaderOptions(1))
+
+    def data():
+        configs = settle_masks(load_configs(source, *groups, masks=masks), masked_loss=True)
+        return TrainingData.build(configs, seed=1, on_bad_image="stop")
+
+    for batch in batches(data()).values():
+        assert batch.mask_B1HW.max() == (batch.captions == ("y",))
+    (tmp_path / "masks" / "x" / "image_000.png").rename(tmp_path / "masks" / "image_000.png")
+    assert len(batches(data())) == 4  # one of its own, one in the folder itself
+    (tmp_path / "masks" / "y" / "image_000.png").unlink()
+    with pytest.raises(OptionError) as caught:
+        data()
+    assert "images of several folders have one mask" in str(caught.value)
 
 
 def test_missing_masks_are_listed(tmp_path):

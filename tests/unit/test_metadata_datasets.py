@@ -2,11 +2,13 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import toml
 import torch
+from PIL import Image
 from torch.nn.functional import avg_pool2d
 
 from library.data.config import load_configs
@@ -91,6 +93,35 @@ def values(data):
 
 
 # ---------------------------------------------------------------------------------------------- sizes
+
+
+def test_the_size_of_a_picture_on_its_side_is_turned(folder, caplog):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for name in "ab":  # 60x80 when upright
+        tiny_image((80, 60), seed=3).save(folder / f"{name}.png", exif=exif)
+    with caplog.at_level(logging.INFO):
+        data = build(folder)
+    placed = {Path(image.record.path).stem: image.placement.bucket_wh for image in data.datasets[0].images}
+    assert placed == {"a": (48, 64), "b": (48, 64), "c": (64, 48), "d": (48, 64)}
+    assert (
+        "the train_resolution of 1 photos is that of the camera's sensor; its sides are swapped: a.png" in caplog.text
+    )
+
+
+def test_images_that_several_entries_name_are_told(folder, caplog):
+    entries = {"a": {"caption": "x"}, "a.png": {"caption": "y"}, "b": {}, str(folder / "a.png"): {"caption": "z"}}
+    write(folder.parent, entries)
+    data = build(folder, bucket=BUCKETS)
+    assert data.num_train_images == 4
+    assert "1 images are named by several entries and trained once for each: a.png" in caplog.text
+
+
+def test_tags_join_captions_with_the_separator_of_the_dataset(folder):
+    write(folder.parent, {"a": {"caption": "one\ntwo", "tags": "x; y"}})
+    options = CaptionOptions(caption_separator=";", enable_wildcard=True)
+    (image,) = build(folder, bucket=BUCKETS, caption=options).datasets[0].images
+    assert image.record.caption == "one; x; y\ntwo; x; y"
 
 
 def test_every_image_is_trained_at_its_own_size(folder, caplog):

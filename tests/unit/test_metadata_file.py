@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.metadata_file import EntryFinder, common_train_sizes, read_metadata
-from library.data.sources import is_image
+from library.data.entry_finder import EntryFinder
+from library.data.metadata_file import common_train_sizes, read_metadata
 from library.options import OptionError
 from tests.tiny_data import tiny_image
 
@@ -34,7 +34,13 @@ def entries_of(tmp_path, content, name="meta.json"):
 )
 def test_caption_and_tags_become_one_caption(tmp_path, said, caption, tags):
     (entry,) = entries_of(tmp_path, {"a": said})
-    assert (entry.key, entry.caption, entry.tags, entry.train_size) == ("a", caption, tags, None)
+    assert (entry.key, entry.joined(", "), entry.tags, entry.train_size) == ("a", caption, tags, None)
+
+
+def test_tags_join_every_line_that_may_be_drawn_with_the_separator_in_use(tmp_path):
+    (entry,) = entries_of(tmp_path, {"a": {"caption": "one line\n\n other line ", "tags": "x; y"}})
+    assert entry.joined("; ", all_lines=True) == "one line; x; y\nother line; x; y"
+    assert entry.joined(", ") == "one line\n\n other line , x; y"
 
 
 def test_entries_keep_their_order_and_a_byte_order_mark_is_understood(tmp_path):
@@ -47,7 +53,12 @@ def test_entries_keep_their_order_and_a_byte_order_mark_is_understood(tmp_path):
 def test_lines(tmp_path, name):
     lines = [{name: "a.png", "caption": "one"}, {name: "b.png", "text": "two", "tags": "x", "other": 1}]
     found = entries_of(tmp_path, "\n".join(map(json.dumps, lines)) + "\n\n", "meta.JSONL")
-    assert [(entry.key, entry.caption) for entry in found] == [("a.png", "one"), ("b.png", "two, x")]
+    assert [(entry.key, entry.joined(", ")) for entry in found] == [("a.png", "one"), ("b.png", "two, x")]
+
+
+def test_a_line_ends_where_files_end_lines(tmp_path):
+    lines = [json.dumps({"key": name, "caption": f"{name}\u2028\x85\x0b"}, ensure_ascii=False) for name in "ab"]
+    assert [entry.caption[0] for entry in entries_of(tmp_path, "\r\n".join(lines), "m.jsonl")] == ["a", "b"]
 
 
 def test_sizes_are_rounded_down_to_what_the_vae_takes(tmp_path):
@@ -70,6 +81,8 @@ def test_sizes_are_rounded_down_to_what_the_vae_takes(tmp_path):
         ("m.json", {"a": {"train_resolution": [10**9, 64]}}, "is no size; write [width, height]"),
         ("m.jsonl", '{"image_path": "a"}\n{"caption": "b"}', "m.jsonl: line 2 names no image; give it image_path"),
         ("m.jsonl", '{"image_path": "a"}\n\n[', "m.jsonl: line 3 is not JSON"),
+        ("m.json", '{"a": {"caption": "one"}, "a": {"caption": "two"}}', "m.json: the key 'a' stands in it twice"),
+        ("m.json", '{"a": {"caption": "half \\ud83d"}}', "m.json: 'a': caption 'half \\ud83d' has half a character"),
         ("m.jsonl", '{"image_path": 3}', "m.jsonl: line 1 names no image"),
     ],
 )
@@ -119,13 +132,13 @@ def folder(tmp_path):
     ],
 )
 def test_keys_lead_to_files_in_the_folder(folder, key, image, npz, flipped):
-    found = EntryFinder(folder, is_image).find(key)
+    found = EntryFinder(folder).find(key)
     expected = [name and str(folder / name) for name in (image, npz, flipped)]
     assert [found.image, found.npz, found.flipped_npz] == expected
 
 
 def test_a_key_that_is_a_path_as_it_stands(folder, monkeypatch):
-    elsewhere = EntryFinder(folder / "sub", is_image)
+    elsewhere = EntryFinder(folder / "sub")
     found = elsewhere.find(str(folder / "a.png"))
     assert (found.image, found.npz) == (str(folder / "a.png"), str(folder / "a.npz"))
     assert elsewhere.find(str(folder / "c.png")).npz == str(
@@ -133,7 +146,37 @@ def test_a_key_that_is_a_path_as_it_stands(folder, monkeypatch):
     )  # the image is gone, its latents are there
     monkeypatch.chdir(folder)
     assert elsewhere.find("a.png").image == "a.png" and elsewhere.find("a.png").npz == "a.npz"
-    assert elsewhere.find("a").image is None
+    assert elsewhere.find("a").image is None and elsewhere.find("c").npz is None
+
+
+def test_files_of_the_image_folder_come_before_those_of_the_working_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    for name in ("a.png", "b.npz", "v1.npz", "a.npz", "c.npz", "d.png"):
+        (tmp_path / "work" / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "work")
+    finder = EntryFinder(folder)
+    for key, image, npz in (("a.png", "a.png", "a.npz"), ("b", "b.PNG", None), ("v1.5", "v1.5.jpg", None)):
+        found = finder.find(key)
+        assert (found.image, found.npz) == (str(folder / image), npz and str(folder / npz))
+    assert finder.find("c").npz == str(folder / "c.npz")
+    assert finder.find("d.png").image == "d.png"
+
+
+def test_a_link_in_a_circle_hides_nothing(folder):
+    (folder / "circle.png").symlink_to("circle.png")
+    finder = EntryFinder(folder)
+    assert finder.find("a").image == str(folder / "a.png") and finder.find("circle").image is None
+
+
+def test_keys_of_windows_and_of_mac(folder):
+    (folder / "caf\u00e9.png").write_bytes(b"")
+    finder = EntryFinder(folder)
+    for key in ("sub\\d", "sub\\d.png"):
+        assert finder.find(key).npz == str(folder / "sub" / "d.npz")
+    for key in ("C:\\data\\a.png", "C:/data/a", "\\\\server\\share\\a.png"):
+        assert finder.find(key).image == str(folder / "a.png")
+    for key in ("cafe\u0301", "cafe\u0301.png"):
+        assert finder.find(key).image == str(folder / "caf\u00e9.png")
 
 
 ANY_JSON = st.recursive(

@@ -79,7 +79,7 @@ def test_toml_values(name, value, expected):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("switch", "true"), ("switch", 2), ("count", 1.5), ("count", True), ("count", "3.5"), ("rate", "1x"),
+    [("switch", "yes"), ("switch", 2), ("count", 1.5), ("count", True), ("count", "3.5"), ("rate", "1x"),
      ("rate", "nan"), ("rate", "1_0e999"), ("kind", "c"),
      ("names", [1]), ("folder", 3), ("size", "wide"), ("rate", [1.0])],
 )  # fmt: skip

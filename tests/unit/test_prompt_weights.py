@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.text.prompt_weights import BREAK, parse_prompt_weights
+from library.text.prompt_weights import BREAK, DEEPEST, LARGEST_EMPHASIS, parse_prompt_weights
 
 VECTORS = {
     "a (b) c": [("a ", 1), ("b", 1.1), (" c", 1)],
@@ -47,3 +47,17 @@ def test_neighbours_never_share_a_weight_and_escaping_gives_the_text_back(text):
     assert all(a[1] != b[1] for a, b in zip(segments, segments[1:], strict=False))
     escaped = "".join(f"\\{letter}" if letter in "()[]\\" else letter for letter in text)
     assert parse_prompt_weights(escaped) == [(text, 1.0)]
+
+
+def test_no_brackets_make_a_number_that_is_none():
+    huge = "1" + "0" * 400
+    assert parse_prompt_weights(f"((a:{huge}):0)") == [("a", 0.0)]
+    assert parse_prompt_weights(f"((a:{huge}):{huge})") == [("a", 1e30)]
+    assert parse_prompt_weights(f"((a:0):-{huge})") == [("a", 0.0)]
+
+
+def test_brackets_without_end_are_read_in_time():
+    segments = parse_prompt_weights("(a" * 9000)
+    assert "".join(part for part, _ in segments) == "a" * 9000
+    assert LARGEST_EMPHASIS < segments[-1][1] < 1e7  # so that prompts are still refused
+    assert len(segments) == DEEPEST and segments[0][1] == 1.1

@@ -5,7 +5,8 @@ import logging
 import pytest
 
 from library.data import sources
-from library.data.sources import image_extensions, report_broken, report_captions, report_passed_over, scan_folder
+from library.data.listing import image_extensions
+from library.data.sources import report_broken, report_captions, report_passed_over, scan_folder
 from library.options import OptionError
 from tests.tiny_data import tiny_image, tiny_images
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -138,6 +139,24 @@ def test_gradient_checkpointing_of_the_unet(bundle: ModelBundle):
             loss = bundle.unet.train(training)(noised, timesteps, context).sample.square().sum()
             gradients += torch.autograd.grad(loss, [context])
     assert all(torch.allclose(gradient, gradients[0], atol=1e-6) for gradient in gradients)
+
+
+def test_xformers_is_switched_on_in_both_models(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch):
+    """By diffusers, which asks for a GPU; where there is none, its refusal becomes a sentence."""
+    monkeypatch.setitem(sys.modules, "xformers.ops", ModuleType("xformers.ops"))
+    switched_on: list[object] = []
+    for model in (bundle.unet, bundle.vae):
+        name = "enable_xformers_memory_efficient_attention"
+        monkeypatch.setattr(type(model), name, lambda self: switched_on.append(self))
+    attention.apply(bundle.unet, bundle.vae, AttentionOptions(xformers=True).kind)
+    assert switched_on == [bundle.unet, bundle.vae]
+
+    def refuse(self: object) -> None:
+        raise ValueError("only available for GPU")
+
+    monkeypatch.setattr(type(bundle.vae), "enable_xformers_memory_efficient_attention", refuse)
+    with pytest.raises(OptionError, match="--xformers: xformers does not run here .*GPU.*; use --sdpa"):
+        attention.apply(bundle.unet, bundle.vae, "xformers")
 
 
 def test_missing_xformers_names_the_way_out(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch):

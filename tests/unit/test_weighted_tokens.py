@@ -178,3 +178,8 @@ def test_gradients_stay_finite_where_means_cancel(weight: float) -> None:
     context.requires_grad_()
     apply_weights(context, weights).square().sum().backward()
     assert context.grad is not None and context.grad.isfinite().all() and context.grad.abs().max() < 1e4
+
+
+def test_an_emphasis_beyond_arithmetic_is_bounded_in_captions() -> None:
+    weights = weighted_windows([NumberTokenizer()], ["1 " + "(" * 200 + "2", "(1:-9999999999) 2", "(1:99999999999) 2"], 1).weights
+    assert weights is not None and weights[0].isfinite().all() and weights[0].abs().max() == 1e6

@@ -65,3 +65,11 @@ def test_a_text_without_braces_stays_and_draws_nothing(text):
     draw = random.Random(1)
     assert expand_wildcards(text, draw) == text
     assert draw.random() == random.Random(1).random()
+
+
+def test_groups_nest_as_deep_as_they_like():
+    deep = 20_000
+    assert expand_wildcards("{x" * deep + "}" * deep, random.Random(0)) == "x" * deep
+    unclosed = "{a|" * deep
+    assert expand_wildcards(unclosed, random.Random(0)) == unclosed
+    assert expand_wildcards(unclosed + "{b}", random.Random(0)) == unclosed + "b"
