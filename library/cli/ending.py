@@ -65,7 +65,10 @@ class Ending:
         name = f"{Path(self.program).stem}_{time.strftime('%Y%m%d%H%M%S')}.log"
         elsewhere = [Path(tempfile.gettempdir()) / name] if anywhere else []
         for path in [*([self.log_file] if self.log_file else []), *elsewhere]:
-            with contextlib.suppress(OSError, ValueError), open(path, "a", encoding="utf-8", errors=ODD_LETTERS) as file:
+            with (
+                contextlib.suppress(OSError, ValueError),
+                open(path, "a", encoding="utf-8", errors=ODD_LETTERS) as file,
+            ):
                 file.write(f"{self.program}, Python {platform.python_version()}, {platform.platform()}\n{text}\n")
                 return path
         return None

@@ -154,17 +154,24 @@ class TrainingData:
         facts = metadata(self.datasets, samples_per_step=num_processes * accumulation)
         return facts | {"ss_num_validation_images": num_validation}
 
-    def digest(self) -> str:
-        """Changes with whatever samples are made of: names and sizes of images, captions, all options of the datasets.
+    def digest(self) -> dict[str, int | str]:
+        """By what it is of: changes with whatever samples are made of. Hashes are hexadecimal.
 
         It doesn't when the folders move, nor for an image replaced by one of its name with as many bytes and pixels.
         """
-        digest = hashlib.blake2b(digest_size=16)
+        options, files, captions = (hashlib.blake2b(digest_size=16) for _ in range(3))
         for dataset in self.datasets:
-            digest.update(repr(_without_place(dataset.config)).encode())
+            options.update(repr(_without_place(dataset.config)).encode())
         for image in self._samples.images:
-            digest.update(repr((_without_folders(image.record), image.placement, image.subset)).encode())
-        return digest.hexdigest()
+            record = replace(_without_folders(image.record), caption="")
+            files.update(repr((record, image.placement, image.subset)).encode())
+            captions.update(repr(image.record.caption).encode())
+        return {
+            "number of images": len(self._samples.images),
+            "image files": files.hexdigest(),
+            "captions": captions.hexdigest(),
+            "options of the data": options.hexdigest(),
+        }
 
     # ------------------------------------------------------------------------------------------ latents
 
@@ -214,7 +221,7 @@ class TrainingData:
         return load_batches(self._samples, self._store, RunFacts(**run), start=start, workers=workers)
 
     def first_epoch(self, *, num_pictured: int, workers: int, **run: Any) -> Iterator[ShownSample]:
-        """The samples of the first epoch in their order, for a look; those of the first batches with pictures."""
+        """The samples of the first epoch in their order, for a look; the first ones with pictures."""
         facts = RunFacts(**{**run, "epochs": 1})
         return shown_samples(self._samples, self._items, facts, num_pictured=num_pictured, workers=workers)
 

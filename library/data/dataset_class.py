@@ -20,7 +20,6 @@ Shape letters: B samples, C channels, H W pixels, N windows of text.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import random
@@ -118,9 +117,9 @@ class ForeignData:
                 keys[f"ss_{key}"] = json.dumps(getattr(self.dataset, key), default=str)
         return keys
 
-    def digest(self) -> str:
-        """Changes with the class's name and its number of items: more is not known of it."""
-        return hashlib.blake2b(f"{self.name} {len(self.dataset)}".encode(), digest_size=16).hexdigest()
+    def digest(self) -> dict[str, int | str]:
+        """By what it is of: the class's name and its number of items; more is not known of it."""
+        return {"dataset class": self.name, "number of items": len(self.dataset)}
 
     def cache_latents(self, *_: Any, **__: Any) -> None:
         raise AssertionError("latents of somebody's class are not cached")
@@ -132,11 +131,10 @@ class ForeignData:
         return served(builder, facts.epochs, start=start, workers=min(workers, usable_cores()))
 
     def first_epoch(self, *, num_pictured: int, workers: int, **run: Any) -> Iterator[ShownSample]:
-        """The samples of the first epoch in their order, for a look; those of the first batches with pictures."""
+        """The samples of the first epoch in their order, for a look; the first ones with pictures."""
         for position, batch in self.loader(start=Position(1, 0), workers=workers, **{**run, "epochs": 1}):
-            yield from samples_of_batch(
-                batch, position.batch_index + 1, with_pictures=position.batch_index < num_pictured
-            )
+            yield from samples_of_batch(batch, position.batch_index + 1, num_pictured=num_pictured)
+            num_pictured = max(0, num_pictured - batch.size)
 
 
 # ---------------------------------------------------------------------------------------------- batches

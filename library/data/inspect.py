@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 from library.data.batch import Batch, Position
 from library.data.buckets import Size, crop_yx
 from library.data.cache_files import CacheItem, latent_shape, peek_latents
+from library.data.epoch_plan import EpochPlan
 from library.data.images import resize, usable_cores
 from library.data.loading import BatchBuilder, DrawnSample, Failure, RunFacts, Samples, served
 from library.data.options import LATENT_STRIDE
@@ -29,7 +31,7 @@ COLUMNS = (
 
 
 PALE = 225  # the grey of what a mask leaves out
-LONGEST_SIDE = 256  # pixels of a shown picture: there are hundreds of them
+LONGEST_SIDE = 212  # pixels of a shown picture: there are hundreds of them
 
 
 @dataclass(frozen=True)
@@ -148,24 +150,29 @@ class _EpochReader(TorchDataset):
     run: RunFacts
     num_pictured: int
     batches_per_epoch: int = field(init=False)
+    samples_before: list[int] = field(init=False)  # each batch
 
     def __post_init__(self) -> None:
         self.with_pictures = BatchBuilder(self.samples, _OnlyLatents(self.items), self.run)  # type: ignore[arg-type]
         self.without = BatchBuilder(self.samples, _Nothing(self.items), self.run)  # type: ignore[arg-type]
         self.batches_per_epoch = self.without.batches_per_epoch
+        processes = self.run.num_processes
+        plan = EpochPlan(self.samples.pools, seed=self.samples.seed, epoch=1, num_processes=processes)
+        self.samples_before = [0, *accumulate(-(-len(batch) // processes) for batch in plan.batches)]
 
     def __getitem__(self, position: Position) -> tuple[Position, list[ShownSample] | Failure]:
-        is_pictured = position.batch_index < self.num_pictured
-        builder = self.with_pictures if is_pictured else self.without
+        num_pictured = max(0, self.num_pictured - self.samples_before[position.batch_index])
+        builder = self.with_pictures if num_pictured else self.without
         try:
             drawn = builder.samples_of(position)
         except OptionError as error:
             return position, Failure(str(error))
         return position, [
-            self._shown(sample, position.batch_index + 1, place, is_pictured) for place, sample in enumerate(drawn, 1)
+            self._shown(sample, position.batch_index + 1, place, is_pictured=place <= num_pictured)
+            for place, sample in enumerate(drawn, 1)
         ]
 
-    def _shown(self, sample: DrawnSample, batch: int, place: int, is_pictured: bool) -> ShownSample:
+    def _shown(self, sample: DrawnSample, batch: int, place: int, *, is_pictured: bool) -> ShownSample:
         image = sample.image
         folder = self.samples.subsets[image.subset].folder
         size_wh, original_wh = image.placement.bucket_wh, image.record.size_wh
@@ -182,7 +189,7 @@ class _EpochReader(TorchDataset):
             is_reg=folder.is_reg,
             is_mirrored=sample.flipped,
             is_latents=is_pictured and sample.posterior_noise is None,
-            pixels_HWC=_masked(picture_of(sample.pixels_or_latents), sample.mask) if is_pictured else None,
+            pixels_HWC=_small(_masked(picture_of(sample.pixels_or_latents), sample.mask)) if is_pictured else None,
         )
 
 
@@ -200,7 +207,7 @@ def _masked(pixels_HWC: np.ndarray, mask_1hw: torch.Tensor | None) -> np.ndarray
 
 def write_table(path: Path, rows: Iterable[tuple[ShownSample, int, int]]) -> None:
     """A CSV file of samples, each with its number of tokens and how many of them are cut off."""
-    with path.open("w", newline="", encoding="utf-8-sig") as file:  # the mark tells spreadsheets that it is UTF-8
+    with path.open("w", newline="", encoding="utf-8-sig", errors="backslashreplace") as file:  # marked for spreadsheets
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for sample, num_tokens, num_cut_off in rows:

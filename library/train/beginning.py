@@ -45,7 +45,7 @@ def begin(checked: CheckedRun, accelerator: Accelerator, family: ModelFamily) ->
     seed = _seed(checked, accelerator)
     data = _data(checked, accelerator, family, seed)
     plan = TrainPlan.make(config.training, config.saving, data.batches_per_epoch(accelerator.num_processes))
-    digest = {"batches per epoch": plan.batches_per_epoch, "training data": data.digest()} | file_digests(config)
+    digest = {"batches per epoch": plan.batches_per_epoch, **data.digest(), **file_digests(config)}
     if checked.resume_folder is None or checked.resume_state is None:
         return Beginning(seed, data, plan, digest, plan.steps_before(config.start))
     check_same_data(checked.resume_folder, checked.resume_state, digest)

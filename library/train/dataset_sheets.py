@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from library.data.inspect import ShownSample
+from library.data.inspect import LONGEST_SIDE, ShownSample
 from library.generate.lettering import in_lines, line_height, with_font
 
 COLUMNS, ROWS = 6, 4  # cards on a sheet
-CARD, PICTURE = 236, 212  # pixels: width of a card, and the longer side of its picture
+CARD, PICTURE = 236, LONGEST_SIDE  # pixels: width of a card, and the longer side of its picture
 GAP, MARGIN, PADDING = 14, 28, 12  # pixels between cards, around all of them, inside a card
 TITLE_SIZE, TEXT_SIZE = 22, 13  # pixels
 TEXT_WIDTH = CARD - 2 * PADDING

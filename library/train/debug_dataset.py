@@ -21,7 +21,7 @@ from library.text.tokens import WINDOW
 from library.train import placement
 from library.train.beginning import Beginning, begin
 from library.train.dataset_sheets import SAMPLES_PER_SHEET, Card, dataset_sheet
-from library.train.preflight import CheckedRun
+from library.train.preflight import CheckedRun, check_writable
 from library.train.report import aligned
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,10 @@ def show_dataset(checked: CheckedRun, family: ModelFamily) -> int:
     begun = begin(checked, accelerator, family)
     if not accelerator.is_main_process:
         return 0
+    folder = checked.names.folder / f"{checked.names.name or 'last'}-dataset"
+    check_writable(folder, "--debug_dataset")
     tokenizers = family.outline(config.model, placement.load_plan(config, accelerator.device)).tokenizers
     cards = list(_cards(checked, begun, accelerator, family, tokenizers))
-    folder = checked.names.folder / f"{checked.names.name or 'last'}-dataset"
     sheets = write_sheets(folder, checked.names.name or "last", cards)
     write_table(folder / "samples.csv", ((card.sample, card.num_tokens, card.num_cut_off) for card in cards))
     logger.info("The first epoch's samples:\n%s", _told(cards))
@@ -55,7 +56,7 @@ def _cards(
 ) -> Iterator[Card]:
     config, text = checked.config, checked.config.text
     samples = begun.data.first_epoch(
-        num_pictured=SAMPLES_PER_SHEET * MOST_SHEETS,  # batches, which have at least one sample
+        num_pictured=SAMPLES_PER_SHEET * MOST_SHEETS,
         workers=config.loader.max_data_loader_n_workers,
         draw=NoiseSource(config.noise, begun.seed),
         tokenize=partial(family.tokenize, tokenizers, windows=text.token_windows, weighted=text.weighted_captions),

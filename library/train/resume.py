@@ -200,11 +200,15 @@ def check_same_settings(
 def check_same_data(folder: Path, state: RunState, data: Mapping[str, Any]) -> None:
     """Raise OptionError where the images, captions or batches are not those of the state."""
     differing = [
-        f"{name} was {state.data.get(name)} and is {value}"
+        f"the {name} changed" if _is_hash(value) else f"{name} was {state.data.get(name)} and is {value}"
         for name, value in data.items()
         if state.data.get(name) != value
     ]
     _require_same(folder, differing, "put the training data back as it was")
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) is not None
 
 
 def _require_same(folder: Path, differing: list[str], way_out: str) -> None:

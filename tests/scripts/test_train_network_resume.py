@@ -67,7 +67,7 @@ def test_resume_with_other_captions_is_refused_but_a_moved_folder_is_not(options
     sorted((tmp_path / "moved" / "2_disc").glob("*.txt"))[0].write_text("another caption")
     capfd.readouterr()
     assert train_network(**again) == 2
-    assert "training data" in capfd.readouterr().err.splitlines()[-1]
+    assert ": the captions changed;" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_resume_with_another_model_under_the_same_name_is_refused(options, tmp_path, tiny_sd1_path, capfd):
@@ -88,7 +88,7 @@ def test_resume_with_a_changed_dataset_file_is_refused(options, tmp_path, images
     assert train_network(**options) == 0
     file.write_text(content + "shuffle_caption = true\n")
     assert train_network(**{**options, "max_train_steps": 2}, resume=tmp_path / "out" / "net-state") == 2
-    assert "training data" in capfd.readouterr().err.splitlines()[-1]
+    assert ": the options of the data changed;" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_what_an_earlier_run_of_the_name_left_is_said(options, tmp_path, capfd):

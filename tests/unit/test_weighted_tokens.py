@@ -181,5 +181,7 @@ def test_gradients_stay_finite_where_means_cancel(weight: float) -> None:
 
 
 def test_an_emphasis_beyond_arithmetic_is_bounded_in_captions() -> None:
-    weights = weighted_windows([NumberTokenizer()], ["1 " + "(" * 200 + "2", "(1:-9999999999) 2", "(1:99999999999) 2"], 1).weights
+    weights = weighted_windows(
+        [NumberTokenizer()], ["1 " + "(" * 200 + "2", "(1:-9999999999) 2", "(1:99999999999) 2"], 1
+    ).weights
     assert weights is not None and weights[0].isfinite().all() and weights[0].abs().max() == 1e6
