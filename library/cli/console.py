@@ -58,9 +58,8 @@ def start_log_file(path: Path) -> None:
 
 def _file_handler(path: Path | str, flag: str) -> logging.Handler:
     try:
-        handler = logging.FileHandler(
-            path, encoding="utf-8", errors="backslashreplace"
-        )  # names of files may be any bytes
+        # names of files may be any bytes
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OptionError(flag, f"can't write to {path} ({error.strerror})", "choose another place") from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

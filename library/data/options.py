@@ -189,6 +189,11 @@ class BucketOptions:
         sentences = []
         if self.bucket_no_upscale and not self.enable_bucket:
             sentences.append("--bucket_no_upscale has no effect without --enable_bucket")
+        idle = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+        given = [f"--{name}" for name in idle if getattr(self, name) != getattr(BucketOptions, name)]
+        if given and not self.enable_bucket:
+            verb = "has" if len(given) == 1 else "have"
+            sentences.append(f"{', '.join(given)} {verb} no effect without --enable_bucket")
         if self.side_step != self.bucket_reso_steps and self.enable_bucket:
             given = self.bucket_reso_steps
             sentences.append(f"--bucket_reso_steps {given}: {self.side_step} is used, sides are multiples of 8")
@@ -362,6 +367,14 @@ class CacheOptions:
     def enabled(self) -> bool:
         """Whether latents are cached at all: on disk implies it."""
         return self.cache_latents or self.cache_latents_to_disk
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect beside another."""
+        idle = ["vae_batch_size"] if self.vae_batch_size != 1 and not self.enabled else []
+        idle += ["skip_cache_check"] if self.skip_cache_check and not self.cache_latents_to_disk else []
+        return [
+            f"--{name} has no effect without cached latents{' on disk' * (name == 'skip_cache_check')}" for name in idle
+        ]
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ MISFITS = (
     {"resolution": "0"}, {"use_8bit_adam": True, "use_lion_optimizer": True}, {"optimizer_type": "Adamm"},
     {"optimizer_args": "lr"}, {"lr_scheduler": "cosinus"},
     {"min_timestep": 900, "max_timestep": 5}, {"sample_prompts": "no/such.txt", "sample_every_n_steps": 1},
-    {"train_data_dir": "x" * 5000}, {"vae": "x" * 5000},
+    {"train_data_dir": "x" * 300}, {"vae": "x" * 300},  # longer than a name may be
     {"cache_latents": True, "color_aug": True}, {"huggingface_repo_id": "a//b"}, {"log_with": "tensorboard"},
     {"enable_bucket": True, "min_bucket_reso": 512}, {"enable_bucket": True, "max_bucket_reso": 32},
     {"validation_split": 1.5}, {"ema_decay": 1.0}, {"save_best": True}, {"early_stop_patience": 3},
@@ -183,7 +183,7 @@ def broken_config_file(draw: random.Random, good: Mapping[str, Any]) -> bytes:
     if kind == 2:
         return toml.dumps({"section": {"inner": content}}).encode()
     if kind == 3:
-        return toml.dumps({"first": content, "second": {"network_dim": 5}}).encode()
+        return toml.dumps({"first": content, "second": [{"network_dim": 5}]}).encode()
     if kind == 4:
         return toml.dumps(content).encode() + b"output_name = '\xe4\xff'\n"
     option = draw.choice(
