@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 
+import numpy as np
 import torch
 
 
@@ -33,5 +34,11 @@ def python_random(seed: int, purpose: str, *indices: int | str) -> random.Random
 
 
 def seed_global_generators(seed: int, purpose: str, *indices: int | str) -> None:
-    """Seed torch's global generators, which dropout layers inside a model draw from, for one step."""
-    torch.manual_seed(seed_for(seed, purpose, *indices))
+    """Seed the global generators, which dropout layers and other people's networks draw from, for one step.
+
+    Torch's; and Python's and NumPy's, from which for example DyLoRA draws the rank of a step.
+    """
+    value = seed_for(seed, purpose, *indices)
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value % 2**32)

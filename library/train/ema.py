@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from library.train.callbacks import Callback
+from library.train.rounding import HALF
 
 
 class WeightAverage(Callback):
@@ -76,8 +77,24 @@ def given_out_by(optimizer: Any, parameters: Sequence[torch.nn.Parameter]) -> It
         yield
         return
     with kept(parameters):
-        optimizer.eval()
+        with _in_float32(parameters):
+            optimizer.eval()
         try:
             yield
         finally:
-            optimizer.train()
+            with _in_float32(parameters):
+                optimizer.train()
+
+
+@contextlib.contextmanager
+def _in_float32(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside the block half-precision parameters are float32, as the state of their optimizer is."""
+    halves = [(parameter, parameter.data) for parameter in parameters if parameter.dtype in HALF]
+    for parameter, data in halves:
+        parameter.data = data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in halves:
+            data.copy_(parameter.data)
+            parameter.data = data

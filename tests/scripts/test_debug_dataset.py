@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.data.config import load_configs
+from library.data.dataset import TrainingData
+from library.data.dataset_class import ForeignData
+from library.data.options import AugmentOptions, BucketOptions, CaptionOptions, LoaderOptions, SourceOptions
 from library.train import debug_dataset
 from tests.runs import train_network
 from tests.tiny_data import tiny_images
+from tests.tiny_runs import run_facts
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +89,29 @@ def test_masks_and_latents_without_images_are_shown(options, tmp_path):
     plain, masked = (np.asarray(Image.open(look(options, **changes, alpha_mask=mask)[1][0])) for mask in (False, True))
     rows, columns = np.nonzero((plain != masked).any(axis=2))
     assert len(rows) > 1000 and columns.max() - columns.min() < 110  # the left half of one picture
+
+
+def test_pictures_are_as_many_and_as_large_as_the_sheets_need(images):
+    configs = load_configs(
+        SourceOptions(str(images)), BucketOptions((512, 256)), CaptionOptions(), AugmentOptions(), LoaderOptions(5)
+    )
+    data = TrainingData.build(configs, seed=1, on_bad_image="stop")
+    facts = run_facts()
+    shown = list(data.first_epoch(num_pictured=7, workers=0, **facts))
+    assert [sample.pixels_HWC is not None for sample in shown] == [True] * 7 + [False] * 5
+    assert {sample.pixels_HWC.shape for sample in shown[:7]} == {(106, 212, 3)}
+    assert {sample.size_wh for sample in shown} == {(512, 256)}
+    foreign = ForeignData("my.Class", [{"images": np.zeros((3, 3, 8, 512)), "captions": ["a", "b", "c"]}] * 3, seed=1)
+    shown = list(foreign.first_epoch(num_pictured=4, workers=0, **facts))
+    assert [sample.pixels_HWC is not None for sample in shown] == [True] * 4 + [False] * 5
+    assert shown[0].pixels_HWC.shape == (3, 212, 3)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(options, capsys):
+    options["output_dir"].mkdir()
+    (options["output_dir"] / "net-dataset").write_text("mine")
+    assert train_network(**options, debug_dataset=True) == 2
+    assert "net-dataset (File exists)" in capsys.readouterr().err
 
 
 def test_sheets_of_an_earlier_look_go_away(options, tmp_path):

@@ -26,6 +26,7 @@ ADAPTING = {"learning_rate": 1.0, "lr_scheduler": "cosine", "lr_warmup_steps": 1
         ("AdamWScheduleFree", {"learning_rate": 1e-2}),
         ("AdaFactor", {"fused_backward_pass": True, "mixed_precision": "bf16", "full_bf16": True}),
         ("AdamW8bit", {"mixed_precision": "bf16", "full_bf16": True}),
+        ("AdamWScheduleFree", {"mixed_precision": "bf16", "full_bf16": True, "learning_rate": 1e-2}),
     ],
 )
 def test_resume_with_each_optimizer(options, tmp_path, optimizer, settings):

@@ -11,6 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from library.train.ema import WeightAverage, given_out_by
+from library.train.rounding import WideUpdates
 
 
 def parameters(dtype=torch.float32):
@@ -76,6 +77,26 @@ def test_weights_that_an_optimizer_gives_out_and_the_way_back():
     with given_out_by(wrapped, trained_parameters):
         assert not any(map(torch.equal, trained_parameters, before))
     assert all(map(torch.equal, trained_parameters, before)) and optimizer.param_groups[0]["train_mode"]
+
+
+def test_half_precision_weights_are_given_out_in_their_precision():
+    """Their optimizer's state is float32, as updates are computed (WideUpdates)."""
+    (parameter,) = trained_parameters = [torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))]
+    wide = WideUpdates(trained_parameters)
+    optimizer = schedulefree.AdamWScheduleFree(trained_parameters, lr=0.1)
+    optimizer.train()
+    for _ in range(3):
+        parameter.grad = torch.ones_like(parameter)
+        wide.widen(trained_parameters)
+        optimizer.step()
+        wide.narrow()
+        optimizer.zero_grad()
+    y, z = parameter.detach().float(), optimizer.state[parameter]["z"]
+    wrapped = SimpleNamespace(optimizer=optimizer, eval=optimizer.eval, train=optimizer.train)
+    with given_out_by(wrapped, trained_parameters):
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, y.lerp(z, 1 - 1 / 0.9).bfloat16())  # x = y + (1 - 1/beta) (z - y)
+    assert torch.equal(parameter, y.bfloat16()) and optimizer.param_groups[0]["train_mode"]
 
 
 def test_other_optimizers_give_out_what_is_trained():
