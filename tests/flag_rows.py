@@ -13,8 +13,24 @@ import torch
 
 from library.data.images import usable_cores
 from tests.flag_effects import (
-    Check, both, computes_again, computes_attention_with, has_inside, learns_nearly_the_same, learns_otherwise,
-    learns_the_same, marks, of_dtype, of_rank, only_parts, refuses, runs, says, says_less, writes, writes_no,
+    Check,
+    both,
+    computes_again,
+    computes_attention_with,
+    has_inside,
+    learns_nearly_the_same,
+    learns_otherwise,
+    learns_the_same,
+    marks,
+    of_dtype,
+    of_rank,
+    only_parts,
+    refuses,
+    runs,
+    says,
+    says_less,
+    writes,
+    writes_no,
 )  # fmt: skip
 
 

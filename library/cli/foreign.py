@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ GUI_KEYS = {
     "noise_offset_type": "noise_offset and multires_noise_iterations say it",
 }
 GUI_NOTHING = {"dynamo_backend": "no"}  # values by which the GUI says that an option is off
+RATES = "text_encoder_lr"  # a list in later versions of the trade's scripts: one for each text encoder
 MOST_SCRIPTS_NAMED = 3
 
 
@@ -62,10 +64,32 @@ def as_meant(option: Option, value: Any) -> tuple[Any, str]:
     """
     if value in ("", []) or (option.name in GUI_NOTHING and value == GUI_NOTHING[option.name]):
         return None, ""
-    if option.name == "text_encoder_lr" and isinstance(value, list) and not option.many:
-        differ = len(set(map(str, value))) > 1
-        return value[0], f"{option.name}: {value[0]} is used, SD1/SD2 has one text encoder" if differ else ""
+    if option.name == RATES and isinstance(value, list) and not option.many:
+        return value[0], _note_on_rates(value)
     return value, ""
+
+
+def with_one_rate(argv: Sequence[str]) -> tuple[list[str], str]:
+    """(a command line with one rate after --text_encoder_lr, what to say of the others); see :func:`as_meant`."""
+    words, flag = list(argv), f"--{RATES}"
+    if flag not in words:
+        return words, ""
+    first = words.index(flag) + 1
+    rates = list(takewhile(_is_number, words[first:]))
+    return words[: first + 1] + words[first + max(1, len(rates)) :], _note_on_rates(rates)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _note_on_rates(rates: Sequence[Any]) -> str:
+    differ = len(set(map(float, rates))) > 1 if all(_is_number(str(rate)) for rate in rates) else False
+    return f"{RATES}: {rates[0]} is used, SD1/SD2 has one text encoder" if differ else ""
 
 
 def _names(scripts: tuple[str, ...] | list[str]) -> str:

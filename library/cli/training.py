@@ -101,6 +101,7 @@ def build_parser(script: Script) -> OptionParser:
 def parse(script: Script, argv: Sequence[str] | None = None) -> tuple[RunConfig | None, list[str]]:
     """(configuration, sentences to print); no configuration when --output_config was all that was asked for."""
     parser = build_parser(script)
+    argv, note_on_rates = foreign.with_one_rate(sys.argv[1:] if argv is None else argv)
     namespace = parser.parse_strictly(argv)
     options = script.options()
     notes: list[str] = []
@@ -115,7 +116,7 @@ def parse(script: Script, argv: Sequence[str] | None = None) -> tuple[RunConfig 
     values = legacy.translate(vars(namespace))
     groups = {name: build(group, values) for name, group in CONFIG_GROUPS.items()}
     config = RunConfig(**groups, target=build(script.target_options, values))
-    return config, [*notes, *legacy.notes(values)]
+    return config, [*notes, *[note_on_rates] * bool(note_on_rates), *legacy.notes(values)]
 
 
 def hide_secrets(secrets: Iterable[str]) -> None:

@@ -43,7 +43,7 @@ class DiskLatents:
     """Latents read from their files when they are drawn.
 
     `image_hashes` are those of the states of the files, by index, as far as this process checked or wrote them.
-    `indices` are the items that it has latents of, by default all.
+    `indices` are the items that it has latents of, by default all. Without `is_checked` nobody has looked at the files.
     """
 
     in_memory = False
@@ -54,7 +54,10 @@ class DiskLatents:
         vae_fingerprint: str,
         image_hashes: Mapping[int, str],
         indices: Collection[int] | None = None,
+        *,
+        is_checked: bool = True,
     ) -> None:
+        self.is_checked = is_checked
         self.items = items
         self.vae_fingerprint = vae_fingerprint
         self.image_hashes = image_hashes
@@ -70,12 +73,13 @@ class DiskLatents:
             flipped=flipped,
             vae_fingerprint=self.vae_fingerprint,
             image_hash=self.image_hashes.get(index),
+            is_checked=self.is_checked,
         )
         return torch.from_numpy(latents_CHW).float()
 
     def load_alpha(self, index: int) -> np.ndarray:
         """The alpha channel, (h, w) in [0, 1], of an item that asks for it."""
-        return cache_files.read_alpha(self.items[index])
+        return cache_files.read_alpha(self.items[index], is_checked=self.is_checked)
 
 
 class MemoryLatents:
@@ -192,7 +196,7 @@ def fill_disk(
                 writing.popleft().result()
         for job in writing:
             job.result()
-    return DiskLatents(items, vae_fingerprint, image_hashes)
+    return DiskLatents(items, vae_fingerprint, image_hashes, is_checked=is_checked)
 
 
 def states_of(

@@ -242,23 +242,33 @@ def _state_of_source(
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def read_latents(item: CacheItem, *, flipped: bool, vae_fingerprint: str, image_hash: str | None) -> np.ndarray:
+def read_latents(
+    item: CacheItem, *, flipped: bool, vae_fingerprint: str, image_hash: str | None, is_checked: bool = True
+) -> np.ndarray:
     """(C, H, W) of a file that was valid at the start; raises OptionError when it is that file no longer.
 
-    `image_hash` is that of its state; None where another process has seen to it.
+    `image_hash` is that of its state; None where another process has seen to it. Of a file that was taken unchecked,
+    the OptionError says what about it does not fit.
     """
     key = KEYS[flipped]
     try:
         arrays = _arrays(item.npz, (key, "fingerprint"))
-        mirrored = _mirrored_beside(item, arrays) if flipped else None
-        found, latents_CHW = _fingerprint_in(arrays), arrays[key] if mirrored is None else mirrored
+        if flipped and (mirrored := _mirrored_beside(item, arrays)) is not None:
+            arrays[key] = mirrored
+        found = _fingerprint_in(arrays)
     except DAMAGE as error:
-        raise _unreadable(item.npz, error) from None
+        raise _unreadable(item.npz, error, is_checked=is_checked) from None
+    misfit = None if found is None else _difference(found, item, vae_fingerprint)
+    if key not in arrays:
+        misfit = "without mirrored latents" if flipped else "without latents"
+    elif arrays[key].shape != latent_shape(item.placement.bucket_wh):
+        misfit = "other size"
+    if misfit and not is_checked:
+        raise _unfit(item.npz, misfit)
     same_image = image_hash in (None, OF_ANOTHER_PROGRAM if found is None else found.get("image"))
-    same_making = found is None or _difference(found, item, vae_fingerprint) is None
-    if not (same_image and same_making and latents_CHW.shape == latent_shape(item.placement.bucket_wh)):
+    if misfit or not same_image:
         raise OptionError(FLAG, f"another run has rewritten {item.npz}", "resume when that run has ended")
-    return latents_CHW
+    return arrays[key]
 
 
 def original_size(npz: str) -> Size:
@@ -267,17 +277,28 @@ def original_size(npz: str) -> Size:
     return int(width), int(height)
 
 
-def read_alpha(item: CacheItem) -> np.ndarray:
+def read_alpha(item: CacheItem, *, is_checked: bool = True) -> np.ndarray:
     """(h, w) in [0, 1] of a file that was valid at the start; at latent size or, by other programs, at image size."""
     try:
-        return _arrays(item.npz, (ALPHA,))[ALPHA]
+        alpha_hw = _arrays(item.npz, (ALPHA,)).get(ALPHA)
     except DAMAGE as error:
-        raise _unreadable(item.npz, error) from None
+        raise _unreadable(item.npz, error, is_checked=is_checked) from None
+    if alpha_hw is None:
+        raise _unfit(item.npz, "without alpha mask")
+    return alpha_hw
 
 
-def _unreadable(npz: str, error: BaseException) -> OptionError:
-    reason = getattr(error, "strerror", None) or str(error)
+def _unreadable(npz: str, error: BaseException, *, is_checked: bool) -> OptionError:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if not is_checked:
+        return _unfit(npz, f"it can't be read: {reason}")
     return OptionError(FLAG, f"{npz} can't be read any more ({reason})", "delete it and resume")
+
+
+def _unfit(npz: str, why: str) -> OptionError:
+    """The error for a file that nobody has checked."""
+    way_out = "leave out --skip_cache_check, and what does not fit is made anew"
+    return OptionError("--skip_cache_check", f"{npz} does not fit this run ({why})", way_out)
 
 
 def peek_latents(item: CacheItem, *, flipped: bool) -> np.ndarray:

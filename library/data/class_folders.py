@@ -11,6 +11,7 @@ from typing import NamedTuple
 from library.data.listing import count_images, entries_of, is_folder, is_hidden, why_closed
 from library.data.options import MOST_REPEATS, FolderOptions
 from library.options import OptionError, require
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +53,11 @@ def class_folders(base: str, flag: str, default_repeats: int = 1) -> Iterator[Fo
     if not used and not own_images:
         way_out = "name class folders <repeats>_<class>, for example 10_cat, or name the folder of images itself"
         raise OptionError(flag, f"no images found; {way_out}; looked at:{_tree(path, children, counts)}")
-    for child in children:
-        if child.repeats is None or (child.used and not counts[child.path]):
-            logger.info("%s passed over: %s", child.path, why_passed_over(child, counts[child.path]))
     if not used:
-        showings = "1 repeat" if default_repeats == 1 else f"{default_repeats} repeats"
-        logger.info("%s holds %d images itself: %s, no class", path, own_images, showings)
+        showings = counted(default_repeats, "repeat")
+        logger.info("%s holds %s itself: %s, no class", path, counted(own_images, "image"), showings)
         yield FolderOptions(image_dir=path, num_repeats=default_repeats)
         return
-    if own_images:
-        logger.info("%s: %d images directly in it passed over, there are class folders", path, own_images)
     for child in used:
         yield FolderOptions(child.path, child.repeats or 1, child.class_tokens)
 
@@ -70,7 +66,7 @@ def _check_class_folder(child: ClassFolder, flag: str) -> None:
     if reason := why_closed(child.path):
         raise OptionError(flag, f"{child.path} {reason}", "correct its permissions, or move it elsewhere")
     if child.repeats is not None and child.repeats > MOST_REPEATS:
-        problem = f"{child.path.name} would be shown {child.repeats} times per epoch; is {child.repeats} a date?"
+        problem = f"{child.path.name} would be shown {child.repeats} times per epoch (is {child.repeats} a date?)"
         raise OptionError(flag, problem, f"rename it, for example to 10_{child.class_tokens}")
 
 
@@ -80,7 +76,7 @@ def passed_over_folders(base: Path | str) -> list[tuple[Path, str]]:
     used = [child for child in children if child.used and counts[child.path]]
     found = [(child.path, why_passed_over(child, counts[child.path])) for child in children if child not in used]
     if used and own_images:
-        found.append((Path(base), f"{own_images} images directly in it, but there are class folders"))
+        found.append((Path(base), f"{counted(own_images, 'image')} directly in it, but there are class folders"))
     return found
 
 
@@ -104,10 +100,11 @@ def why_passed_over(child: ClassFolder, num_images: int) -> str:
         return why_empty(child.path)
     if is_hidden(child.path.name):
         return "a hidden folder"
+    images = counted(num_images, "image")
     if child.repeats is None:
         name = child.path.name
-        return f"{num_images} images, but the name does not begin with the repeats; rename it, for example to 10_{name}"
-    return f"{num_images} images, but {child.repeats} repeats"
+        return f"{images}, but the name does not begin with the repeats; rename it, for example to 10_{name}"
+    return f"{images}, but {counted(child.repeats, 'repeat')}"
 
 
 def why_empty(folder: Path) -> str:
@@ -120,4 +117,4 @@ def why_empty(folder: Path) -> str:
     if deeper:
         return f"no images, but {count_images(deeper)} in {deeper.name}{os.sep}; only one level is looked at"
     num_files = len(entries)
-    return f"{num_files} files, none of them an image" if num_files else "empty"
+    return f"{counted(num_files, 'file')}, no image" if num_files else "empty"

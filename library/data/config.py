@@ -145,6 +145,8 @@ def check_dataset_class(source: SourceOptions, cache: CacheOptions, *others: Any
     require(all(part.isidentifier() for part in f"{name}.".split(".")[:-1]), "--dataset_class", f"{name!r}", way_out)
     require("." in name, "--dataset_class", f"{name} names no module", way_out)
     package = name.partition(".")[0]
+    way_out = "put the class into a module of its own on PYTHONPATH"
+    require(package != "__main__", "--dataset_class", f"{name} names this program itself", way_out)
     if not is_installed(package):
         raise OptionError("--dataset_class", f"there is no module {package} for {name}", "put it on PYTHONPATH")
     require(

@@ -30,10 +30,10 @@ from library.data.scan import Scan
 from library.data.sources import (
     FolderContents,
     ImageRecord,
-    report_broken,
+    refuse_broken,
     report_captions,
-    report_passed_over,
     scan_folder,
+    table_of_broken,
 )
 from library.data.summary import LoadedDataset, metadata
 from library.data.validation_set import ValidationSet, split_images, with_own_items
@@ -63,15 +63,12 @@ class TrainingData:
     def build(cls, configs: Sequence[DatasetConfig], *, seed: int, on_bad_image: str) -> TrainingData:
         """Find the images, read captions, check every image to its last byte, and sort them into buckets.
 
-        `on_bad_image` "stop": all broken images in one OptionError; "skip": in one warning, and the run does without.
+        `on_bad_image` "stop": all broken images in one OptionError; "skip": the run does without. What was found
+        beside the images to train on is in `scan`.
         """
         subsets = [subset for config in configs for subset in config.subsets]
         found = [_scan(subset) for subset in subsets]
-        report_passed_over(found)
-        report_captions(
-            (contents, subset.caption.caption_extension, None if subset.is_metadata else subset.folder.class_tokens)
-            for contents, subset in zip(found, subsets, strict=True)
-        )
+        report_captions(zip(found, (subset.caption.caption_extension for subset in subsets), strict=True))
         found, broken_masks = with_mask_files(found, subsets)
         found = under_one_name(found)
         with_latents, unusable = datasets_with_latents(configs, found)
@@ -82,7 +79,8 @@ class TrainingData:
         unchecked |= {image.record.mask.path: None for image in images if image.record.mask}
         looks = Looks()
         broken |= find_broken(unchecked, looks.note)
-        report_broken(broken, on_bad_image)
+        if on_bad_image == "stop":
+            refuse_broken(broken)
         if broken:
             found = [contents.without(broken) for contents in found]
             images, items = placed_images(configs, found, with_latents)
@@ -102,9 +100,9 @@ class TrainingData:
         ]
         if not any(dataset.num_train for dataset in datasets):
             looked_at = ", ".join(str(subset.source) for subset in subsets)
-            raise OptionError(
-                "training images", f"none left to train on in {looked_at}", "add images that are not is_reg"
-            )
+            way_out = f"add images that are not is_reg{table_of_broken(broken)}"
+            raise OptionError("training images", f"none left to train on in {looked_at}", way_out)
+        _report_unused(datasets)
         data = cls(datasets, items, assembly.samples(seed), validation)
         data.scan = Scan(tuple(found), broken, looks.by_path)
         return data
@@ -252,6 +250,18 @@ def _without_folders(record: ImageRecord) -> ImageRecord:
         mask=mask and replace(mask, path=os.path.basename(mask.path)),
         metadata=metadata and replace(metadata, npz=None, flipped_npz=None),
     )
+
+
+def _report_unused(datasets: Sequence[LoadedDataset]) -> None:
+    """Warn of regularisation images that balance nothing."""
+    for dataset in datasets:
+        if dataset.num_reg and not dataset.num_train:
+            sources = ", ".join(str(subset.source) for subset in dataset.config.subsets if subset.folder.is_reg)
+            logger.warning(
+                "%s: regularisation images are not used without training images in their dataset; "
+                "move the subset to the [[datasets]] of the images that it is to balance",
+                sources,
+            )
 
 
 def _needs_a_look(item: CacheItem) -> bool:

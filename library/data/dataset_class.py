@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import random
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,9 +42,12 @@ from library.data.scan import Scan
 from library.data.summary import LoadedDataset
 from library.options import OptionError
 from library.randomness import python_random, seed_for, seed_global_generators, torch_generator
+from library.text.tokens import END_ID
 
 FLAG = "--dataset_class"
 SAMPLES_PER_ITEM = 2**20  # ids are given to samples in blocks of this many: more than an item can have
+FAILURES = (Exception, SystemExit)  # of code that is not ours
+LARGEST_PIXEL = 1.001  # rounding is no mistake, 0 to 255 is one
 PAIRS = ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw")
 
 
@@ -59,23 +63,27 @@ def make_dataset(
     module_name, _, class_name = name.rpartition(".")
     try:
         made_by = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # the module's own code runs
+    except FAILURES as error:  # the module's own code runs
         raise OptionError(FLAG, f"{name} can't be imported: {error}", "name package.module.Class") from None
     missing = [method for method in ("__len__", "__getitem__") if not hasattr(made_by, method)]
     if missing:
         raise OptionError(FLAG, f"{name} has no {' and no '.join(missing)}", "derive it from torch's Dataset")
     tokenizer = tokenizers[0] if len(tokenizers) == 1 else list(tokenizers)
-    try:
-        made = made_by(tokenizer, max_token_length, resolution, debug_dataset)
-        length = len(made)
-    except Exception as error:
-        raise OptionError(FLAG, f"{name} can't be made: {_told(error)}", "mend the class") from None
-    if not length:
+    made = _done(f"{name} can't be made", lambda: made_by(tokenizer, max_token_length, resolution, debug_dataset))
+    if not _done(f"{name} has no length", lambda: len(made)):
         raise OptionError(FLAG, f"{name} has no items", "mend the class")
     return made
 
 
-def _told(error: Exception) -> str:
+def _done(what: str, call: Callable[[], Any]) -> Any:
+    """What somebody's code gives; OptionError where it fails."""
+    try:
+        return call()
+    except FAILURES as error:
+        raise OptionError(FLAG, f"{what}: {_told(error)}", "mend the class") from None
+
+
+def _told(error: BaseException) -> str:
     """The error, and the line it comes from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
@@ -96,15 +104,22 @@ class ForeignData:
         self.name = name
         self.dataset = dataset
         self.seed = seed
+        self.metadata()  # now rather than with the first file
 
     @property
     def num_train_images(self) -> int:
         """What the class says, or its number of items."""
-        return int(getattr(self.dataset, "num_train_images", len(self.dataset)))
+        return self._number("num_train_images", len(self.dataset))
 
     @property
     def num_reg_images(self) -> int:
-        return int(getattr(self.dataset, "num_reg_images", 0))
+        """What the class says, or none."""
+        return self._number("num_reg_images", 0)
+
+    def _number(self, attribute: str, default: int) -> int:
+        what = f"{attribute} of {self.name}"
+        value = _done(what, lambda: getattr(self.dataset, attribute, None))
+        return default if value is None else _done(what, lambda: int(value))
 
     def batches_per_epoch(self, num_processes: int) -> int:
         return -(-len(self.dataset) // num_processes)
@@ -113,8 +128,10 @@ class ForeignData:
         """The ss_* keys about the data, as far as the class has them."""
         keys = {"ss_num_train_images": self.num_train_images, "ss_num_reg_images": self.num_reg_images}
         for key in ("tag_frequency", "bucket_info"):
-            if hasattr(self.dataset, key):
-                keys[f"ss_{key}"] = json.dumps(getattr(self.dataset, key), default=str)
+            text = _done(
+                f"{key} of {self.name}", lambda key=key: json.dumps(getattr(self.dataset, key, None), default=str)
+            )
+            keys |= {} if text == "null" else {f"ss_{key}": text}
         return keys
 
     def digest(self) -> dict[str, int | str]:
@@ -187,17 +204,14 @@ class _ItemReader(TorchDataset):
         random.seed(seed_for(self.seed, *place))
         np.random.seed(seed_for(self.seed, *place) % 2**32)
         seed_global_generators(self.seed, *place)
-        try:
-            item = self.dataset[index]
-        except Exception as error:
-            raise self._refusal(index, _told(error)) from None
+        item = _done(f"item {index} of {self.name}", lambda: self.dataset[index])
         if not isinstance(item, Mapping):
             raise self._refusal(index, f"is a {type(item).__name__} and not a dictionary")
         return item
 
     def _tell(self, method: str, value: int) -> None:
         if callable(told := getattr(self.dataset, method, None)):
-            told(value)
+            _done(f"{method} of {self.name}", lambda: told(value))
 
     def _refusal(self, index: int, problem: str) -> OptionError:
         return OptionError(FLAG, f"item {index} of {self.name}: {problem}", "mend the class")
@@ -212,17 +226,20 @@ class _ItemReader(TorchDataset):
             raise self._refusal(share.item, f"its {'latents' if is_latents else 'images'} are not {shape}")
         count, stride = len(pixels), 1 if is_latents else LATENT_STRIDE
         height, width = pixels.shape[2:]
-        if height % stride or width % stride:
+        if not height or not width or height % stride or width % stride:
             raise self._refusal(share.item, f"its images are {width}x{height}; sides have to be multiples of {stride}")
+        self._check_range(share.item, pixels, None if is_latents else LARGEST_PIXEL)
         ids = [share.item * SAMPLES_PER_ITEM + number for number in range(count)]
         latent_chw = (4, height // stride, width // stride)
         hw = torch.tensor([[side * (LATENT_STRIDE // stride) for side in (height, width)]] * count)
         captions = self._captions(share.item, item, count)
         tokens = self._token_ids(share.item, item, captions, count)
         weights = item.get("loss_weights")
-        weights_B = torch.ones(count) if weights is None else torch.as_tensor(weights, dtype=torch.float32).reshape(-1)
-        if len(weights_B) != count:
-            raise self._refusal(share.item, f"it has {count} images and {len(weights_B)} loss_weights")
+        weights_B = torch.ones(count)
+        if weights is not None:
+            weights_B = self._numbers(share.item, "loss_weights", weights).float().reshape(-1)
+        if len(weights_B) != count or not weights_B.isfinite().all():
+            raise self._refusal(share.item, f"it has {count} images, and its loss_weights are not as many numbers")
         pairs = [self._pairs(share.item, item, name, count) for name in PAIRS]
         return Batch(
             **noise_fields([self.run.draw(epoch, sample_id, latent_chw) for sample_id in ids]),
@@ -246,10 +263,20 @@ class _ItemReader(TorchDataset):
     def _tensor(self, index: int, item: Mapping[str, Any], name: str) -> torch.Tensor:
         if item.get(name) is None:
             raise self._refusal(index, "it has neither images nor latents")
+        return self._numbers(index, name, item[name]).float()
+
+    def _numbers(self, index: int, name: str, value: Any) -> torch.Tensor:
         try:
-            return torch.as_tensor(item[name]).float()
+            return torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError):
             raise self._refusal(index, f"its {name} are no tensor") from None
+
+    def _check_range(self, index: int, pixels: torch.Tensor, largest: float | None) -> None:
+        low, high = pixels.min().item(), pixels.max().item()  # not a number where any pixel is none
+        if not math.isfinite(low + high):
+            raise self._refusal(index, "its images or latents are not finite numbers")
+        if largest is not None and max(-low, high) > largest:
+            raise self._refusal(index, f"its images go from {low:g} to {high:g}, and not from -1 to 1")
 
     def _captions(self, index: int, item: Mapping[str, Any], count: int) -> tuple[str, ...]:
         captions = item.get("captions")
@@ -266,16 +293,20 @@ class _ItemReader(TorchDataset):
             tokens = self.run.tokenize(captions)
             return {"token_ids": tokens.ids, "token_weights": tokens.weights}
         found = [item[name] for name in ("input_ids", "input_ids2") if item.get(name) is not None]
-        ids = tuple(torch.as_tensor(each).long() for each in found)
+        ids = tuple(self._numbers(index, "input_ids", each) for each in found)
         ids = tuple(each[:, None] if each.dim() == 2 else each for each in ids)
         if any(each.dim() != 3 or len(each) != count or each.shape[2] != 77 for each in ids):
             raise self._refusal(index, "its input_ids are not (B, 77) or (B, N, 77)")
-        return {"token_ids": ids}
+        if any(((each < 0) | (each > END_ID) | (each != each.long())).any() for each in ids):
+            raise self._refusal(index, f"its input_ids are not all whole numbers from 0 to {END_ID}")
+        return {"token_ids": tuple(each.long() for each in ids)}
 
     def _pairs(self, index: int, item: Mapping[str, Any], name: str, count: int) -> torch.Tensor | None:
         if item.get(name) is None:
             return None
-        pairs = [torch.as_tensor(pair) for pair in item[name]]
+        if not hasattr(item[name], "__len__"):
+            raise self._refusal(index, f"its {name} are not (B, 2)")
+        pairs = [self._numbers(index, name, pair) for pair in item[name]]
         if len(pairs) != count or any(pair.numel() != 2 for pair in pairs):
             raise self._refusal(index, f"its {name} are not (B, 2)")
         return torch.stack(pairs).long()

@@ -173,6 +173,14 @@ class Findings:
         return [path for contents in self.scan.contents for path in contents.passed_over]
 
     @cached_property
+    def unnamed(self) -> list[str]:
+        """Images in the folders of metadata files that none of these names."""
+        paths = [path for contents in self.scan.contents for path in contents.unnamed]
+        keys = file_keys([*paths, *self.images])
+        used = {keys[path] for path in self.images}
+        return [path for path in dict.fromkeys(paths) if keys[path] not in used]
+
+    @cached_property
     def num_looked_at(self) -> int:
         """Pictures that this start decoded; of others a valid cache says that they were decoded before."""
         return sum(path in self.scan.looks for path in self.images)

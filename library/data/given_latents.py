@@ -77,7 +77,7 @@ def given_latents(
             )
     _report(Counter(states[index].reason for index in used))
     image_hashes = {index: states[index].image_hash for index in used if states[index].reason != UNCHECKED}
-    return DiskLatents(items, vae_fingerprint, image_hashes, used)
+    return DiskLatents(items, vae_fingerprint, image_hashes, used, is_checked=is_checked)
 
 
 def _fall_back(items: Sequence[CacheItem], reasons: Collection[str], left_to: str) -> None:

@@ -86,6 +86,10 @@ def _layers(image: Image.Image, background: str) -> list[Image.Image]:
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
         return [Image.fromarray(grey.astype(np.uint8)).convert("RGB")]
+    if image.mode == "F":  # Pillow's own conversion takes 0 to 255, while most such files go from 0 to 1
+        grey = np.nan_to_num(np.asarray(image), posinf=np.inf, neginf=-np.inf)
+        grey = (grey * (255 if grey.max() <= 1 else 1)).clip(0, 255).round()
+        return [Image.fromarray(grey.astype(np.uint8)).convert("RGB")]
     if image.has_transparency_data:
         image = image.convert("RGBA")
         on_background = Image.alpha_composite(Image.new("RGBA", image.size, background), image)

@@ -14,7 +14,6 @@ from library.options import OptionError
 OTHER_IMAGES = frozenset(  # what people take for an image that could be used
     (".gif", ".tif", ".tiff", ".jfif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".psd", ".svg", ".exr")
 )
-NOT_UTF8 = "its name is not UTF-8: rename it"
 
 
 @functools.cache
@@ -41,21 +40,32 @@ def _has_image_extension(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_extensions()
 
 
-def is_utf8(name: str) -> bool:
-    """Whether a name can be written into files: on some systems names are any bytes."""
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written into files."""
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
 
 
-def entries_of(folder: Path | str) -> list[os.DirEntry[str]]:
+def why_no_name(path: str) -> str | None:
+    """Why a path can't be written into files, which on some systems is any bytes; None where it can."""
+    if is_utf8(path):
+        return None
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError:
+        return "its name is not UTF-8: rename it"
+    return "its name can't be read in this locale: set PYTHONUTF8=1"
+
+
+def entries_of(folder: Path | str, where: str = "training images") -> list[os.DirEntry[str]]:
     """What lies in a folder, sorted by name. Raises OptionError for a folder that can't be used."""
-    if not is_utf8(str(folder)):
-        raise OptionError("training images", f"{folder}: {NOT_UTF8}")
+    if reason := why_no_name(str(folder)):
+        raise OptionError(where, f"{folder}: {reason}")
     if reason := why_closed(folder):
-        raise OptionError("training images", f"{folder} {reason}", "correct its permissions, or name another folder")
+        raise OptionError(where, f"{folder} {reason}", "correct its permissions, or name another folder")
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
 
@@ -107,8 +117,8 @@ def listing(folder: Path) -> Listing:
                 passed_over += [entry.path] if os.path.splitext(entry.name)[1].lower() in unusable else []
         elif is_hidden(entry.name) or is_folder(entry):
             passed_over.append(entry.path)
-        elif not is_utf8(entry.name):
-            broken[entry.path] = NOT_UTF8
+        elif reason := why_no_name(entry.name):
+            broken[entry.path] = reason
         elif is_file(entry):
             files.append(entry.name)
         else:

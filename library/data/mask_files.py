@@ -14,6 +14,7 @@ from library.data.listing import entries_of, is_file, is_image
 from library.data.options import MaskOptions
 from library.data.sources import FolderContents, ImageRecord, MaskFile, composed, listed
 from library.options import OptionError, require
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class _Masks:
     def _listing(self, place: str) -> dict[str, str]:
         if place not in self._listings:
             folder = os.path.join(self.folder, place)
-            entries = entries_of(folder) if os.path.isdir(folder) else []
+            entries = entries_of(folder, "conditioning_data_dir") if os.path.isdir(folder) else []
             names = [entry for entry in reversed(entries) if is_image(entry.name) and is_file(entry)]
             self._listings[place] = {composed(os.path.splitext(entry.name)[0]): entry.path for entry in names}
         return self._listings[place]
@@ -128,11 +129,10 @@ def _mask_file(path: str) -> MaskFile:
 
 
 def report_masks(contents: Sequence[FolderContents], subsets: Sequence[SubsetConfig]) -> None:
-    """Log how many images are masked by what, which are not, and what becomes of transparency that masks nothing."""
+    """Log how many images are masked by what, and which are not."""
     pairs = [(image, subset) for c, subset in zip(contents, subsets, strict=True) for image in c.images]
     by_file = [image for image, _ in pairs if image.mask]
     by_alpha = [image for image, subset in pairs if subset.masks.alpha_mask and image.has_alpha]
-    ignored = [image for image, subset in pairs if image.has_alpha and not subset.masks.alpha_mask]
     if by_file:
         logger.info("masks: %d of %d images are masked by files", len(by_file), len(pairs))
     if any(subset.masks.alpha_mask for subset in subsets):
@@ -141,18 +141,12 @@ def report_masks(contents: Sequence[FolderContents], subsets: Sequence[SubsetCon
         whole = [i for i, subset in pairs if not (i.mask or (subset.masks.alpha_mask and i.has_alpha))]
         if whole:
             paths = [image.path for image in whole]
-            logger.warning("masks: %d images have none and count as a whole: %s", len(whole), listed(paths))
-    if ignored:
-        logger.info(
-            "transparency: %d of %d images have an alpha channel; what is transparent is trained as white, "
-            "and --alpha_mask would leave it out of the loss",
-            len(ignored),
-            len(pairs),
-        )
+            count = counted(len(whole), "image")
+            logger.warning("masks: %s without one, counted as a whole: %s", count, listed(paths))
     stretched = [image.path for image in by_file if _stretch(image) > LARGEST_STRETCH]
     if stretched:
-        logger.warning("masks: %d are of another shape than their image and are stretched: %s",
-                       len(stretched), listed(stretched))  # fmt: skip
+        count = counted(len(stretched), "mask")
+        logger.warning("masks: %s of another shape than the image, stretched: %s", count, listed(stretched))
 
 
 def _stretch(image: ImageRecord) -> float:

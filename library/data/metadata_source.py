@@ -11,9 +11,11 @@ from pathlib import Path
 from library.data.cache_files import DAMAGE, original_size
 from library.data.entry_finder import EntryFiles, EntryFinder
 from library.data.headers import BadImage, Header
+from library.data.listing import is_image, listing, why_closed
 from library.data.metadata_file import MetadataEntry, Size, read_metadata
 from library.data.same_files import file_keys
 from library.data.sources import FolderContents, FromMetadata, ImageRecord, listed, read_all
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,19 @@ def scan_metadata(path: Path, image_dir: Path, *, between: str, all_lines: bool 
             turned += [file] if facts is not None and facts.train_wh != entry.train_size else []
     _report(path, images, turned)
     empty = tuple(image.path for image in images if not image.caption)
-    return FolderContents(tuple(images), broken, empty)
+    others, passed_over = _beside(image_dir, images)
+    return FolderContents(tuple(images), broken, empty, passed_over=passed_over, unnamed=others)
+
+
+def _beside(image_dir: Path, images: list[ImageRecord]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(images in the folder that no entry names, files that would be passed over in any folder of images)."""
+    if why_closed(image_dir):
+        return (), ()
+    found = listing(image_dir)
+    paths = [os.path.join(image_dir, name) for name in found.files if is_image(name)]
+    keys = file_keys([*paths, *(image.path for image in images)])
+    named = {keys[image.path] for image in images}
+    return tuple(path for path in paths if keys[path] not in named), found.passed_over
 
 
 def _headers(files: list[EntryFiles], name: str) -> Iterator[Header | BadImage]:
@@ -99,8 +113,9 @@ def _report(path: Path, images: list[ImageRecord], turned: list[str]) -> None:
     doubles = [image.path for image in {keys[image.path]: image for image in images}.values()
                if uses[keys[image.path]] > 1]  # fmt: skip
     if doubles:
-        told = f"{path}: {len(doubles)} images are named by several entries and trained once for each"
+        told = f"{path}: {counted(len(doubles), 'image')} named by several entries and trained once for each"
         logger.warning("%s: %s", told, listed(doubles))
     if turned:
-        told = "the train_resolution of %d photos is that of the camera's sensor; its sides are swapped"
-        logger.info(f"%s: {told}: %s", path, len(turned), listed(turned))
+        photos = counted(len(turned), "photo")
+        told = f"the train_resolution of {photos} is that of the camera's sensor, its sides are swapped"
+        logger.info("%s: %s: %s", path, told, listed(turned))

@@ -23,6 +23,7 @@ from library.data.info_cache import read_with_notes
 from library.data.listing import image_extensions, is_hidden, is_image, listing
 from library.data.progress import progress
 from library.options import OptionError
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class FolderContents:
     caption_extension: str = ""  # the one used; empty where captions are in no files of their own
     unreadable_captions: tuple[str, ...] = ()  # not UTF-8
     passed_over: tuple[str, ...] = ()  # paths: images of other kinds, hidden ones, and folders named like an image
+    unnamed: tuple[str, ...] = ()  # paths of images in the folder that the metadata file does not name
 
     def without(self, paths: Collection[str]) -> FolderContents:
         """The same, less these images."""
@@ -216,36 +218,23 @@ def _caption_name(image_name: str, files: Mapping[str, str], extension: str) -> 
 # ---------------------------------------------------------------------------------------------- reports
 
 
-def report_captions(folders: Iterable[tuple[FolderContents, str, str | None]]) -> None:
-    """Log, in one line each, other extensions in use and missing captions; stop on captions that aren't UTF-8.
-
-    Each folder comes with the caption extension that was asked for and its class tokens.
-    """
+def report_captions(folders: Iterable[tuple[FolderContents, str]]) -> None:
+    """Log other extensions in use than the one that each folder comes with; stop on captions that aren't UTF-8."""
     folders = list(folders)
-    unreadable = [path for contents, _, _ in folders for path in contents.unreadable_captions]
+    unreadable = [path for contents, _ in folders for path in contents.unreadable_captions]
     if unreadable:
         raise OptionError("captions", f"not UTF-8: {listed(unreadable)}", "save these files as UTF-8")
-    pairs = {(asked, contents.caption_extension) for contents, asked, _ in folders}
+    pairs = {(asked, contents.caption_extension) for contents, asked in folders}
     others = {(asked, used) for asked, used in pairs if used not in ("", asked)}
     for asked in sorted({asked for asked, _ in others}):
         used = sorted(used for each, used in others if each == asked)
         logger.info("captions: no %s files; using the %s files that are there", asked, " and ".join(used))
-    with_class = [path for contents, _, tokens in folders if tokens for path in contents.uncaptioned]
-    without = [path for contents, _, tokens in folders if not tokens for path in contents.uncaptioned]
-    if with_class:
-        logger.info("captions: %d images have none and use their class tokens: %s", len(with_class), listed(with_class))
-    if without:
-        logger.warning("captions: %d images have none and use the empty caption: %s", len(without), listed(without))
 
 
-def report_passed_over(folders: Iterable[FolderContents]) -> None:
-    """Log, in one line, how many files of which kinds lie beside the images and are not used."""
-    paths = {path for contents in folders for path in contents.passed_over}
-    kinds = Counter(map(_kind_of_passed_over, paths))
-    if kinds:
-        found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        usable = ", ".join(sorted(image_extensions()))
-        logger.warning("training images: %s passed over; images are files of %s", found, usable)
+def kinds_passed_over(paths: Iterable[str]) -> str:
+    """How many files of which kinds lie beside the images and are not used: "1 .gif, 2 hidden .jpg"."""
+    kinds = Counter(map(_kind_of_passed_over, set(paths)))
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _kind_of_passed_over(path: str) -> str:
@@ -255,19 +244,26 @@ def _kind_of_passed_over(path: str) -> str:
     return f"folder named {extension}" if extension in image_extensions() else extension
 
 
-def report_broken(broken: dict[str, str], on_bad_image: str) -> None:
-    """List every broken image at once: stop with OptionError, or warn, as `on_bad_image` says."""
-    if not broken:
-        return
-    count = f"{len(broken)} broken image{'s' if len(broken) > 1 else ''}"
-    table = "".join(f"\n  {path}: {reason}" for path, reason in sorted(broken.items()))
-    if on_bad_image == "stop":
-        way_out = "mend or remove them, or use --on_bad_image skip"
-        raise OptionError("training images", f"{count}; {way_out}:{table}")
-    logger.warning("%s left out:%s", count, table)
+def refuse_broken(broken: Mapping[str, str]) -> None:
+    """Raise OptionError with every broken image, if there are any."""
+    if broken:
+        count = counted(len(broken), "broken image")
+        raise OptionError(
+            "training images", f"{count}; mend or remove them, or use --on_bad_image skip:{table_of_broken(broken)}"
+        )
+
+
+def table_of_broken(broken: Mapping[str, str]) -> str:
+    return "".join(f"\n  {path}: {reason}" for path, reason in sorted(broken.items()))
 
 
 def listed(paths: Sequence[str]) -> str:
-    """The first names, and how many more."""
-    names = ", ".join(os.path.basename(path) for path in paths[:NAMES_SHOWN])
+    """The first names, with their folders, and how many more."""
+    names = ", ".join(map(with_folder, paths[:NAMES_SHOWN]))
     return f"{names} and {len(paths) - NAMES_SHOWN} more" if len(paths) > NAMES_SHOWN else names
+
+
+def with_folder(path: str) -> str:
+    """The last folder of a path, and the file."""
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.basename(folder), name)

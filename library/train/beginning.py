@@ -57,7 +57,8 @@ def _data(checked: CheckedRun, accelerator: Accelerator, family: ModelFamily, se
     config = checked.config
     name = config.source.dataset_class
     if not name:
-        return TrainingData.build(checked.datasets, seed=seed, on_bad_image=config.source.on_bad_image)
+        on_bad_image = "skip" if config.training.plan else config.source.on_bad_image  # a plan lists them
+        return TrainingData.build(checked.datasets, seed=seed, on_bad_image=on_bad_image)
     bundle = family.outline(config.model, placement.load_plan(config, accelerator.device))
     dataset = make_dataset(
         name,

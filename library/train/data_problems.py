@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from library.data.findings import Findings, enlargement, kept_part, samples_in_short_batches
 from library.data.loading import TrainImage
-from library.data.options import BucketOptions, MaskOptions
+from library.data.options import BucketOptions, MaskOptions, SourceOptions
+from library.data.sources import kinds_passed_over, with_folder
 from library.train.report import Gallery, Picture, Problem
 from library.wording import counted
 
@@ -17,9 +18,11 @@ MANY_SHORT = 0.2  # share of an epoch's samples in batches that are at most half
 LISTED = 200  # pictures of a problem
 
 
-def data_problems(findings: Findings, bucket: BucketOptions, masks: MaskOptions) -> Iterator[Problem]:
+def data_problems(
+    findings: Findings, source: SourceOptions, bucket: BucketOptions, masks: MaskOptions
+) -> Iterator[Problem]:
     """Warnings and notes; the options are those of the command line, for what to do about it."""
-    yield from _unusable(findings)
+    yield from _unusable(findings, source)
     yield from _captions(findings)
     yield from _copies(findings)
     yield from _sizes(findings, bucket)
@@ -42,24 +45,34 @@ def _gallery(findings: Findings, paths: Sequence[str], note: Callable[[str], str
     return Gallery.of(pictures, more=max(0, len(paths) - LISTED))
 
 
-def _unusable(findings: Findings) -> Iterator[Problem]:
+def _unusable(findings: Findings, source: SourceOptions) -> Iterator[Problem]:
     broken = findings.scan.broken
     if broken:
+        is_refused = source.on_bad_image == "stop"
+        fate = "a run would stop here" if is_refused else f"{'is' if len(broken) == 1 else 'are'} left out"
         yield Problem(
             True,
-            f"{counted(len(broken), 'image')} can't be read: left out",
-            "mend or remove them",
-            lines=tuple(f"{path}: {reason}" for path, reason in sorted(broken.items())[:LISTED]),
-            said_before=True,
+            f"{counted(len(broken), 'image')} can't be read{':' if is_refused else ' and'} {fate}",
+            "mend or remove them" + ("; --on_bad_image skip trains without them" if is_refused else ""),
+            lines=tuple(f"{with_folder(path)}: {reason}" for path, reason in sorted(broken.items())[:LISTED]),
         )
     others = findings.passed_over
     if others:
         yield Problem(
             True,
-            f"{counted(len(others), 'file')} beside the images passed over: no images of a kind that is read",
+            f"{counted(len(set(others)), 'file')} beside the images passed over, which are not of a kind that is read "
+            f"({kinds_passed_over(others)})",
             "convert them to PNG, JPEG or WebP if they belong to the training",
-            lines=tuple(sorted(others)[:LISTED]),
-            said_before=True,
+            lines=tuple(map(with_folder, sorted(set(others))[:LISTED])),
+        )
+    unnamed = findings.unnamed
+    if unnamed:
+        yield Problem(
+            True,
+            f"{counted(len(unnamed), 'image')} passed over: in the folder of a metadata file that does not name "
+            f"{'it' if len(unnamed) == 1 else 'them'}",
+            "make the metadata anew if they belong to the training",
+            lines=tuple(map(with_folder, unnamed[:LISTED])),
         )
 
 
@@ -75,7 +88,6 @@ def _captions(findings: Findings) -> Iterator[Problem]:
             f"{len(bare)} of {counted(total, 'image')} have no caption and are trained on the empty one",
             f"write caption files ({_extension(findings)}), or name the folder <repeats>_<class>",
             _gallery(findings, bare),
-            said_before=True,
         )
     empty = [path for folder in findings.folders for path in folder.empty_captions]
     if empty:
@@ -96,7 +108,6 @@ def _captions(findings: Findings) -> Iterator[Problem]:
             f"{classes}",
             "write what the picture shows",
             _gallery(findings, missing),
-            said_before=True,
         )
     if findings.cut_off:
         limit, longest = findings.token_limit, findings.cut_off[0].tokens
@@ -181,11 +192,18 @@ def _sizes(findings: Findings, bucket: BucketOptions) -> Iterator[Problem]:
             True,
             f"{counted(len(small), 'image')} too small: enlarged more than {MUCH_ENLARGED} times",
             "find larger originals, remove them, or train at a lower --resolution"
-            + ("" if bucket.bucket_no_upscale else "; --bucket_no_upscale never enlarges"),
+            + _no_upscale(bucket),
             _gallery(
                 findings, small, lambda path: f"{factors[path]:.1f} x, {'{}x{}'.format(*images[path].record.size_wh)}"
             ),
         )
+
+
+def _no_upscale(bucket: BucketOptions) -> str:
+    """The way not to enlarge, with all that it needs."""
+    if bucket.enable_bucket and bucket.bucket_no_upscale:
+        return ""
+    return f"; {'' if bucket.enable_bucket else '--enable_bucket '}--bucket_no_upscale never enlarges"
 
 
 def _short_batches(findings: Findings) -> Iterator[Problem]:
@@ -220,7 +238,7 @@ def _turned_or_transparent(findings: Findings, masks: MaskOptions) -> Iterator[P
     if findings.transparent:
         number = counted(len(findings.transparent), "image")
         yield Problem(
-            False,
+            not masks.alpha_mask,
             f"{number} with transparent parts: left out of the loss"
             if masks.alpha_mask
             else f"{number} with transparent parts: placed on white",

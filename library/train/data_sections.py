@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from library.data.class_folders import passed_over_folders
-from library.data.findings import BucketUse, Findings, FolderUse, enlargement
+from library.data.findings import BucketUse, Findings, FolderUse, Regularisation, enlargement
 from library.data.loading import TrainImage
 from library.data.options import SourceOptions
 from library.train.data_problems import picture_of
@@ -36,15 +36,13 @@ def _folders(findings: Findings, source: SourceOptions) -> Section:
     bases = [] if _replaced(source) else [base for base in (source.train_data_dir, source.reg_data_dir) if base]
     skipped = [(str(path), why) for base in bases for path, why in passed_over_folders(base)]
     if skipped:
-        blocks.append(Table(("passed over", "why"), tuple(skipped)))
+        blocks.append(Table(("passed over", "why"), tuple(skipped), brief=True))
     if findings.regularisation:
         blocks.append(
             Facts(
                 tuple(
                     (f"regularisation{_of_dataset(reg.dataset, several)}",
-                     f"{reg.per_epoch} per epoch from {reg.with_repeats} "
-                     f"({counted(reg.images, 'image')} x repeats){_how(reg.per_epoch, reg.with_repeats)}, "
-                     f"to balance {reg.training} training images")
+                     _how_shown(reg))
                     for reg in findings.regularisation
                 ),
                 brief=True,
@@ -69,7 +67,8 @@ def _folder_row(folder: FolderUse, several: bool) -> tuple[str, ...]:
     images = len(folder.images)
     kind = ("regularisation" if folder.is_reg else "training") + _of_dataset(folder.dataset, several)
     captioned = images - len(folder.uncaptioned)
-    captions = f"{captioned} {folder.caption_extension or 'captions'}" if captioned else ""
+    captions = f"{captioned} {folder.caption_extension}" if folder.caption_extension else counted(captioned, "caption")
+    captions = captions if captioned else ""
     if folder.uncaptioned:
         rest = f"{len(folder.uncaptioned)} as {folder.class_tokens!r}" if folder.class_tokens else (
             f"{len(folder.uncaptioned)} without")  # fmt: skip
@@ -79,6 +78,14 @@ def _folder_row(folder: FolderUse, several: bool) -> tuple[str, ...]:
 
 def _of_dataset(number: int, several: bool) -> str:
     return f", dataset {number}" if several else ""
+
+
+def _how_shown(reg: Regularisation) -> str:
+    images = f"{reg.with_repeats} ({counted(reg.images, 'image')} x repeats)"
+    if not reg.training:
+        return f"none of {images}: no training images in their dataset"
+    how = _how(reg.per_epoch, reg.with_repeats)
+    return f"{reg.per_epoch} per epoch from {images}{how}, to balance {reg.training} training images"
 
 
 def _how(shown: int, total: int) -> str:
@@ -170,8 +177,8 @@ def _captions(findings: Findings) -> Section:
     if not lengths:
         return Section("Captions", (Text("No captions."),))
     middle = lengths[len(lengths) // 2]
-    lengths_in_words = f"{middle} tokens are the median, {lengths[-1]} the most, {findings.token_limit} are read"
-    facts = (("captions", f"{len(lengths):,} different ones; {lengths_in_words}"),)
+    lengths_in_words = f"median {counted(middle, 'token')}, longest {lengths[-1]}; {findings.token_limit} are read"
+    facts = (("captions", f"{len(lengths):,} different; {lengths_in_words}"),)
     examples = tuple((f"{tokens}", _short(caption)) for caption, tokens in _some(findings.tokens.items()))
     longest = tuple(
         (f"{long.tokens}", Picture(long.record.path).name, _short(long.caption))

@@ -20,9 +20,11 @@ from library.text.lengths import count_tokens
 from library.text.tokens import WINDOW
 from library.train import placement
 from library.train.beginning import Beginning, begin
+from library.train.data_problems import data_problems
 from library.train.dataset_sheets import SAMPLES_PER_SHEET, Card, dataset_sheet
+from library.train.planning import findings_of
 from library.train.preflight import CheckedRun, check_writable
-from library.train.report import aligned
+from library.train.report import aligned, warnings_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,11 @@ def show_dataset(checked: CheckedRun, family: ModelFamily) -> int:
         return 0
     folder = checked.names.folder / f"{checked.names.name or 'last'}-dataset"
     check_writable(folder, "--debug_dataset")
-    tokenizers = family.outline(config.model, placement.load_plan(config, accelerator.device)).tokenizers
+    bundle = family.outline(config.model, placement.load_plan(config, accelerator.device))
+    tokenizers = bundle.tokenizers
+    findings = findings_of(checked, begun, bundle, accelerator.num_processes)
+    for warning in warnings_of(data_problems(findings, config.source, config.bucket, config.masks)):
+        logger.warning("%s", warning)
     cards = list(_cards(checked, begun, accelerator, family, tokenizers))
     sheets = write_sheets(folder, checked.names.name or "last", cards)
     write_table(folder / "samples.csv", ((card.sample, card.num_tokens, card.num_cut_off) for card in cards))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 REPO_FLAG = "--huggingface_repo_id"
 TIMEOUTS = (30, 300, 300, 30)  # seconds: connect, read, write, wait for a free connection
 PAUSES = (5, 30)  # seconds before an upload is tried a second and a third time
-PATIENCE_WHEN_STOPPED = 30  # seconds that a run which was asked to stop waits for its uploads
+PATIENCE_WHEN_STOPPED = 30  # seconds that a run which was asked to stop, or whose hub is down, waits for its uploads
+PATIENCE = 1800  # seconds that any run waits for them at its end
+STAGING = ".upload-"  # how the folders of hard links begin
 LONGEST_REASON = 200  # letters of an error that are shown
 WORTH_ANOTHER_TRY = (408, 409, 412, 429)  # HTTP errors that pass; so do all from 500 on
 
@@ -42,13 +45,15 @@ class _Upload:
 class HubUploader(Callback):
     """Sends every saved file, and states if asked, to a repository; says once when that fails."""
 
-    def __init__(self, options: HubOptions, is_stopping: Callable[[], bool]) -> None:
-        self.options, self.is_stopping = options, is_stopping
+    def __init__(self, options: HubOptions, name: str, is_stopping: Callable[[], bool]) -> None:
+        """`name` is that of the run's files; it keeps the hard links of runs in the same folder apart."""
+        self.options, self.name, self.is_stopping = options, name, is_stopping
         self._queue: queue.Queue[_Upload] = queue.Queue()
         self._pending: list[str] = []  # names of what is not yet sent or given up
         self._thread: threading.Thread | None = None
         self._has_repo = False
         self._is_hopeless = False
+        self._is_down = False  # all tries of an upload have failed, and none has worked since
         self._gives_up = threading.Event()  # set when the program waits no longer
         self._missing: list[str] = []
 
@@ -56,20 +61,20 @@ class HubUploader(Callback):
         if path.is_dir() and not self.options.save_state_to_huggingface:
             return
         self._pending.append(path.name)
-        self._queue.put(_staged(path))
+        self._queue.put(_staged(path, self.name))
         if self._thread is None:
             self._thread = threading.Thread(target=self._send_all, name="hub uploads", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Wait for what is still to be sent; a request to stop shortens the wait."""
-        deadline = None
+        """Wait for what is still to be sent; a request to stop, and a hub that is down, shorten the wait."""
+        deadline, is_short = time.monotonic() + PATIENCE, False
         if self._pending and not self._is_hopeless:
             logger.info("waiting for %d uploads to %s", len(self._pending), self.options.huggingface_repo_id)
         while self._pending:
-            if deadline is None and self.is_stopping():
-                deadline = time.monotonic() + PATIENCE_WHEN_STOPPED
-            if deadline is not None and time.monotonic() > deadline:
+            if not is_short and (self._is_down or self.is_stopping()):
+                deadline, is_short = min(deadline, time.monotonic() + PATIENCE_WHEN_STOPPED), True
+            if time.monotonic() > deadline:
                 self._gives_up.set()
                 self._missing += self._pending
                 break
@@ -92,17 +97,19 @@ class HubUploader(Callback):
 
     def _send_or_say(self, upload: _Upload) -> None:
         error: Exception | None = None
-        for pause in (0.0, *PAUSES):
+        for pause in (0.0,) if self._is_down else (0.0, *PAUSES):
             if self._is_hopeless or self._gives_up.wait(pause):
                 break
             try:
                 self._send(upload)
+                self._is_down = False
                 logger.info("%s is uploaded", upload.name)
                 return
             except Exception as problem:  # whatever it is, the training matters more
                 error = problem
                 if not _may_pass(problem):
                     self._is_hopeless = True
+        self._is_down |= error is not None
         if error is not None and not self._missing:
             reason = _reason(error, self.options.huggingface_token)
             logger.warning("%s was not uploaded, training goes on: %s", upload.name, reason)
@@ -127,11 +134,18 @@ class HubUploader(Callback):
             api.upload_file(**repo, path_or_fileobj=upload.source, path_in_repo=target, commit_message=message)
 
 
-def _staged(path: Path) -> _Upload:
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove the hard links that an earlier run of this name left in `folder` when it was killed."""
+    for staging in folder.glob(f"{STAGING}*"):
+        if re.fullmatch(re.escape(f"{STAGING}{name}-") + r"\w+", staging.name):
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staged(path: Path, name: str) -> _Upload:
     """The file or folder as it is now, whatever becomes of it; as it is later, where the disk knows no hard links."""
     staging = None
     try:
-        staging = Path(tempfile.mkdtemp(prefix=".upload-", dir=path.parent))
+        staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{name}-", dir=path.parent))
         if path.is_dir():
             shutil.copytree(path, staging / path.name, copy_function=os.link)
         else:

@@ -29,7 +29,7 @@ def make_report(facts: ReportedRun, findings: Findings, title: str) -> Report:
     """The document of a run."""
     name = facts.names.name or facts.names.final_file().stem
     config = facts.config
-    problems = [*run_problems(facts, findings), *data_problems(findings, config.bucket, config.masks)]
+    problems = [*run_problems(facts, findings), *data_problems(findings, config.source, config.bucket, config.masks)]
     run, data = run_sections(facts, findings), data_sections(findings, facts.config.source)
     sections: list[Section] = [*data, *run, settings_section(facts.config)]
     return Report(
@@ -113,7 +113,7 @@ def publish(report: Report, findings: Findings, names: FileNames, *, is_plan_onl
         logger.info("%s", text)
     else:
         logger.info("%s", brief_text(report))
-        for warning in warnings_of(report):
+        for warning in warnings_of(report.problems):
             logger.warning("%s", warning)
         _write(names.log_file(), f"{text}\n", mode="a")
     records = {path: image.record for path, image in findings.images.items()}

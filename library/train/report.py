@@ -5,14 +5,15 @@ What it says is decided in plan_report.py; how it looks in a browser in report_p
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from library.data.findings import Box
+from library.data.sources import with_folder
 
 LISTED = 20  # pictures named per block in the text; the page shows as many as it has thumbnails for
+NAMED = 3  # pictures, or lines, of a problem on the screen
 LISTED_BRIEFLY = 8  # rows of a table on the screen
 
 
@@ -66,8 +67,7 @@ class Picture:
     @property
     def name(self) -> str:
         """Folder and file."""
-        folder, name = os.path.split(self.path)
-        return os.path.join(os.path.basename(folder), name)
+        return with_folder(self.path)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,15 @@ class Problem:
     advice: str = ""
     gallery: Gallery | None = None
     lines: tuple[str, ...] = ()
-    said_before: bool = False  # a line on the screen has told it already
+
+    @property
+    def examples(self) -> str:
+        """The first of what it is about, in one line."""
+        known = [picture.name for picture in self.gallery.pictures] if self.gallery else self.lines
+        names = list(dict.fromkeys(known))
+        number = len(names) + (self.gallery.more if self.gallery else 0)
+        more = f" and {number - NAMED} more" if number > NAMED else ""
+        return f"{(', ' if self.gallery else '; ').join(names[:NAMED])}{more}"
 
 
 Block = Facts | Table | Text | Gallery | Curve
@@ -141,12 +149,13 @@ def brief_text(report: Report) -> str:
     return "\n".join(line for block in blocks for line in _lines(block, LISTED_BRIEFLY))
 
 
-def warnings_of(report: Report) -> list[str]:
-    """What seems wrong, a line each, without what the screen has told already."""
+def warnings_of(problems: Iterable[Problem]) -> list[str]:
+    """What seems wrong, a line each."""
     return [
-        f"{problem.title}; {problem.advice}" if problem.advice else problem.title
-        for problem in report.problems
-        if problem.is_warning and not problem.said_before
+        f"{problem.title}{f' ({examples})' if (examples := problem.examples) else ''}"
+        f"{f'; {problem.advice}' if problem.advice else ''}"
+        for problem in problems
+        if problem.is_warning
     ]
 
 

@@ -68,6 +68,7 @@ class Run:
     start_step: int = 0
     step: int = 0  # updates done
     ended_early: bool = False  # by a callback, and so complete
+    agreed_to_stop: bool = False  # several processes, all of them
     callbacks: list[Callback] = field(default_factory=list)  # called in this order, before files are saved
     average: WeightAverage | None = None  # one of the callbacks, with --ema_decay
     recent_losses: list[float] = field(default_factory=list)
@@ -164,13 +165,14 @@ class Run:
         """Whether to stop before the next of something that all processes count alike; they agree every few counts."""
         if self.accelerator.num_processes == 1:
             return bool(self.stop)
-        if count % STOP_CHECK_EVERY:
-            return False
+        if self.agreed_to_stop or count % STOP_CHECK_EVERY:
+            return self.agreed_to_stop
         asked = torch.tensor([self.stop.signal_number or 0], device=self.device)
         numbers = self.accelerator.gather(asked)
         assert isinstance(numbers, torch.Tensor)
         self.stop.signal_number = int(numbers.max()) or None
-        return bool(self.stop)
+        self.agreed_to_stop = bool(self.stop)
+        return self.agreed_to_stop
 
     # ------------------------------------------------------------------------------------------ callbacks
 

@@ -105,7 +105,6 @@ def _steps(facts: ReportedRun, findings: Findings) -> Section:
     plan = facts.plan
     several = len(findings.datasets) > 1
     rows = tuple(_batches_row(use, findings, several) for use in findings.datasets)
-    header = ("", "training", "+ regularisation", "/ batch", "in buckets", "= batches per epoch")
     facts_of_plan = [("batches per epoch", f"{plan.batches_per_epoch}{_processes(facts)}")]
     if plan.accumulation > 1:
         batches = f"{plan.batches_per_epoch} batches / {plan.accumulation} for each step = {plan.steps_per_epoch}"
@@ -117,23 +116,23 @@ def _steps(facts: ReportedRun, findings: Findings) -> Section:
         facts_of_plan.append(("goes on after step", f"{facts.start_step}, {plan.steps - facts.start_step} to go"))
     return Section(
         "Steps",
-        (Table(header, rows, numbers=tuple(range(1, len(header)))), Facts(tuple(facts_of_plan), brief=True)),
+        (Facts(rows), Facts(tuple(facts_of_plan), brief=True)),
     )
 
 
-def _batches_row(use: DatasetUse, findings: Findings, several: bool) -> tuple[str, ...]:
+def _batches_row(use: DatasetUse, findings: Findings, several: bool) -> tuple[str, str]:
     """From images to batches, for one dataset."""
     folders = [folder for folder in findings.folders if folder.dataset == use.dataset and not folder.is_reg]
     regular = [reg for reg in findings.regularisation if reg.dataset == use.dataset]
     buckets = [bucket for bucket in findings.buckets if bucket.dataset == use.dataset and bucket.samples]
     batches = sum(bucket.batches for bucket in buckets) + sum(reg.alone for reg in regular)
+    batch_size = max((bucket.batch_size for bucket in buckets), default=use.batch_size)
+    images = counted(sum(len(folder.images) * folder.repeats for folder in folders), "picture")
+    with_regular = f" and {sum(reg.per_epoch for reg in regular)} of regularisation" if regular else ""
+    place = f"{counted(len(buckets), 'bucket')}, each cut into batches of up to {batch_size}"
     return (
-        f"dataset {use.dataset}" if several else "images x repeats",
-        f"{sum(len(folder.images) * folder.repeats for folder in folders)}",
-        f"{sum(reg.per_epoch for reg in regular) or ''}",
-        f"{max((bucket.batch_size for bucket in buckets), default=use.batch_size)}",
-        f"{len(buckets)}",
-        f"{batches}",
+        f"dataset {use.dataset}" if several else "an epoch",
+        f"{images} (images x repeats){with_regular} in {place}: {counted(batches, 'batch', 'batches')}",
     )
 
 

@@ -27,7 +27,7 @@ from library.train.ema import WeightAverage
 from library.train.final_check import FinalCheck
 from library.train.forecast import try_out
 from library.train.guard import NonFiniteGuard, StopRequest
-from library.train.hub import HubUploader
+from library.train.hub import HubUploader, remove_leftovers
 from library.train.loop import train
 from library.train.lr_schedulers import build_lr_scheduler
 from library.train.optimizers import BuiltOptimizer, build_optimizer, check_optimizer
@@ -133,8 +133,11 @@ def add_callbacks(run: Run, checked: CheckedRun) -> None:
         defaults = preview_defaults(run.config, checked.datasets)
         is_resumed = checked.resume_state is not None
         run.callbacks.append(Previews(run, checked.previews, defaults, is_resumed=is_resumed))
-    if run.config.hub.huggingface_repo_id and run.accelerator.is_main_process:
-        run.callbacks.append(HubUploader(run.config.hub, is_stopping=lambda: bool(run.stop)))
+    if run.accelerator.is_main_process:
+        name = run.names.final_file().stem
+        remove_leftovers(run.names.folder, name)
+        if run.config.hub.huggingface_repo_id:
+            run.callbacks.append(HubUploader(run.config.hub, name, is_stopping=lambda: bool(run.stop)))
 
 
 def cache_latents(config: RunConfig, data: TrainingData, bundle: ModelBundle, accelerator: Accelerator) -> None:

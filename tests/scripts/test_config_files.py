@@ -120,3 +120,13 @@ def test_written_files_hold_no_tokens_and_never_replace_others(tmp_path, capfd):
     assert "network_dim = 8" in file.read_text() and "secret" not in file.read_text()
     done = script("train_network.py", *words)
     assert done.returncode == 2 and "exists already" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_several_rates_of_text_encoders_on_the_command_line(options, capfd, tmp_path):
+    """As later scripts of the trade take them; the first one counts."""
+    assert train_network(**options, text_encoder_lr=[1e-5, 5e-5], plan=True) == 0
+    messages = capfd.readouterr().err
+    assert "text_encoder_lr: 1e-05 is used" in messages and "learning rate 1e-05" in messages
+    assert train_network(**options, text_encoder_lr=[1e-5, 1e-5], plan=True) == 0
+    assert "is used" not in capfd.readouterr().err
+    assert train_network(**options, text_encoder_lr=["high"], plan=True) == 2

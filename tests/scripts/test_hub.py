@@ -75,7 +75,7 @@ def test_a_refused_upload_is_said_once_and_training_goes_on(options, tmp_path, s
 
 def test_a_slow_hub_does_not_delay_the_steps(options, tmp_path, stand_in):
     stand_in.delay = 0.3
-    uploader = hub.HubUploader(hub.HubOptions(**REPO), is_stopping=lambda: False)
+    uploader = hub.HubUploader(hub.HubOptions(**REPO), "net", is_stopping=lambda: False)
     (tmp_path / "a.safetensors").write_bytes(b"first")
     start = time.monotonic()
     uploader.on_saved(tmp_path / "a.safetensors")
@@ -88,7 +88,7 @@ def test_a_slow_hub_does_not_delay_the_steps(options, tmp_path, stand_in):
 def test_a_run_that_is_stopped_does_not_wait_long(tmp_path, stand_in, monkeypatch, caplog):
     monkeypatch.setattr(hub, "PATIENCE_WHEN_STOPPED", 0.2)
     stand_in.delay = 1.0
-    uploader = hub.HubUploader(hub.HubOptions(**REPO), is_stopping=lambda: True)
+    uploader = hub.HubUploader(hub.HubOptions(**REPO), "net", is_stopping=lambda: True)
     for name in "ab":
         (tmp_path / name).write_bytes(b"content")
         uploader.on_saved(tmp_path / name)
@@ -96,6 +96,38 @@ def test_a_run_that_is_stopped_does_not_wait_long(tmp_path, stand_in, monkeypatc
     uploader.close()
     assert time.monotonic() - start < 0.9
     assert "not uploaded to me/cats: a, b" in caplog.text
+
+
+def test_a_hub_that_is_down_is_tried_once_for_each_further_file(tmp_path, stand_in, caplog):
+    stand_in.failures = 1000
+    uploader = hub.HubUploader(hub.HubOptions(**REPO), "net", is_stopping=lambda: False)
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"content")
+        uploader.on_saved(tmp_path / name)
+    uploader.close()
+    assert "not uploaded to me/cats: a, b, c" in caplog.text
+    assert 1000 - stand_in.failures == 3 + 1 + 1
+    stand_in.failures = 0
+    uploader.on_saved(tmp_path / "c")
+    uploader.close()
+    assert stand_in.files == {"me/cats/c": b"content"}, "it is back"
+
+
+def test_nobody_waits_for_ever(tmp_path, stand_in, monkeypatch, caplog):
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    stand_in.delay = 1.0
+    uploader = hub.HubUploader(hub.HubOptions(**REPO), "net", is_stopping=lambda: False)
+    (tmp_path / "a").write_bytes(b"content")
+    uploader.on_saved(tmp_path / "a")
+    uploader.close()
+    assert "not uploaded to me/cats: a" in caplog.text
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    for name in (".upload-net-abcdef12", ".upload-net-2-abcdef12", ".upload-other-abcdef12"):
+        (tmp_path / name).mkdir()
+    hub.remove_leftovers(tmp_path, "net")
+    assert {path.name for path in tmp_path.iterdir()} == {".upload-net-2-abcdef12", ".upload-other-abcdef12"}
 
 
 def test_going_on_with_a_state_from_the_hub(options, tmp_path, stand_in, capfd):

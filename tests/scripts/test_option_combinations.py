@@ -210,3 +210,12 @@ def test_settings_train_together(case, places, tmp_path, capfd):
     tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_up" in name), "something was learned"
+
+
+@pytest.mark.parametrize("two", REFUSED, ids=lambda two: " and ".join(sorted(f"{m} {s}" for m, s in two)))
+def test_settings_that_contradict_each_other_are_refused_in_a_sentence(two, places, tmp_path, capfd):
+    assert run(tmp_path, places, dict(sorted(two))) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"__main__.py: {REFUSED[two]}")
+    assert sum(line.startswith("__main__.py: ") for line in lines) == 1 and not any("Traceback" in x for x in lines)
+    assert not list(tmp_path.glob("net.*t*"))

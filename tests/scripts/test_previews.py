@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +202,27 @@ def test_a_folder_that_takes_no_pictures_does_not_stop_training(options, tmp_pat
     assert train_network(**with_previews(options, tmp_path, "a --s 1", sample_every_n_steps=2)) == 0
     assert equal_files(plain_run, tmp_path / "drawn" / "net.safetensors")
     assert "previews were not saved, training goes on" in capfd.readouterr().err
+
+
+def test_a_round_is_broken_off_between_steps_when_the_run_is_stopped(options, tmp_path, monkeypatch, capfd):
+    denoise, steps = drawing.denoise, []
+
+    def stopped_at_the_second_step(*args, progress, **kwargs):
+        def note(done, total):
+            steps.append(done)
+            if len(steps) == 2 + 3:  # after the 3 of the first picture
+                os.kill(os.getpid(), signal.SIGINT)
+            progress(done, total)
+
+        return denoise(*args, progress=note, **kwargs)
+
+    monkeypatch.setattr(drawing, "denoise", stopped_at_the_second_step)
+    text = "a disc --s 3\nb --s 40\nc --s 40\n"
+    assert train_network(**with_previews(options, tmp_path, text, sample_every_n_steps=1)) == 130
+    assert steps == [1, 2, 3, 1, 2]
+    assert len(pictures(tmp_path)) == 1 and not pictures(tmp_path, 1), "what was drawn by then is kept"
+    assert "1 of 3 are drawn" in capfd.readouterr().err
+    assert (tmp_path / "drawn" / "net-step00000001-state").is_dir()
 
 
 def test_a_mistake_in_the_program_is_not_swallowed(options, tmp_path, monkeypatch, capfd):

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from library.cli import generation
+from library.targets.adapter import Adapted
 from tests.runs import equal_files, metadata_of, train_network
 
 LYCORIS = {"network_module": "lycoris.kohya", "network_dim": 4, "network_alpha": 2, "max_train_steps": 2}
@@ -71,6 +72,15 @@ def test_lycoris_resumes_and_goes_on_from_its_files(options, tmp_path):
     assert all(torch.allclose(before[name], after[name], atol=1e-8) for name in before)
 
 
+@pytest.mark.parametrize("arguments", [["algo=full"], ["algo=dylora", "block_size=2"]])
+def test_lycoris_forms_whose_files_are_not_their_parameters_resume(options, tmp_path, arguments):
+    options |= LYCORIS | {"network_args": arguments, "max_train_steps": 3, "network_train_unet_only": True}
+    assert train_network(**options, save_every_n_steps=1, save_state=True) == 0
+    again = {**options, "output_dir": tmp_path / "again"}
+    assert train_network(**again, resume=tmp_path / "out" / "net-step00000001-state") == 0
+    assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
+
+
 REQUIRED_ONLY = """
     import torch
     from safetensors.torch import save_file
@@ -123,9 +133,17 @@ def test_a_module_with_only_what_is_required(options, tmp_path, written_module):
     assert bool((shift != 0).all())
 
 
-@pytest.mark.parametrize("method", ["apply_to", "prepare_optimizer_params", "prepare_grad_etc", "save_weights"])
+@pytest.mark.parametrize("method", Adapted.REQUIRED)
 def test_a_module_that_lacks_a_method_is_refused_by_name(options, written_module, capsys, method):
     name = written_module(f"without_{method}", REQUIRED_ONLY.replace(f"def {method}(", "def something_else("))
     assert train_network(**options | {"network_module": name, "network_dim": None}) == 2
     sentence = f"--network_module: the network of {name} has no method {method}, which this run needs"
-    assert sentence in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_module_that_lacks_the_function_is_refused_before_the_model_is_read(options, written_module, capsys):
+    name = written_module("without_function", REQUIRED_ONLY.replace("def create_network(", "def something_else("))
+    assert train_network(**options | {"network_module": name}) == 2
+    said = capsys.readouterr().err
+    sentence = f"--network_module: {name} has no function create_network, which this run needs"
+    assert sentence in said.splitlines()[-1] and "base model" not in said

@@ -109,7 +109,7 @@ def test_odd_data_is_told(options, tmp_path, capsys):
     assert train_network(**options, plan=True) == 0
     text = plan_text(tmp_path / "out")
     for part in (
-        "1 image can't be read", "1 caption file without text", "5 images without a caption", "trained on 'thing'",
+        "1 image can't be read and is left out", "1 caption file without text", "5 images without a caption", "trained on 'thing'",
         "1 caption longer than the 75 tokens", "--max_token_length 150", "1 image file equal to another one",
         "the captions differ", "2 images in 1 group look alike", "2 images lose more than 25%", "wide.png",
         "tiny.png: 4.0 x, 16x16",
@@ -118,6 +118,32 @@ def test_odd_data_is_told(options, tmp_path, capsys):
         assert part in text, part
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.index("look alike") < page.index('id="buckets"'), "problems first"
+
+
+def test_a_plan_lists_what_would_stop_a_run(options, tmp_path, capfd):
+    """Broken pictures, and entries of a metadata file that lead nowhere; each is said once."""
+    folder = tmp_path / "1_a"
+    paths = tiny_images(folder, 4, sizes=((32, 32),))
+    paths[0].write_bytes(paths[0].read_bytes()[:100])
+    options["train_data_dir"] = tmp_path / "1_a"
+    assert train_network(**options, plan=True) == 0
+    said, text = capfd.readouterr().err, plan_text(tmp_path / "out")
+    for part in ("1 image can't be read: a run would stop here", "1_a/image_000.png: ", "--on_bad_image skip trains"):
+        assert part in text and said.count(part) == 1
+    assert "3 images too small" in text and "--bucket_no_upscale never enlarges" in text
+    assert train_network(**{**options, "enable_bucket": False}, plan=True) == 0
+    assert "--enable_bucket --bucket_no_upscale never enlarges" in plan_text(tmp_path / "out")
+    assert train_network(**options) == 2
+    capfd.readouterr()
+    (tmp_path / "meta.json").write_text(json.dumps({"image_001": {"caption": "x"}, "gone": {"caption": "y"}}))
+    options |= {"train_data_dir": folder, "in_json": tmp_path / "meta.json"}
+    assert train_network(**options, plan=True) == 0
+    text = plan_text(tmp_path / "out")
+    capfd.readouterr()
+    assert "gone: is in " in text and "images passed over: in the folder of a metadata file" in text
+    assert train_network(**options, on_bad_image="skip") == 0
+    said = capfd.readouterr().err
+    assert said.count("1 image can't be read and is left out (") == 1 and said.count("passed over") == 1
 
 
 def test_a_run_says_it_briefly_and_writes_it_whole(options, tmp_path, capsys):
@@ -139,9 +165,9 @@ def test_a_plan_of_a_dataset_file(options, tmp_path, images):
     assert train_network(**options, plan=True) == 0
     text = plan_text(tmp_path / "out")
     assert "dataset 1" in text and "buckets around 128x128, batch size 1" in text
-    rows = re.findall(r"^  dataset (\d) +(\d+) +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
-    assert [row[:2] for row in rows] == [("1", "18"), ("2", "6")]
-    assert sum(int(row[4]) for row in rows) == int(fact(text, "batches per epoch"))
+    rows = re.findall(r"^  dataset (\d) +(\d+) pictures .* batches of up to (\d): (\d+) batches$", text, re.MULTILINE)
+    assert [row[:3] for row in rows] == [("1", "18", "2"), ("2", "6", "1")]
+    assert sum(int(row[3]) for row in rows) == int(fact(text, "batches per epoch"))
 
 
 def test_a_plan_of_a_resumed_run(options, tmp_path):

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from library.targets.network import NetworkTarget
 from library.train import loop
 from library.train.resume import FileNames, RunState, find_state
-from tests.runs import ENVIRONMENT, ROOT, equal_files, flags, train_network
+from library.train.validation import Validation
+from tests.runs import ENVIRONMENT, ROOT, equal_files, flags, logged, train_network
 from tests.tiny_models import tiny_sd_checkpoint
 
 
@@ -128,15 +129,16 @@ def test_a_damaged_state_is_one_sentence(options, tmp_path, name, content, capfd
     assert "--resume" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_latest_is_the_newest_and_finds_a_state_cut_off_while_put_in_place(tmp_path):
+def test_latest_got_furthest_and_finds_a_state_cut_off_while_put_in_place(tmp_path):
     names = FileNames(tmp_path, "net", ".safetensors")
-    for age, (name, step) in enumerate({"net-step00000006-state": 6, ".net-step00000002-state.partial": 2}.items()):
+    states = {"net-state": 6, ".net-step00000006-state.partial": 6, "net-step00000002-state": 2}
+    for age, (name, step) in enumerate(states.items()):
         (tmp_path / name).mkdir()
         state = RunState(step=step, epoch=1, settings={}, data={}, recent_losses=[], skipped_steps=0)
         file = tmp_path / name / "train_state.json"
         file.write_text(json.dumps({"format": 1, **vars(state)}))
         os.utime(file, (1_000_000 + age, 1_000_000 + age))
-    assert find_state("latest", names) == tmp_path / "net-step00000002-state"
+    assert find_state("latest", names) == tmp_path / "net-step00000006-state"
     assert not list(tmp_path.glob(".*"))
 
 
@@ -233,6 +235,47 @@ def test_an_error_on_the_way_saves_the_work(options, tmp_path, monkeypatch, capf
     assert f'--resume "{state}"' in messages and "a loader died" in messages.splitlines()[-1]
     assert train_network(**again, resume=state) == 0
     assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
+
+
+def test_an_error_in_the_last_validation_does_not_lose_the_model(options, tmp_path, monkeypatch, capfd):
+    options |= {"max_train_steps": 2}
+    assert train_network(**options, validation_split=0.34) == 0
+
+    def failing_measurement(self, step):
+        raise RuntimeError("out of something")
+
+    again = {**options, "output_dir": tmp_path / "again"}
+    monkeypatch.setattr(Validation, "at_end", failing_measurement)
+    assert train_network(**again, validation_split=0.34) == 1
+    assert "out of something" in capfd.readouterr().err.splitlines()[-1]
+    assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
+
+
+def test_fused_updates_follow_the_schedule_of_a_resumed_run(options, tmp_path):
+    options |= {"max_train_steps": 5, "fused_backward_pass": True, "lr_scheduler": "linear", "lr_warmup_steps": 3}
+    assert train_network(**options, save_every_n_steps=2, save_state=True) == 0
+    again = {**options, "output_dir": tmp_path / "again", "resume": tmp_path / "out" / "net-step00000002-state"}
+    assert train_network(**again) == 0
+    assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"lr_scheduler": "cosine"},
+        {"lr_scheduler_type": "CosineAnnealingLR"},
+        {"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ["max_lr=1e-3"]},
+    ],
+)
+def test_a_longer_run_has_the_schedule_of_its_own_length(options, tmp_path, schedule, capfd):
+    assert train_network(**{**options, **schedule, "max_train_steps": 2, "save_state": True}) == 0
+    longer = {**options, **schedule, "max_train_steps": 4}
+    capfd.readouterr()
+    again = {"output_dir": tmp_path / "again", "logging_dir": tmp_path / "again_log"}
+    assert train_network(**{**longer, **again}, resume=tmp_path / "out" / "net-state") == 0
+    assert "was planned for 2 steps and now has 4" in capfd.readouterr().err
+    assert train_network(**{**longer, "output_dir": tmp_path / "straight"}, logging_dir=tmp_path / "log") == 0
+    assert logged(tmp_path / "again_log", "lr/unet") == logged(tmp_path / "log", "lr/unet")[2:]
 
 
 @pytest.mark.parametrize("when", ["at the end", "after Ctrl-C"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.data.validation_set import held_out
+from library.train import validation
 from tests.runs import equal_files, logged, metadata_of, train_network
 
 HELD_OUT = {"validation_split": 0.34}  # 2 of 6 images
@@ -132,6 +135,35 @@ def test_a_run_that_gets_no_better_ends_early(options, tmp_path, capfd):
     assert "nothing left to do" in messages
     assert train_network(**{**again, "max_train_steps": steps + 1}, **{**patience, "early_stop_patience": 9}) == 0
     assert metadata_of(tmp_path / "out" / "net.safetensors")["ss_steps"] == str(steps + 1)
+
+
+def test_a_measurement_that_is_broken_off_is_made_up_for(options, tmp_path, monkeypatch):
+    options |= HELD_OUT | {"max_train_steps": 4, "validate_every_n_steps": 2, "save_best": True}
+    loss_of, calls = validation.batch_loss, []
+
+    def stopped_at_call(number):
+        def measured(run, batch, **kwargs):
+            calls.append(run.step)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGINT)
+            return loss_of(run, batch, **kwargs)
+
+        return measured
+
+    monkeypatch.setattr(validation, "batch_loss", stopped_at_call(None))
+    assert train_network(**options, logging_dir=tmp_path / "log") == 0
+    at_start = calls.count(0)
+    assert at_start > 1 and calls.count(2) == at_start
+    calls.clear()
+    monkeypatch.setattr(validation, "batch_loss", stopped_at_call(at_start + 1))
+    options |= {"output_dir": tmp_path / "again"}
+    assert train_network(**options) == 130
+    assert len(calls) == at_start + 1, "the batch at which the signal came was the last one"
+    monkeypatch.setattr(validation, "batch_loss", loss_of)
+    assert train_network(**options, resume="latest", logging_dir=tmp_path / "again_log") == 0
+    straight = logged(tmp_path / "log", "loss/validation")
+    assert logged(tmp_path / "again_log", "loss/validation") == straight[1:]
+    assert equal_files(tmp_path / "out" / "net-best.safetensors", tmp_path / "again" / "net-best.safetensors")
 
 
 def test_losses_that_are_not_finite_are_no_convergence(options, tmp_path, capfd):

@@ -201,5 +201,29 @@ def test_files_can_be_taken_unchecked(tmp_path, caplog):
     assert encode.num_images == 1 and os.path.getsize(items[0].npz) == size
     assert "2 cache files taken unchecked, as --skip_cache_check asks" in caplog.text
     assert store.load(0, flipped=False).shape == (4, 6, 8)
-    with pytest.raises(OptionError, match="1.npz can't be read any more"):
+    with pytest.raises(OptionError) as caught:
         store.load(1, flipped=False)
+    assert "1.npz does not fit this run (it can't be read: " in str(caught.value)
+    assert str(caught.value).endswith("; leave out --skip_cache_check, and what does not fit is made anew")
+
+
+@pytest.mark.parametrize(
+    ("changes", "vae", "why"),
+    [
+        ({"placement": Placement((96, 64), (96, 78))}, "vae", "other size"),
+        ({}, "other", "other VAE"),
+        ({"flipped_too": True}, "vae", "without mirrored latents"),
+        ({"alpha_too": True}, "vae", "without alpha mask"),
+    ],
+)
+def test_what_was_taken_unchecked_and_does_not_fit_is_named(tmp_path, changes, vae, why):
+    item = make_item(tmp_path / "a.png")
+    cached([item])
+    store, encode = cached([replace(item, **changes)], vae=vae, is_checked=False)
+    assert not encode.num_images
+    with pytest.raises(OptionError) as caught:
+        store.load(0, flipped=item.flipped_too or "flipped_too" in changes)
+        store.load_alpha(0)
+    assert str(caught.value).startswith("--skip_cache_check: ") and f"does not fit this run ({why})" in str(
+        caught.value
+    )

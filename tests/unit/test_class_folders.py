@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from library.data.class_folders import parse_folder_name
+from library.data.class_folders import parse_folder_name, passed_over_folders
 from library.data.config import load_configs
 from library.data.options import AugmentOptions, BucketOptions, CaptionOptions, LoaderOptions, SourceOptions
 from library.options import OptionError
@@ -48,10 +48,14 @@ def test_class_folders_are_sorted_and_others_passed_over(tmp_path, caplog):
         config = load_folder(tmp_path / "train", tmp_path / "reg")
     found = [(s.image_dir.name, s.folder.num_repeats, s.folder.class_tokens, s.folder.is_reg) for s in config.subsets]
     assert found == [("10_a", 10, "a", False), ("9_b", 9, "b", False), ("1_person", 1, "person", True)]
-    assert "dog passed over: 2 images" in caplog.text and "rename it, for example to 10_dog" in caplog.text
-    assert "5_empty passed over: empty" in caplog.text
-    assert "1 images directly in it passed over" in caplog.text
-    assert "x passed over" not in caplog.text  # repeats below 1 are a way to switch a folder off
+    told = {path.name: why for path, why in passed_over_folders(tmp_path / "train")}
+    assert told == {
+        "0_x": "2 images, but 0 repeats",
+        "-1_x": "2 images, but -1 repeats",
+        "dog": "2 images, but the name does not begin with the repeats; rename it, for example to 10_dog",
+        "5_empty": "empty",
+        "train": "1 image directly in it, but there are class folders",
+    }
 
 
 def test_a_folder_of_images_itself(tmp_path, caplog):
@@ -75,9 +79,9 @@ def test_no_images_shows_what_was_looked_at(tmp_path):
     assert f"looked at:\n  {tmp_path}/: no images directly in it\n" in message
     for line in (
         "dog/: 2 images, but the name does not begin with the repeats; rename it, for example to 10_dog",
-        "0_off/: 1 images, but 0 repeats",
+        "0_off/: 1 image, but 0 repeats",
         "5_deep/: no images, but 4 in inner/; only one level is looked at",
-        "7_text/: 1 files, none of them an image",
+        "7_text/: 1 file, no image",
     ):
         assert f"\n    {line}\n" in f"{message}\n"
 

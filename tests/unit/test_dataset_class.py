@@ -1,13 +1,16 @@
 """Datasets that somebody else wrote: from items to batches, for any number of processes and workers."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from library.data.batch import Position
-from library.data.dataset_class import ForeignData
+from library.data.config import check_dataset_class
+from library.data.dataset_class import ForeignData, make_dataset
+from library.data.options import CacheOptions, SourceOptions
 from library.options import OptionError
 from tests.tiny_runs import assert_equal, letters, run_facts
 
@@ -127,8 +130,16 @@ def test_the_class_is_told_where_the_run_is():
         ({"captions": "text"}, "images and 4 captions"),
         ({"captions": ["a", "b", "c"]}, "images and 3 captions"),
         ({"input_ids": torch.zeros(9, 77)}, "its input_ids are not (B, 77) or (B, N, 77)"),
-        ({"loss_weights": [1.0, 1.0, 1.0]}, "images and 3 loss_weights"),
+        ({"loss_weights": [1.0, 1.0, 1.0]}, "and its loss_weights are not as many numbers"),
+        ({"loss_weights": ["a", "b"]}, "its loss_weights are no tensor"),
+        ({"loss_weights": [float("nan")] * 2}, "and its loss_weights are not as many numbers"),
         ({"crop_top_lefts": [(0, 0, 0)]}, "its crop_top_lefts are not (B, 2)"),
+        ({"crop_top_lefts": 5}, "its crop_top_lefts are not (B, 2)"),
+        ({"target_sizes_hw": [("a", "b")]}, "its target_sizes_hw are no tensor"),
+        ({"images": np.full((1, 3, 8, 8), 200, np.uint8)}, "its images go from 200 to 200, and not from -1 to 1"),
+        ({"images": np.full((1, 3, 8, 8), np.nan)}, "its images or latents are not finite numbers"),
+        ({"images": None, "latents": np.full((1, 4, 8, 8), np.inf)}, "its images or latents are not finite numbers"),
+        ({"images": np.zeros((1, 3, 0, 64))}, "its images are 64x0; sides have to be multiples of 8"),
     ],
 )
 def test_items_that_can_not_be_used_are_named(changes, problem):
@@ -136,6 +147,58 @@ def test_items_that_can_not_be_used_are_named(changes, problem):
         batches(Items(**changes))
     assert str(caught.value).startswith("--dataset_class: item ") and "my.Items: " in str(caught.value)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("ids", [torch.full((1, 77), 49408), torch.full((1, 77), -1), torch.full((1, 77), 0.5)])
+def test_ids_beyond_the_vocabulary_are_refused(ids):
+    one = Items(images=np.zeros((1, 3, 8, 8)), captions=None, input_ids=ids)
+    with pytest.raises(OptionError, match="its input_ids are not all whole numbers from 0 to 49407"):
+        batches(one)
+
+
+class Unhappy(Items):
+    @property
+    def num_train_images(self):
+        raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (Unhappy, "num_train_images of my.Items: RuntimeError: boom"),
+        (type("", (Items,), {"num_reg_images": "many"}), "num_reg_images of my.Items: ValueError"),
+        (type("", (Items,), {"tag_frequency": {("a", "b"): 1}}), "tag_frequency of my.Items: TypeError"),
+        (type("", (Items,), {"set_current_epoch": lambda self, epoch: 1 / 0}), "set_current_epoch of my.Items: Zero"),
+        (type("", (Items,), {"__getitem__": lambda self, index: sys.exit(3)}), "of my.Items: SystemExit: 3"),
+    ],
+)
+def test_whatever_the_class_raises_is_one_sentence(kind, sentence):
+    with pytest.raises(OptionError) as caught:
+        batches(kind())
+    assert sentence in str(caught.value) and str(caught.value).endswith("; mend the class")
+
+
+def test_a_class_that_does_not_count_its_images(caplog):
+    quiet = type("", (Items,), {"num_train_images": None})()
+    data = ForeignData("my.Items", quiet, seed=1)
+    assert (data.num_train_images, data.num_reg_images) == (5, 0)
+    assert data.metadata() == {"ss_num_train_images": 5, "ss_num_reg_images": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("__main__.Items", "names this program itself"), ("nowhere_at_all.Items", "there is no module nowhere_at_all")],
+)
+def test_names_that_lead_nowhere(name, problem):
+    with pytest.raises(OptionError, match=problem):
+        check_dataset_class(SourceOptions(dataset_class=name), CacheOptions())
+
+
+def test_a_module_that_ends_the_program_is_named(tmp_path, monkeypatch):
+    (tmp_path / "ends_at_once.py").write_text("raise SystemExit(1)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(OptionError, match="ends_at_once.Data can't be imported: 1"):
+        make_dataset("ends_at_once.Data", [None], max_token_length=None, resolution=None, debug_dataset=False)
 
 
 @pytest.mark.parametrize(("result", "problem"), [([1], "is a list and not a dictionary"), (None, "KeyError: 'no'")])

@@ -9,8 +9,11 @@ import pytest
 from library.data.batch import Position
 from library.data.config import load_configs
 from library.data.dataset import TrainingData
+from library.data.findings import find
 from library.data.options import AugmentOptions, BucketOptions, CaptionOptions, LoaderOptions, SourceOptions
 from library.options import OptionError
+from library.train.data_sections import data_sections
+from library.train.report import Report, full_text
 from tests.tiny_data import tiny_images
 from tests.tiny_runs import batches, build, cache
 
@@ -124,6 +127,21 @@ def test_datasets_have_their_own_size_and_batch_size(tmp_path):
     ]  # fmt: skip
 
 
+def test_regularisation_images_in_a_dataset_of_their_own_are_told(tmp_path, caplog):
+    tiny_images(tmp_path / "a", 3)
+    tiny_images(tmp_path / "r", 2)
+    folders = [{"image_dir": str(tmp_path / "a")}, {"image_dir": str(tmp_path / "r"), "is_reg": True}]
+    content = {"general": {"resolution": 64}, "datasets": [{"subsets": [folder]} for folder in folders]}
+    (tmp_path / "d.json").write_text(json.dumps(content))
+    data = build_file(tmp_path / "d.json")
+    assert f"{tmp_path / 'r'}: regularisation images are not used without training images" in caplog.text
+    findings = find(
+        data.datasets, data.scan, num_processes=1, token_limit=75, count_tokens=lambda texts: [1] * len(texts)
+    )
+    text = full_text(Report("", "", (), (), tuple(data_sections(findings, SourceOptions()))))
+    assert "none of 2 (2 images x repeats): no training images in their dataset" in text
+
+
 def test_one_folder_at_two_sizes_can_be_cached_on_disk(tmp_path):
     data = two_sizes(tmp_path)
     cache(data, cache_latents_to_disk=True)
@@ -190,7 +208,7 @@ def test_all_broken_images_are_listed_at_once(tmp_path):
 def test_broken_images_can_be_skipped(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = build(with_broken(tmp_path), augment=AugmentOptions(), on_bad_image="skip")
-    assert "2 broken images left out" in caplog.text
+    assert len(data.scan.broken) == 2
     assert data.num_train_images == 3
     cache(data)
     assert len({name for batch in batches(data).values() for name in batch.image_names}) == 3

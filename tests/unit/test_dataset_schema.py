@@ -109,10 +109,10 @@ def test_the_nearest_level_that_has_a_key_wins(folder, data):
 
 
 def test_every_key_that_may_stand_above_is_tried():
-    assert DATASET_KEYS | INHERITED_KEYS == set(OPTIONS)
+    assert set(OPTIONS) == DATASET_KEYS | INHERITED_KEYS
     for key in OPTIONS:
         assert len(values_of(key)) > 1, key
-    assert NO_FLAG <= set(OPTIONS) and not FOLDER_ONLY_KEYS & set(OPTIONS)
+    assert set(OPTIONS) >= NO_FLAG and not FOLDER_ONLY_KEYS & set(OPTIONS)
 
 
 def test_dataset_repeats_counts_where_the_file_says_nothing(folder):

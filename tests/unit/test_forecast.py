@@ -22,6 +22,7 @@ from library.train.forecast import (
     rate_courses,
     stand_ins,
     state_bytes_per_parameter,
+    try_out,
 )
 from library.train.lr_schedulers import build_lr_scheduler
 from library.train.optimizers import build_optimizer
@@ -92,6 +93,26 @@ def test_what_an_optimizer_keeps(name, size):
 def test_an_optimizer_that_cannot_be_tried():
     built = build_optimizer(OptimizerOptions(optimizer_type="torch.optim.LBFGS"), stand_ins(groups()[:1]))
     assert state_bytes_per_parameter(built) is None
+
+
+FAIL_LATER = [
+    ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("step_size=0",)}, {}, "--lr_scheduler_args: StepLR fails"),
+    ({"lr_scheduler_type": "ExponentialLR", "lr_scheduler_args": ("gamma='x'",)}, {}, "ExponentialLR fails after"),
+    (
+        {"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=1.0", "total_steps=2")},
+        {},
+        "OneCycleLR fails after step . of 9",
+    ),
+    ({}, {"optimizer_type": "torch.optim.SparseAdam"}, "--optimizer_type: SparseAdam can't make a step"),
+]
+
+
+@pytest.mark.parametrize(("schedule", "optimizer", "message"), FAIL_LATER)
+def test_what_would_fail_at_a_later_step_is_said_before_the_first(schedule, optimizer, message):
+    config = Settings(OptimizerOptions(**optimizer), ScheduleOptions(**schedule))
+    with pytest.raises(OptionError, match=message):
+        try_out(config, groups(), 9, torch.device("cpu"))
+    try_out(Settings(OptimizerOptions(), ScheduleOptions("cosine")), groups(), 9, torch.device("cpu"))
 
 
 def test_quiet_is_over_afterwards(caplog):

@@ -216,6 +216,13 @@ def test_sixteen_bits_of_grey_keep_their_range():
     assert load_picture(saved(Image.fromarray(values))).rgb_HWC[0, :, 0].tolist() == [0, 128, 255]
 
 
+@pytest.mark.parametrize("largest", [1.0, 255.0])
+def test_grey_in_floating_point_keeps_its_range(largest):
+    content = io.BytesIO()
+    Image.fromarray(np.float32([[0, 0.2 * largest, largest, np.nan]])).save(content, "TIFF")
+    assert load_picture(content.getvalue()).rgb_HWC[0, :, 0].tolist() == [0, 51, 255, 0]
+
+
 def test_shrinking_averages_and_enlarging_is_smooth():
     checks = np.indices((8, 8)).sum(0) % 2 * 255
     checks = np.repeat(checks[..., None], 3, axis=2).astype(np.uint8)

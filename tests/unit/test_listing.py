@@ -10,7 +10,7 @@ import pytest
 from library.data.class_folders import passed_over_folders
 from library.data.listing import count_images, is_image, listing
 from library.data.options import FolderOptions
-from library.data.sources import report_broken, report_passed_over, scan_folder
+from library.data.sources import kinds_passed_over, refuse_broken, scan_folder
 from library.options import OptionError
 from tests.tiny_data import tiny_image, tiny_images
 from tests.unit.test_class_folders import load_folder
@@ -22,15 +22,14 @@ def scan(folder):
     return scan_folder(folder, caption_extension=".txt", class_tokens=None)
 
 
-def test_hidden_files_are_no_images(tmp_path, caplog):
+def test_hidden_files_are_no_images(tmp_path):
     tiny_images(tmp_path / "1_x", 2)
     (tmp_path / "1_x" / "._image_000.png").write_bytes(b"\0\5\x16\7")  # as macOS puts beside files on other disks
     tiny_image((64, 64)).save(tmp_path / "1_x" / ".hidden.jpg", format="PNG")
     (tmp_path / "1_x" / ".notes").write_text("")
     contents = scan(tmp_path / "1_x")
     assert (len(contents.images), contents.broken, count_images(tmp_path / "1_x")) == (2, {}, 2)
-    report_passed_over([contents])
-    assert "1 hidden .jpg, 1 hidden .png passed over" in caplog.text
+    assert kinds_passed_over(contents.passed_over) == "1 hidden .jpg, 1 hidden .png"
     assert is_image("/a/.b/c.png") and not is_image("/a/b/.c.png")
     tiny_images(tmp_path / ".ipynb_checkpoints", 1)
     assert passed_over_folders(tmp_path) == [(tmp_path / ".ipynb_checkpoints", "a hidden folder")]
@@ -43,7 +42,7 @@ def test_names_that_are_not_utf8_are_listed(tmp_path):
     contents = scan(tmp_path)
     assert not contents.images
     with pytest.raises(OptionError, match="(?s)1 broken image; .*.png: its name is not UTF-8: rename it"):
-        report_broken(contents.broken, "stop")
+        refuse_broken(contents.broken)
     os.makedirs(os.fsencode(tmp_path) + b"/1_caf\xe9")
     with pytest.raises(OptionError, match="its name is not UTF-8: rename it"):
         load_folder(tmp_path)
@@ -80,7 +79,7 @@ def test_a_date_is_no_number_of_repeats(tmp_path):
     tiny_images(tmp_path / "20230815_party", 1)
     with pytest.raises(OptionError) as caught:
         load_folder(tmp_path)
-    assert "is 20230815 a date?; rename it, for example to 10_party" in str(caught.value)
+    assert "(is 20230815 a date?); rename it, for example to 10_party" in str(caught.value)
     with pytest.raises(OptionError, match="--num_repeats: 10001 is too often"):
         FolderOptions(num_repeats=10_001)
     (tmp_path / "20230815_party").rename(tmp_path / "10000_party")

@@ -111,6 +111,13 @@ def test_a_class_that_asks_for_the_length_of_the_run_is_told(name):
     assert seen[5] == pytest.approx(0.5) and last == pytest.approx(0.0, abs=1e-12)
 
 
+def test_torch_s_default_length_of_5_steps_is_not_taken():
+    seen, last = rates("constant", lr_scheduler_type="PolynomialLR")
+    assert seen[8] == pytest.approx(0.2) and last == pytest.approx(0.0, abs=1e-12)
+    seen, _ = rates("constant", lr_scheduler_type="PolynomialLR", lr_scheduler_args=["total_iters=5"])
+    assert seen[5] == pytest.approx(0.0, abs=1e-12)
+
+
 def test_what_is_given_to_a_class_counts():
     _, last = rates("constant", lr_scheduler_type="CosineAnnealingLR", lr_scheduler_args=["T_max=20"])
     assert last == pytest.approx(0.5)

@@ -9,7 +9,7 @@ import torch
 
 from library.data.options import CacheOptions
 from library.families.options import ModelOptions, TextOptions
-from library.options import build
+from library.options import OptionError, build
 from library.train import placement, session
 from library.train.memory_options import DistributedOptions, MemoryOptions, PrecisionOptions
 from library.train.offload import ActivationOffload
@@ -142,4 +142,8 @@ def test_what_data_parallelism_is_told():
     plain, timeout = placement._distributed(config(ddp_timeout=5, ddp_static_graph=True).distributed)
     assert plain.static_graph and not plain.gradient_as_bucket_view and timeout.timeout.total_seconds() == 300
     (view,) = placement._distributed(config(ddp_gradient_as_bucket_view=True).distributed)
-    assert view.gradient_as_bucket_view and not view.static_graph
+    assert view.gradient_as_bucket_view and not view.static_graph and not view.find_unused_parameters
+    (skipping,) = placement._distributed(config().distributed, skips_parameters=True)
+    assert skipping.find_unused_parameters
+    with pytest.raises(OptionError, match="--ddp_static_graph.*module_dropout"):
+        placement._distributed(config(ddp_static_graph=True).distributed, skips_parameters=True)

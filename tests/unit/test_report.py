@@ -32,7 +32,7 @@ def report(**changes) -> Report:
         "problems": (
             Problem(True, "two & two", "add them", Gallery.of([Picture("/data/5_a/x<y.png", "first\ncaption")])),
             Problem(False, "just so"),
-            Problem(True, "told", said_before=True),
+            Problem(True, "odd", lines=("a", "b", "c", "d")),
         ),
         "sections": (
             Section("Numbers", (Facts((("short", "1"), ("much longer", "2")), brief=True),)),
@@ -59,7 +59,7 @@ def test_columns_are_aligned():
 def test_the_screen_gets_the_short_form():
     lines = brief_text(report()).splitlines()
     assert "  and 4 more rows" in lines and not any("row 9" in line for line in lines)
-    assert warnings_of(report()) == ["two & two; add them"]
+    assert warnings_of(report().problems) == ["two & two (5_a/x<y.png); add them", "odd (a; b; c and 1 more)"]
 
 
 def test_the_whole_text_has_problems_first():
