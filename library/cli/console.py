@@ -21,7 +21,12 @@ class _BarFriendlyHandler(logging.StreamHandler):
     """Writes lines above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        text = self.format(record)
+        if sys.stderr.isatty():
+            tqdm.write(text, file=sys.stderr)
+        else:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
 
 def is_main_process() -> bool:

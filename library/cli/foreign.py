@@ -88,7 +88,7 @@ def _is_number(word: str) -> bool:
 
 
 def _note_on_rates(rates: Sequence[Any]) -> str:
-    differ = len(set(map(float, rates))) > 1 if all(_is_number(str(rate)) for rate in rates) else False
+    differ = all(_is_number(str(rate)) for rate in rates) and len(set(map(float, rates))) > 1
     return f"{RATES}: {rates[0]} is used, SD1/SD2 has one text encoder" if differ else ""
 
 

@@ -6,6 +6,8 @@ import os
 
 from tqdm import tqdm
 
+from library.progress import progress_bar
+
 SHOWN_AFTER = 2.0  # seconds: shorter work needs no bar
 
 
@@ -15,4 +17,5 @@ def progress(what: str, total: int, *, stays: bool = False) -> tqdm:
     Launchers number their processes in RANK; without one there is only this process.
     """
     silent = os.environ.get("RANK", "0") != "0" or (stays and not total)
-    return tqdm(total=total, desc=what, unit="image", leave=stays, delay=0 if stays else SHOWN_AFTER, disable=silent)
+    settings = {"total": total, "desc": what, "unit": "image", "delay": 0 if stays else SHOWN_AFTER}
+    return progress_bar(**settings, is_inner=not stays, disable=silent)

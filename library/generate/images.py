@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.generate.conditions import PromptEncoder
@@ -18,6 +17,7 @@ from library.generate.options import ComputeOptions, GenerationConfig
 from library.generate.output import ModelNames, PictureWriter
 from library.generate.request import GenerationRequest, batches
 from library.options import OptionError
+from library.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def generate(
     """Make the pictures and write them into `folder`; returns their paths in the order of the requests."""
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
     writer = PictureWriter(folder, config.output, ModelNames(Path(bundle.source.path).stem))
-    progress = tqdm(total=len(requests), unit="picture", desc="pictures")
+    progress = progress_bar(total=len(requests), unit="picture", desc="pictures")
     with writer, progress:
         for batch in batches(requests, config.compute.batch_size, encoder.windows):
             with reasons_explained(config.compute):
@@ -70,7 +70,7 @@ def make_pictures(
 
     `after_step` is called after each step, and breaks the batch off by raising something.
     """
-    with tqdm(unit="step", desc="steps", leave=False, disable=not show_progress) as progress:
+    with progress_bar(unit="step", desc="steps", is_inner=True, disable=not show_progress) as progress:
 
         def show(_done: int, total: int) -> None:
             progress.total = total

@@ -7,13 +7,15 @@ import os
 import sys
 import webbrowser
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
 
-from library.data.inspect import ShownSample, write_table
+from library.data.inspect import LONGEST_SIDE, ShownSample, write_table
 from library.diffusion.noise import NoiseSource
 from library.families.base import ModelFamily
 from library.text.lengths import count_tokens
@@ -72,7 +74,13 @@ def _cards(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    for sample in samples:
+    # in one block: small ones that stay, between large ones that go, would keep memory from being given back
+    pictures = np.empty((SAMPLES_PER_SHEET * MOST_SHEETS, LONGEST_SIDE, LONGEST_SIDE, 3), np.uint8)
+    for index, sample in enumerate(samples):
+        if sample.pixels_HWC is not None:
+            height, width = sample.pixels_HWC.shape[:2]
+            pictures[index, :height, :width] = sample.pixels_HWC
+            sample = replace(sample, pixels_HWC=pictures[index, :height, :width])
         (num_tokens,) = count_tokens(tokenizers[0], [sample.caption], weighted=text.weighted_captions)
         yield Card(sample, num_tokens, max(0, num_tokens - WINDOW * text.token_windows))
 

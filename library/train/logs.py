@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from library.options import options_of, read_toml
+from library.progress import progress_bar
 from library.train.guard import NonFiniteGuard
 from library.train.last_good import LastGood
 from library.train.output_options import LoggingOptions
@@ -61,7 +61,7 @@ class TrainLog:
         self.accelerator, self.guard, self.last_good, self.epochs = accelerator, guard, last_good, epochs
         self.recent: deque[float] = deque(maxlen=min(max(window, 1), LONGEST_AVERAGE))
         self.pending: StepRecord | None = None
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=steps, initial=start, desc="steps", smoothing=0.05, disable=not accelerator.is_local_main_process
         )
 

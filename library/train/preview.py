@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
-from tqdm import tqdm
 
 from library.checkpoints.safetensors_io import file_sha256
 from library.generate.conditions import PromptEncoder
@@ -29,6 +28,7 @@ from library.generate.output import ModelNames
 from library.generate.prompt_line import PromptLine
 from library.generate.request import LARGEST_SEED, batches, request_of
 from library.options import OptionError
+from library.progress import progress_bar
 from library.randomness import seed_for
 from library.train.callbacks import Callback
 from library.train.guard import Stopped
@@ -121,7 +121,8 @@ class Previews(Callback):
         pending = iter(self.share)
         requests = [preview.request for preview in self.share]
         shows_progress = self.run.accelerator.is_local_main_process
-        with tqdm(total=len(requests), desc="previews", unit="picture", leave=False, disable=not shows_progress) as bar:
+        settings = {"total": len(requests), "desc": "previews", "unit": "picture"}
+        with progress_bar(**settings, is_inner=True, disable=not shows_progress) as bar:
             for batch in batches(requests, BATCH, self.encoder.windows):
                 if self.run.stop:
                     break

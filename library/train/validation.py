@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from library.data.batch import NoiseDraw
 from library.data.validation_set import STRATA
 from library.diffusion.noise import NoiseSource
+from library.progress import progress_bar
 from library.randomness import python_random
 from library.train.callbacks import Callback
 from library.train.guard import REASONS
@@ -161,11 +161,11 @@ class Validation(Callback):
             num_processes=num_processes,
         )
         total, num_samples = torch.zeros((), device=run.device), 0.0
-        shown = tqdm(
-            batches,
-            "validation",
-            self.images.num_batches(num_processes, self.options.max_validation_steps),
-            leave=False,
+        shown = progress_bar(
+            iterable=batches,
+            desc="validation",
+            total=self.images.num_batches(num_processes, self.options.max_validation_steps),
+            is_inner=True,
             disable=not run.accelerator.is_local_main_process,
         )
         with run.weights_for_output(), evaluating(run.model):

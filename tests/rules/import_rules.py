@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from tests.rules.source_files import SourceFile
 
 # A room may import itself, what stands here beside it, and what every room may import.
-EVERYWHERE = ("library.options", "library.packages", "library.randomness", "library.wording")
+EVERYWHERE = ("library.options", "library.packages", "library.progress", "library.randomness", "library.wording")
 FOUNDATION = ("library.models", "library.text", "library.checkpoints")
 BELOW = {
     "library.cli": ("library",),
@@ -25,6 +25,7 @@ BELOW = {
     "library.checkpoints": (),
     "library.options": (),
     "library.packages": (),
+    "library.progress": (),
     "library.randomness": (),
     "library.wording": (),
     "networks": ("library.checkpoints", "library.models"),

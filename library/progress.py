@@ -1,0 +1,40 @@
+"""Progress bars on a terminal; where the screen is a file or a pipe, a line now and then for the outermost one."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 60.0
+LINE = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go, {rate_fmt}{postfix}"
+
+
+def progress_bar(*, is_inner: bool = False, disable: bool = False, **settings: Any) -> tqdm:
+    """A bar of tqdm with its `settings`; one that `is_inner` is drawn below another and vanishes at its end."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(**{"leave": not is_inner, **settings}, disable=disable)
+    calm = {"mininterval": SECONDS_BETWEEN_LINES, "maxinterval": SECONDS_BETWEEN_LINES, "bar_format": LINE}
+    return _Lines(**settings | calm, disable=disable or is_inner or settings.get("leave") is False)
+
+
+class _Lines(tqdm):
+    """Says how far it is in whole lines, which nothing overwrites."""
+
+    _told: int | float = 0
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.n not in (self._told, self.initial):
+            self._told = self.n
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+
+    def clear(self, nolock: bool = False) -> None:
+        """Nothing is on the screen that could be in the way."""
+
+    def close(self) -> None:
+        if not self.disable:
+            self.display()
+            self.disable = True
+            self._decr_instances(self)
