@@ -88,6 +88,9 @@ def check(config: GenerationConfig) -> list[GenerationRequest]:
         logger.info(note)
     networks.check(config.networks)
     requests = make_requests(read_lines(config.prompts), config.prompts, config.picture)
+    if alike := len(requests) - len(set(requests)):
+        logger.warning("%s will be equal to another one: the same prompt with the same seed (--d in its line); "
+                       "leave --d out for other seeds", counted(alike, "picture"))  # fmt: skip
     probe(str(config.checkpoint.ckpt), flag="--ckpt", sdxl_script=SDXL_SCRIPT, v2=config.checkpoint.v2)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def generate(
 ) -> list[Path]:
     """Make the pictures and write them into `folder`; returns their paths in the order of the requests."""
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
-    writer = PictureWriter(folder, config.output, ModelNames(Path(bundle.source.path).stem))
+    writer = PictureWriter(folder, config.output, partial(ModelNames.of, Path(bundle.source.path), config.networks.tags))
     progress = progress_bar(total=len(requests), unit="picture", desc="pictures")
     with writer, progress:
         for batch in batches(requests, config.compute.batch_size, encoder.windows):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from library.diffusion.samplers import SAMPLERS, check_steps
 from library.families.options import ModelOptions
 from library.models.options import AttentionOptions
 from library.options import named_values, opt, require
+from library.text.network_tag import network_tag
 from library.wording import counted
 
 SIZE_STEP = 8  # pixels of one latent pixel
@@ -167,6 +169,11 @@ class NetworkOptions:
             )
         self.files  # noqa: B018  checks the form of --network_args
         require(bool(modules) or not self.network_merge, "--network_merge", "there is no network to merge")
+
+    @property
+    def tags(self) -> str:
+        """The networks as prompts of web user interfaces ask for them."""
+        return " ".join(network_tag(Path(file.path).stem, file.multiplier) for file in self.files)
 
     @property
     def files(self) -> tuple[NetworkFile, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import re
@@ -12,13 +13,14 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from library.checkpoints.safetensors_io import file_sha256
 from library.diffusion.samplers import SAMPLERS
 from library.generate.options import OutputOptions
 from library.generate.request import GenerationRequest
@@ -78,6 +80,11 @@ class ModelNames:
     model: str
     model_hash: str = ""  # the first 10 digits of the file's SHA-256
     networks: str = ""  # tags such as "<lora:name:1>", as prompts ask for networks there
+
+    @classmethod
+    def of(cls, model: Path, networks: str = "") -> ModelNames:
+        """Of a model's file or folder; a file is read as a whole for its hash, once."""
+        return cls(model.stem, file_sha256(model)[:10] if model.is_file() else "", networks)
 
 
 def metadata(request: GenerationRequest, names: ModelNames) -> dict[str, str]:
@@ -166,9 +173,10 @@ class PictureWriter:
     An error of the disk is raised by the next `write`, or on leaving.
     """
 
-    def __init__(self, folder: Path, options: OutputOptions, model_names: ModelNames) -> None:
+    def __init__(self, folder: Path, options: OutputOptions, model_names: Callable[[], ModelNames]) -> None:
+        """`model_names` is asked in the background: a hash takes its time."""
         self.folder = folder
-        self.model_names = model_names
+        self._model_names = functools.cache(model_names)
         self.paths: list[Path] = []
         self._running = sequential_names(folder) if options.sequential_file_name else None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
@@ -178,8 +186,11 @@ class PictureWriter:
         """Hand over one picture; `index` is its place in the batch."""
         self._collect(MOST_WAITING)
         names = self._running or time_names(request, index, time.localtime())
-        texts = metadata(request, self.model_names)
-        self._waiting.append(self._pool.submit(lambda: write_new(self.folder, names, encode_png(image, texts))))
+
+        def to_disk() -> Path:
+            return write_new(self.folder, names, encode_png(image, metadata(request, self._model_names())))
+
+        self._waiting.append(self._pool.submit(to_disk))
 
     def _collect(self, most: int) -> None:
         while self._waiting and (len(self._waiting) > most or self._waiting[0].done()):

@@ -23,6 +23,7 @@ from library.options import OptionError
 from library.targets.adapter import Adapted, Models, NetworkFactory, blamed_on, read_tensors, skips_parameters
 from library.targets.base import ParamGroup, TrainTarget
 from library.targets.options import NetworkOptions
+from library.text.network_tag import network_tag
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +278,7 @@ class NetworkTarget(TrainTarget):
         return size
 
     def prompt_tag(self, name: str) -> str:
-        return f"<lora:{name}:1>"
+        return network_tag(name)
 
     def describe(self) -> dict[str, Any]:
         """ss_network_*; ss_network_args is JSON and there only if arguments were given."""

@@ -31,6 +31,7 @@ from library.train.report import aligned, warnings_of
 logger = logging.getLogger(__name__)
 
 MOST_SHEETS = 20  # samples beyond them are in the table only
+NUM_PICTURED = SAMPLES_PER_SHEET * MOST_SHEETS
 ROWS_TOLD = 20  # of the table, on the screen
 CAPTION_LETTERS = 60  # of each caption there
 
@@ -49,8 +50,9 @@ def show_dataset(checked: CheckedRun, family: ModelFamily) -> int:
     findings = findings_of(checked, begun, bundle, accelerator.num_processes)
     for warning in warnings_of(data_problems(findings, config.source, config.bucket, config.masks)):
         logger.warning("%s", warning)
-    cards = list(_cards(checked, begun, accelerator, family, tokenizers))
-    sheets = write_sheets(folder, checked.names.name or "last", cards)
+    pictures = _Pictures()
+    cards = list(_cards(checked, begun, accelerator, family, tokenizers, pictures))
+    sheets = write_sheets(folder, checked.names.name or "last", cards, pictures)
     write_table(folder / "samples.csv", ((card.sample, card.num_tokens, card.num_cut_off) for card in cards))
     logger.info("The first epoch's samples:\n%s", _told(cards))
     logger.info("picture sheets and a table of %d samples: %s", len(cards), folder)
@@ -59,12 +61,40 @@ def show_dataset(checked: CheckedRun, family: ModelFamily) -> int:
     return 0
 
 
+class _Pictures:
+    """The pictures of the first samples, in one block.
+
+    Small arrays that stay, made between large ones that go, would keep the memory of these from being used again.
+    """
+
+    def __init__(self) -> None:
+        self.sizes_hw: list[tuple[int, int]] = []
+        self._block = np.empty((NUM_PICTURED, LONGEST_SIDE, LONGEST_SIDE, 3), np.uint8)
+
+    def keep(self, pixels_HWC: np.ndarray) -> None:
+        """The next sample's picture."""
+        height, width = pixels_HWC.shape[:2]
+        self._block[len(self.sizes_hw), :height, :width] = pixels_HWC
+        self.sizes_hw.append((height, width))
+
+    def on(self, card: Card, index: int) -> Card:
+        """The card of the index-th sample with its picture."""
+        height, width = self.sizes_hw[index]
+        return replace(card, sample=replace(card.sample, pixels_HWC=self._block[index, :height, :width]))
+
+
 def _cards(
-    checked: CheckedRun, begun: Beginning, accelerator: Accelerator, family: ModelFamily, tokenizers: Sequence
+    checked: CheckedRun,
+    begun: Beginning,
+    accelerator: Accelerator,
+    family: ModelFamily,
+    tokenizers: Sequence,
+    pictures: _Pictures,
 ) -> Iterator[Card]:
+    """Without their pictures, which `pictures` gets."""
     config, text = checked.config, checked.config.text
     samples = begun.data.first_epoch(
-        num_pictured=SAMPLES_PER_SHEET * MOST_SHEETS,
+        num_pictured=NUM_PICTURED,
         workers=config.loader.max_data_loader_n_workers,
         draw=NoiseSource(config.noise, begun.seed),
         tokenize=partial(family.tokenize, tokenizers, windows=text.token_windows, weighted=text.weighted_captions),
@@ -74,18 +104,14 @@ def _cards(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    # in one block: small ones that stay, between large ones that go, would keep memory from being given back
-    pictures = np.empty((SAMPLES_PER_SHEET * MOST_SHEETS, LONGEST_SIDE, LONGEST_SIDE, 3), np.uint8)
-    for index, sample in enumerate(samples):
+    for sample in samples:
         if sample.pixels_HWC is not None:
-            height, width = sample.pixels_HWC.shape[:2]
-            pictures[index, :height, :width] = sample.pixels_HWC
-            sample = replace(sample, pixels_HWC=pictures[index, :height, :width])
+            pictures.keep(sample.pixels_HWC)
         (num_tokens,) = count_tokens(tokenizers[0], [sample.caption], weighted=text.weighted_captions)
-        yield Card(sample, num_tokens, max(0, num_tokens - WINDOW * text.token_windows))
+        yield Card(replace(sample, pixels_HWC=None), num_tokens, max(0, num_tokens - WINDOW * text.token_windows))
 
 
-def write_sheets(folder: Path, name: str, cards: Sequence[Card]) -> list[Path]:
+def write_sheets(folder: Path, name: str, cards: Sequence[Card], pictures: _Pictures) -> list[Path]:
     """The first sheets of the samples, in place of those of an earlier look; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("sheet_???.png"):
@@ -95,8 +121,8 @@ def write_sheets(folder: Path, name: str, cards: Sequence[Card]) -> list[Path]:
     paths = []
     for number in range(min(MOST_SHEETS, -(-len(cards) // SAMPLES_PER_SHEET))):
         first = number * SAMPLES_PER_SHEET
-        shown = cards[first : first + SAMPLES_PER_SHEET]
-        last = first + len(shown)
+        last = min(first + SAMPLES_PER_SHEET, len(cards))
+        shown = [pictures.on(cards[index], index) for index in range(first, last)]
         title = f"{name}: samples {first + 1} to {last} of {len(cards)} in the first epoch"
         batches = f"batches {shown[0].sample.batch} to {shown[-1].sample.batch} of {len(sizes)}"
         subtitle = (

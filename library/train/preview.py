@@ -20,7 +20,6 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 
-from library.checkpoints.safetensors_io import file_sha256
 from library.generate.conditions import PromptEncoder
 from library.generate.images import NotFiniteError, make_pictures
 from library.generate.options import PictureOptions
@@ -35,6 +34,7 @@ from library.train.guard import Stopped
 from library.train.placement import evaluating
 from library.train.preview_files import Moment, Preview, PreviewFiles
 from library.train.run import Run
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,8 @@ class Previews(Callback):
         elif failures:
             logger.warning("%s: %d of %d previews failed, training goes on: %s",
                            moment.caption, len(self.share) - len(drawn), len(self.share), failures[0])  # fmt: skip
-        logger.info("%s: %d previews in %.1f s, in %s", moment.caption, len(drawn), seconds, self.files.folder)
+        made = counted(len(drawn), "preview")
+        logger.info("%s: %s in %.1f s, in %s", moment.caption, made, seconds, self.files.folder)
 
     def _drawn(self, failures: list[str]) -> list[tuple[Preview, Image.Image]]:
         """The pictures of this process's share that could be drawn; reasons of failures are added to `failures`."""
@@ -187,22 +188,16 @@ class Previews(Callback):
             logger.warning("previews were not saved, training goes on: %s", failures[0])
 
     def _model_names(self, moment: Moment) -> ModelNames:
-        """The model's file, and the file that holds what has been trained so far where it is saved now."""
-        run, path = self.run, Path(self.run.bundle.source.path)
-        if moment.step == run.plan.steps:
-            file = run.names.final_file()
-        elif moment.epoch is None:
-            file = run.names.step_file(moment.step)
-        else:
+        """The model's file, and the file that holds what is drawn where it is saved now, else the run's final one."""
+        run, file = self.run, self.run.names.final_file()
+        if moment.epoch is not None and run.plan.saves_after_epoch(moment.epoch):
             file = run.names.epoch_file(moment.epoch)
+        elif run.plan.saves_at(moment.step):
+            file = run.names.step_file(moment.step)
         if run.average is not None:
             file = run.names.average_of(file)
         name = file.name.removesuffix(run.names.extension)
-        return ModelNames(
-            model=path.stem,
-            model_hash=file_sha256(path)[:10] if path.is_file() else "",
-            networks=run.target.prompt_tag(name) if moment.step else "",
-        )
+        return ModelNames.of(Path(run.bundle.source.path), run.target.prompt_tag(name) if moment.step else "")
 
     def _log(self, preview: Preview, image: Image.Image, step: int, *, now: int) -> None:
         """Hand a picture of `step` to the trackers, which only the main process has; not all can log in the past."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,9 @@ def test_what_needs_no_model_loads_no_torch(arguments: list[str], code: int, tex
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def test_a_prompt_file_becomes_pictures(tiny_sd1_path: Path, tmp_path: Path) -> None:
+def test_a_prompt_file_becomes_pictures(
+    tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --n dog\n# left out\na (bird:1.4) --w 72 --s 1 --d 9\n", encoding="utf-8-sig")
     out = tmp_path / "out"
@@ -74,6 +77,7 @@ def test_a_prompt_file_becomes_pictures(tiny_sd1_path: Path, tmp_path: Path) -> 
     assert run(*arguments, "--images_per_prompt", 2, "--batch_size", 2, "--seed", 5, "--n_iter", 2) == 0
     paths = sorted(out.iterdir())
     assert [path.name for path in paths] == [f"im_{number:06d}.png" for number in range(1, 9)]
+    assert "3 pictures will be equal to another one" in capsys.readouterr().err, "the line with --d asks for four"
     texts = [Image.open(path).text for path in paths]
     assert [text["prompt"] for text in texts] == (["a cat"] * 2 + ["a (bird:1.4)"] * 2) * 2
     assert [text["negative-prompt"] for text in texts] == (["dog"] * 2 + [""] * 2) * 2
@@ -165,6 +169,10 @@ def test_networks_are_applied_or_merged(tiny_sd1_path: Path, lora_path: Path, tm
     assert run(*arguments, "--outdir", tmp_path / "applied", *lora) == 0
     assert run(*arguments, "--outdir", tmp_path / "merged", *lora, "--network_merge") == 0
     assert run(*arguments, "--outdir", tmp_path / "halves", *twice, "--network_mul", 0.5, 0.5) == 0
+    texts = {name: Image.open(next((tmp_path / name).iterdir())).text["parameters"] for name in ("plain", "halves")}
+    assert texts["halves"].startswith("a cat <lora:lora:0.5> <lora:lora:0.5>\n") and "<lora" not in texts["plain"]
+    model_hash = hashlib.sha256(tiny_sd1_path.read_bytes()).hexdigest()[:10]
+    assert all(f"Model hash: {model_hash}, Model: tiny_sd1" in text for text in texts.values())
     assert difference(tmp_path / "plain", tmp_path / "zero") == 0
     assert difference(tmp_path / "plain", tmp_path / "applied") > 2
     assert difference(tmp_path / "applied", tmp_path / "merged") < 0.2

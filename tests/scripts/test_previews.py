@@ -131,6 +131,12 @@ def test_names_and_what_web_user_interfaces_read(options, tmp_path, tiny_sd1_pat
     assert int(texts["seed"]) < 2**32 and texts["sampler"] == "euler"  # --sample_sampler
 
 
+def test_no_file_is_named_that_will_never_be(options, tmp_path):
+    assert train_network(**with_previews(options, tmp_path, "a --s 1", sample_every_n_steps=1)) == 0
+    lines = {Image.open(path).text["parameters"].splitlines()[0] for path in pictures(tmp_path)}
+    assert lines == {"a <lora:net:1>"}
+
+
 def test_epochs_win_and_name_their_files(options, tmp_path):
     settings = {"sample_every_n_epochs": 1, "sample_every_n_steps": 1, "sample_at_first": True, "max_train_steps": 12}
     assert train_network(**with_previews(options, tmp_path, "a --s 1", **settings, save_every_n_epochs=1)) == 0

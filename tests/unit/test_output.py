@@ -34,7 +34,7 @@ def picture(value: int = 0) -> Image.Image:
 
 
 def write(folder: Path, count: int, **options: bool) -> list[Path]:
-    with PictureWriter(folder, OutputOptions(**options), MODEL) as writer:
+    with PictureWriter(folder, OutputOptions(**options), lambda: MODEL) as writer:
         for index in range(count):
             writer.write(picture(index), REQUEST, index % 2)
     return writer.paths
@@ -85,7 +85,7 @@ def test_a_model_name_with_separators_is_quoted() -> None:
 
 def test_each_picture_has_its_own_negative_prompt(tmp_path: Path) -> None:
     requests = [GenerationRequest("a", negative, 16, 8, 1, 7.5, seed=1) for negative in ("first", "second")]
-    with PictureWriter(tmp_path, OutputOptions(), MODEL) as writer:
+    with PictureWriter(tmp_path, OutputOptions(), lambda: MODEL) as writer:
         for index, request in enumerate(requests):
             writer.write(picture(), request, index)
     assert [Image.open(path).text["negative-prompt"] for path in writer.paths] == ["first", "second"]
@@ -158,7 +158,7 @@ def test_two_programs_never_share_a_name(tmp_path: Path) -> None:
 def test_the_writer_reports_a_failing_disk(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    with pytest.raises(OptionError, match="--outdir"), PictureWriter(folder, OutputOptions(), MODEL) as writer:
+    with pytest.raises(OptionError, match="--outdir"), PictureWriter(folder, OutputOptions(), lambda: MODEL) as writer:
         folder.rmdir()
         writer.write(picture(), REQUEST, 0)
 
