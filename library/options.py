@@ -26,6 +26,13 @@ import toml
 Group = TypeVar("Group")
 
 SWITCH_WORDS = {"true": True, "false": False, "True": True, "False": False}
+# what people call an option whose name is too far from it to be found by its letters
+USUAL_WORDS = {
+    "alpha": "network_alpha", "batch": "train_batch_size", "batch_size": "train_batch_size", "dim": "network_dim",
+    "epochs": "max_train_epochs", "lr": "learning_rate", "max_epochs": "max_train_epochs",
+    "max_steps": "max_train_steps", "model": "pretrained_model_name_or_path", "rank": "network_dim",
+    "repeats": "num_repeats", "steps": "max_train_steps",
+}  # fmt: skip
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
 
 
@@ -240,7 +247,9 @@ def not_one_of(value: Any, choices: Iterable[Any]) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "did you mean X?" for the nearest known name, or an empty text."""
-    near = difflib.get_close_matches(word, [name for name in known if name], n=1, cutoff=0.6)
+    names, dashes = [name for name in known if name], "--" if word.startswith("--") else ""
+    usual = dashes + USUAL_WORDS.get(word.removeprefix("--").lower(), "")
+    near = [usual] if usual in names else difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else ""
 
 
@@ -289,7 +298,7 @@ class OptionParser(argparse.ArgumentParser):
 
 def add_arguments(parser: argparse.ArgumentParser, group: type, defaults: Mapping[str, Any] | None = None) -> None:
     """Add one flag per option of `group` under its docstring's first line; `defaults` overrides per script."""
-    section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])
+    section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0].removesuffix("."))
     for option in options_of(group):
         default = (defaults or {}).get(option.name, option.default)
         if option.kind is bool:

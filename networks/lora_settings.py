@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 Rank: TypeAlias = tuple[int, float | None]  # rank (0: no module) and alpha (None or 0: the rank)
 RankRule: TypeAlias = "Callable[[str, torch.nn.Module], Rank]"
 
+LYCORIS_KEYS = ("algo", "preset", "use_tucker", "use_cp", "factor", "decompose_both", "constraint", "dora_wd")
+OF_LYCORIS = "that is an argument of --network_module lycoris.kohya (a LoRA for convolutions, too: conv_dim=4)"
 RANK_KEYS = ("conv_dim", "conv_alpha", *LIST_KEYS)  # what a file decides where a network is made from one
 
 
@@ -59,7 +61,8 @@ class LoRASettings:
         own = [field.name for field in fields(cls) if field.name != "blocks"]
         for key in arguments:
             if key not in own and key not in BLOCK_KEYS:
-                raise OptionError(argument(key), "unknown name", did_you_mean(key, [*own, *BLOCK_KEYS]))
+                way_out = did_you_mean(key, [*own, *BLOCK_KEYS])
+                raise OptionError(argument(key), "unknown name", OF_LYCORIS if key in LYCORIS_KEYS else way_out)
         values: dict[str, Any] = {key: number(arguments[key], key) for key in own if arguments.get(key) is not None}
         if neuron_dropout is not None:
             values["dropout"] = float(neuron_dropout)

@@ -28,6 +28,7 @@ from library.data.newer_names import under_found_names
 from library.data.progress import progress
 from library.options import OptionError
 from library.randomness import torch_generator
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -348,11 +349,13 @@ def _check_writable(folders: set[str]) -> None:
 def _report(states: Counter[str]) -> None:
     total, new, foreign = sum(states.values()), states["missing"], states["of another program"]
     if states[UNCHECKED]:
-        logger.info("latents: %d cache files taken unchecked, as --skip_cache_check asks", states[UNCHECKED])
+        count = counted(states[UNCHECKED], "cache file")
+        logger.info("latents: %s taken unchecked, as --skip_cache_check asks", count)
     stale = {reason: count for reason, count in states.items() if reason not in VALID | {"missing"}}
     if foreign:
-        logger.info("latents: %d cache files of another program used, as they say nothing of their VAE", foreign)
+        count = counted(foreign, "cache file")
+        logger.info("latents: %s of another program used: nothing in it tells of its VAE", count)
     if stale:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(stale.items()))
-        logger.info("latents: %d stale cache files are rebuilt (%s)", sum(stale.values()), reasons)
+        logger.info("latents: %s rebuilt (%s)", counted(sum(stale.values()), "stale cache file"), reasons)
     logger.info("latents: %d of %d cached before, %d new", total - new - sum(stale.values()), total, new)

@@ -12,6 +12,7 @@ from library.data.config import DatasetConfig
 from library.data.images import find_broken
 from library.data.sources import FolderContents, ImageRecord
 from library.options import OptionError
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,11 @@ def given_latents(
 def _fall_back(items: Sequence[CacheItem], reasons: Collection[str], left_to: str) -> None:
     """Say why a dataset's latents are not used, and check its images, which nobody has looked at."""
     told = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons).items()))
-    logger.warning("latents beside %d images are not used (%s); %s", len(items), told, left_to)
+    logger.warning("latents beside %s are not used (%s); %s", counted(len(items), "image"), told, left_to)
     refuse_without_image({item.npz: "others of its dataset can't be used" for item in items if not item.has_image})
     if broken := find_broken([item.path for item in items]):
         table = "".join(f"\n  {path}: {why}" for path, why in sorted(broken.items()))
-        problem = f"{len(broken)} images are broken, and latents beside them can't be used ({told})"
+        problem = f"{counted(len(broken), 'broken image')}, and latents beside them can't be used ({told})"
         raise OptionError("training images", f"{problem}; mend or remove them:{table}")
 
 

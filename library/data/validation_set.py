@@ -28,6 +28,7 @@ from library.data.loading import RunFacts, Samples, TrainImage, load_batches
 from library.data.same_files import file_keys
 from library.options import OptionError
 from library.randomness import seed_for
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ def split_images(configs: Sequence[DatasetConfig], images: Sequence[TrainImage],
     training = [image for image in images if keys[image.record.path] not in anywhere]
     _check(len(validation), sum(not subsets[image.subset].folder.is_reg for image in training), max(shares))
     if elsewhere := len(images) - len(training) - len(validation):
-        logger.info("validation: %d images left out of other datasets, because one holds them out", elsewhere)
+        count = counted(elsewhere, "image")
+        logger.info("validation: %s left out of other datasets, because one holds the same out", count)
     return ImageSplit(training, validation)
 
 

@@ -46,7 +46,8 @@ def generate(
 ) -> list[Path]:
     """Make the pictures and write them into `folder`; returns their paths in the order of the requests."""
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
-    writer = PictureWriter(folder, config.output, partial(ModelNames.of, Path(bundle.source.path), config.networks.tags))
+    names = partial(ModelNames.of, Path(bundle.source.path), config.networks.tags)
+    writer = PictureWriter(folder, config.output, names)
     progress = progress_bar(total=len(requests), unit="picture", desc="pictures")
     with writer, progress:
         for batch in batches(requests, config.compute.batch_size, encoder.windows):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import unicodedata
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 
 from PIL import ImageFont
 
 # fonts of operating systems with more letters than Pillow's own, which has those of ASCII; the fullest ones first
 FONTS = ("NotoSansCJK-Regular.ttc", "YuGothM.ttc", "msgothic.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf")
 ELLIPSIS = " ..."
+NO_LETTER = "\U0010ffff"
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -20,14 +22,35 @@ def line_height(size: int) -> int:
 
 
 def with_font(text: str, size: int) -> tuple[str, Font]:
-    """The text and a font that has its letters; where there is none, accents are dropped and other letters are "?"."""
-    if not text.isascii():
-        for name in FONTS:
-            with contextlib.suppress(OSError):
-                return text, ImageFont.truetype(name, size)
-        letters = [letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)]
-        text = "".join(letters).encode("ascii", "replace").decode()
-    return text, ImageFont.load_default(size)
+    """The text and a font that has its letters: the fullest there is.
+
+    A letter that it lacks loses its accent, and one that has none is written as its number in Unicode: \\u732b.
+    """
+    if text.isascii():
+        return text, ImageFont.load_default(size)
+    letters = sorted(set(text))
+    fonts = [*_installed(size), ImageFont.load_default(size)]
+    lacking, font = min(
+        ((_lacking(letters, font), font) for font in fonts), key=lambda pair: len(pair[0])
+    )  # the first of those that lack least
+    return "".join(_spelt(letter) if letter in lacking else letter for letter in text), font
+
+
+def _installed(size: int) -> Iterator[Font]:
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            yield ImageFont.truetype(name, size)
+
+
+def _lacking(letters: Iterable[str], font: Font) -> frozenset[str]:
+    """The letters that a font draws as it draws what no font has: as a box."""
+    box = bytes(font.getmask(NO_LETTER))
+    return frozenset(each for each in letters if not each.isspace() and bytes(font.getmask(each)) == box)
+
+
+def _spelt(letter: str) -> str:
+    plain = "".join(part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part))
+    return plain if plain.isascii() else letter.encode("ascii", "backslashreplace").decode()
 
 
 def in_lines(text: str, font: Font, width: int, most: int) -> list[str]:

@@ -52,9 +52,8 @@ def _folders(findings: Findings, source: SourceOptions) -> Section:
         why = "their latents are in a valid cache, so they are not compared with others"
         blocks.append(Facts((("not looked at", f"{counted(unread, 'image')}: {why}"),)))
     if findings.num_validation:
-        blocks.append(
-            Facts((("validation", f"{findings.num_validation} images held out: measured, not trained on"),), brief=True)
-        )
+        held_out = f"{counted(findings.num_validation, 'image')} held out: measured, not trained on"
+        blocks.append(Facts((("validation", held_out),), brief=True))
     return Section("Folders", tuple(blocks))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from library.progress import progress_bar
 from library.train.guard import NonFiniteGuard
 from library.train.last_good import LastGood
 from library.train.output_options import LoggingOptions
+from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class TrainLog:
         self.accelerator, self.guard, self.last_good, self.epochs = accelerator, guard, last_good, epochs
         self.recent: deque[float] = deque(maxlen=min(max(window, 1), LONGEST_AVERAGE))
         self.pending: StepRecord | None = None
+        self.begun = time.monotonic()
         self.bar = progress_bar(
             total=steps, initial=start, desc="steps", smoothing=0.05, disable=not accelerator.is_local_main_process
         )
@@ -100,6 +103,13 @@ class TrainLog:
     def end_epoch(self, epoch: int, step: int) -> None:
         self.settle()
         self.accelerator.log({"loss/epoch": self.average, "epoch": epoch}, step=step)
+
+    @property
+    def summary(self) -> str:
+        """What was done since the run began, in words."""
+        steps, seconds = self.bar.n - self.bar.initial, round(time.monotonic() - self.begun)
+        minutes = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return f"{counted(steps, 'step')} in {minutes}, average loss {self.average:.4f}"
 
     def close(self) -> None:
         self.settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -82,7 +83,7 @@ def _problems(problems: Sequence[Problem], thumbnails: Mapping[str, str]) -> str
 
 def _problem(problem: Problem, thumbnails: Mapping[str, str]) -> str:
     advice = f'<p class="advice">{escape(_sentence(problem.advice))}</p>' if problem.advice else ""
-    lines = [f"<li>{escape(line)}</li>" for line in problem.lines]
+    lines = [f"<li>{_breakable(line)}</li>" for line in problem.lines]
     more = f'<ul class="lines">{"".join(lines)}</ul>' if lines else ""
     if problem.gallery is not None:
         more += _gallery(problem.gallery, thumbnails, most=OF_A_PROBLEM)
@@ -100,6 +101,11 @@ def _problem(problem: Problem, thumbnails: Mapping[str, str]) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', ')')) else '.'}"
+
+
+def _breakable(text: str) -> str:
+    """Escaped, and long names broken at their joints rather than anywhere."""
+    return re.sub(r"(?<=\w)([-_/\\\\])(?=\w)", r"\1<wbr>", escape(text))
 
 
 # ---------------------------------------------------------------------------------------------- blocks
@@ -125,7 +131,7 @@ def _folding(gallery: Gallery, thumbnails: Mapping[str, str], *, is_open: bool) 
 
 def _block(block: Facts | Table | Text | Curve) -> str:
     if isinstance(block, Facts):
-        rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in block.rows)
+        rows = "".join(f"<dt>{escape(name)}</dt><dd>{_breakable(value)}</dd>" for name, value in block.rows)
         return f"<dl>{rows}</dl>"
     if isinstance(block, Table):
         return _table(block)
@@ -150,7 +156,7 @@ def _table(table: Table) -> str:
 def _cell(cell: Cell, tag: str, *, is_number: bool) -> str:
     kind = ' class="number"' if is_number else ""
     if not isinstance(cell, Bar):
-        return f"<{tag}{kind}>{escape(cell)}</{tag}>"
+        return f"<{tag}{kind}>{_breakable(cell)}</{tag}>"
     width = f"{100 * min(max(cell.share, 0.0), 1.0):.1f}%"
     return f'<{tag}{kind}><span class="bar" style="--share:{width}">{escape(cell.text)}</span></{tag}>'
 
@@ -171,7 +177,7 @@ def _gallery(gallery: Gallery, thumbnails: Mapping[str, str], most: int | None =
         room = None if room is None else room - len(seen)
         figures = "".join(_figure(picture, thumbnails[picture.path]) for picture in seen)
         groups.append(f'<div class="group">{figures}</div>' if gallery.is_grouped and figures else figures)
-    rest = ", ".join(map(escape, named))
+    rest = ", ".join(map(_breakable, named))
     if gallery.more:
         rest = f"{rest}{', ' if rest else ''}and {gallery.more} more"
     kind = "pictures grouped" if gallery.is_grouped else "pictures"
@@ -187,9 +193,10 @@ def _figure(picture: Picture, url: str) -> str:
     facts, _, caption = picture.note.partition("\n")
     text = f'<span class="facts">{escape(facts)}</span>' if facts else ""
     text += f'<span class="caption" title="{escape(caption)}">{escape(caption)}</span>' if caption else ""
+    name = _breakable(os.path.basename(picture.path))
     return (
         f'<figure><span class="box"><span class="frame"><img src="{url}" alt="" loading="lazy">{kept}</span></span>'
-        f'<figcaption><b title="{escape(picture.path)}">{escape(os.path.basename(picture.path))}</b>{text}</figcaption>'
+        f'<figcaption><b title="{escape(picture.path)}">{name}</b>{text}</figcaption>'
         "</figure>"
     )
 

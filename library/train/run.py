@@ -328,6 +328,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.close_callbacks()
         if folder is None:
+            logger.info("%s", self.log.summary)
             logger.info("model saved.")
             return 0
         logger.info('stopped after step %d of %d; to go on, add: --resume "%s"', self.step, self.plan.steps, folder)

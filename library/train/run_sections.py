@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.data.findings import DatasetUse, Findings
-from library.options import options_of
+from library.options import Option, options_of
 from library.targets.base import ParamGroup
 from library.train.config import RunConfig
 from library.train.course_options import ValidationOptions
@@ -262,11 +262,14 @@ def settings_section(config: RunConfig) -> Section:
         for option in options_of(type(group)):
             value = getattr(group, option.name)
             if value != option.default and not option.secret and option.name != "plan":
-                rows.append((f"--{option.name}", "" if value is True else _plain(value)))
+                rows.append((f"--{option.name}", "" if value is True else _typed(option, value)))
     return Section("Settings", (Table(("option", "value"), tuple(rows)),))
 
 
-def _plain(value: object) -> str:
-    if isinstance(value, tuple):
-        return " ".join(_plain(item) for item in value)
-    return str(value.as_posix() if isinstance(value, Path) else value)
+def _typed(option: Option, value: object) -> str:
+    """A value as it is typed on a command line."""
+    parts = value if isinstance(value, tuple) else (value,)
+    words = [str(part.as_posix() if isinstance(part, Path) else part) for part in parts]
+    if not option.many:
+        words = [",".join(words)]
+    return " ".join(f'"{word}"' if any(letter.isspace() for letter in word) else word for word in words)

@@ -76,6 +76,7 @@ def test_weights_that_half_precision_cannot_hold_are_saved_in_full(options, tmp_
     ("change", "words"),
     [
         ({"network_dim": 0}, ["--network_dim", "0"]),
+        ({"network_args": ["algo=locon"]}, ["algo", "--network_module lycoris.kohya"]),
         ({"network_dim": 100000}, ["--network_dim", "100000"]),
         ({"resolution": 100, "enable_bucket": False}, ["--resolution", "100", "8"]),
         ({"train_data_dir": "no/such/folder"}, ["--train_data_dir", "no/such/folder"]),

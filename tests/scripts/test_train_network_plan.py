@@ -146,12 +146,24 @@ def test_a_plan_lists_what_would_stop_a_run(options, tmp_path, capfd):
     assert said.count("1 image can't be read and is left out (") == 1 and said.count("passed over") == 1
 
 
+def test_settings_can_be_typed_again(options, tmp_path):
+    folder = tmp_path / "my photos"
+    tiny_images(folder, 2)
+    options |= {"train_data_dir": folder, "network_args": ["conv_dim=2", "conv_alpha=1"], "resolution": "64,96"}
+    assert train_network(**options, plan=True) == 0
+    settings = plan_text(tmp_path / "out").split("\nSettings\n")[1]
+    written = dict(re.findall(r"^  --(\S+) +(.*)$", settings, re.MULTILINE))
+    assert written["resolution"] == "64,96" and written["network_args"] == "conv_dim=2 conv_alpha=1"
+    assert written["train_data_dir"] == f'"{folder.as_posix()}"'
+
+
 def test_a_run_says_it_briefly_and_writes_it_whole(options, tmp_path, capsys):
     assert train_network(**options) == 0
     said, log = capsys.readouterr().err, (tmp_path / "out" / "net.log").read_text(encoding="utf-8")
     assert "trained: unet" in said and "Settings" not in said
     assert "Settings" in log and log.index("Settings") < log.index("saving")
     assert (tmp_path / "out" / "report.html").is_file()
+    assert re.search(r"^3 steps in 0:\d\d:\d\d, average loss \d+\.\d{4}$", said, re.MULTILINE)
 
 
 def test_a_plan_of_a_dataset_file(options, tmp_path, images):

@@ -240,7 +240,7 @@ def test_the_average_of_the_saved_weights_by_hand(options, tmp_path):
         assert torch.allclose(average[name], expected, atol=1e-7)
 
 
-def test_the_average_is_what_validation_looks_at(options, tmp_path):
+def test_the_average_is_what_validation_looks_at(options, tmp_path, capfd):
     """Its loss is what a run measures that begins with it; and it is the best file."""
     folder = tmp_path / "out"
     options |= {"learning_rate": 0.05, "cache_latents": True, "validate_every_n_steps": 3, **HELD_OUT}
@@ -253,3 +253,8 @@ def test_the_average_is_what_validation_looks_at(options, tmp_path):
     assert not equal_files(folder / "net-best.safetensors", folder / "net.safetensors")
     assert "ss_validation_loss" in metadata_of(folder / "net-ema.safetensors")
     assert "ss_validation_loss" not in metadata_of(folder / "net.safetensors"), "these weights were not measured"
+    titles = [metadata_of(folder / f"net{end}.safetensors")["modelspec.title"] for end in ("", "-ema", "-best")]
+    assert titles == ["net", "net-ema", "net-best"]
+    messages = capfd.readouterr().err
+    assert f"saving {folder / 'net-ema.safetensors'}" in messages
+    assert "every 3 steps" in messages and "previews, validation and the best file use it" in messages

@@ -51,8 +51,14 @@ def test_texts_stay_inside(title):
 def test_letters_that_no_font_has(monkeypatch):
     monkeypatch.setattr(lettering, "FONTS", ())
     text, font = lettering.with_font("Kätzchen 猫, crème", 15)
-    assert text == "Katzchen ?, creme"
+    assert text == "Katzchen \\u732b, creme"
     assert isinstance(font, ImageFont.FreeTypeFont)
+
+
+def test_a_font_without_the_letters_is_as_good_as_none(monkeypatch):
+    font = ImageFont.load_default(15)
+    monkeypatch.setattr(lettering, "_installed", lambda size: [font])
+    assert lettering.with_font("Kätzchen 猫 ©", 15) == ("Katzchen \\u732b ©", font)
 
 
 def test_many_pictures_are_thinned_from_the_first_to_the_last():

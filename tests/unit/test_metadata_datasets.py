@@ -326,7 +326,7 @@ def test_broken_images_are_found_when_they_are_needed_after_all(folder):
     add_latents(folder)
     assert values(with_latents(build(folder)))["a"] == 1  # nobody looks at the image
     (folder / "b.npz").write_bytes(b"")
-    with pytest.raises(OptionError, match="1 images are broken, and latents beside them"):
+    with pytest.raises(OptionError, match="1 broken image, and latents beside them"):
         with_latents(build(folder))
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.options import OptionError, OptionParser, add_arguments, build, convert, opt, options_of
+from library.options import OptionError, OptionParser, add_arguments, build, convert, did_you_mean, opt, options_of
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,11 @@ def test_any_value_converts_or_is_refused_in_words(value):
             convert(option, value, "key")
         except OptionError as error:
             assert "\n" not in str(error).replace(repr(value), "")
+
+
+@pytest.mark.parametrize(
+    ("word", "name"), [("epochs", "max_train_epochs"), ("--lr", "--learning_rate"), ("batchsize", "batch_size"), ("x", "")]
+)
+def test_nearest_names(word, name):
+    known = ["max_train_epochs", "learning_rate", "--learning_rate", "batch_size"]
+    assert did_you_mean(word, known) == (f"did you mean {name}?" if name else "")

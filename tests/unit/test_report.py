@@ -102,3 +102,11 @@ def test_problems_come_first_among_the_pictures_shown():
     )
     shown = shown_pictures(made)
     assert shown[0] == "/data/a/399.png" and len(shown) == len(set(shown)) == PICTURES
+
+
+def test_long_names_break_at_their_joints_and_equal_curves_are_both_seen():
+    curves = Curve("rate", (("unet", ((1, 1e-4), (9, 1e-4))), ("text encoder", ((1, 1e-4), (9, 1e-4)))))
+    rows = Table(("file",), (("a-long_name-of-a-file.safetensors",),))
+    made = page(report(sections=(Section("S", (curves, rows)),)), {})
+    assert "a-<wbr>long_<wbr>name-<wbr>of-<wbr>a-<wbr>file.safetensors" in made
+    assert 'class="line1"' in made and "polyline.line1 { stroke-dasharray" in made
