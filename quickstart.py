@@ -233,6 +233,8 @@ def run(command: Sequence[str | Path], step: str) -> None:
         log.write(f"\n$ {shlex.join(words)}\n")
         # The starter's tensors are so small that further threads would mostly wait for each other.
         environment = child_environment() | {"OMP_NUM_THREADS": "1"}
+        if sys.stdout.isatty():
+            environment["PROGRESS_BARS"] = "1"  # they are passed on as they come
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         assert process.stdout is not None
         decoder, line = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""

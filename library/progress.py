@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
+FORCED = "PROGRESS_BARS"  # environment variable: 1 where standard error only leads to a terminal
 SECONDS_BETWEEN_LINES = 60.0
 LINE = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go, {rate_fmt}{postfix}"
 
 
 def progress_bar(*, is_inner: bool = False, disable: bool = False, **settings: Any) -> tqdm:
     """A bar of tqdm with its `settings`; one that `is_inner` is drawn below another and vanishes at its end."""
-    if sys.stderr is not None and sys.stderr.isatty():
+    if shows_bars():
         return tqdm(**{"leave": not is_inner, **settings}, disable=disable)
     calm = {"mininterval": SECONDS_BETWEEN_LINES, "maxinterval": SECONDS_BETWEEN_LINES, "bar_format": LINE}
     return _Lines(**settings | calm, disable=disable or is_inner or settings.get("leave") is False)
+
+
+def shows_bars() -> bool:
+    """Whether a line on the screen can be overwritten; a program that passes the text on to a terminal says so."""
+    return os.environ.get(FORCED) == "1" or (sys.stderr is not None and sys.stderr.isatty())
 
 
 class _Lines(tqdm):

@@ -62,7 +62,9 @@ ROWS: dict[str, Row] = {
     "reg_data_dir": Row("{reg}", both(learns_otherwise, marks(ss_num_reg_images="2"))),
     "dataset_config": Row("{root}/data.toml", learns_otherwise),
     "in_json": Row("{root}/meta.json", learns_otherwise, also={"train_data_dir": "{data}/1_disc"}),
-    "dataset_repeats": Row(3, marks(ss_num_train_images="12"), {"in_json": "{root}/meta.json", "train_data_dir": "{data}/1_disc"}),
+    "dataset_repeats": Row(
+        3, marks(ss_num_train_images="12"), {"in_json": "{root}/meta.json", "train_data_dir": "{data}/1_disc"}
+    ),
     "prior_loss_weight": Row(0.1, learns_otherwise, {"reg_data_dir": "{reg}"}),
     "on_bad_image": Row("skip", runs, {"train_data_dir": "{broken}"}),
     "alpha_mask": Row(True, learns_otherwise, {"train_data_dir": "{transparent}"}),
@@ -115,7 +117,9 @@ ROWS: dict[str, Row] = {
     "ip_noise_gamma_random_strength": Row(True, learns_otherwise, {"ip_noise_gamma": 0.1}),
     "min_timestep": Row(900, both(learns_otherwise, marks(modelspec__timestep_range="900,1000"))),
     "max_timestep": Row(100, both(learns_otherwise, marks(modelspec__timestep_range="0,100"))),
-    "zero_terminal_snr": Row(True, both(learns_otherwise, marks(ss_zero_terminal_snr="True")), {"v_parameterization": True}),
+    "zero_terminal_snr": Row(
+        True, both(learns_otherwise, marks(ss_zero_terminal_snr="True")), {"v_parameterization": True}
+    ),
     "min_snr_gamma": Row(0.05, both(learns_otherwise, marks(ss_min_snr_gamma="0.05"))),
     "scale_v_pred_loss_like_noise_pred": Row(True, learns_otherwise, {"v_parameterization": True}),
     "v_pred_like_loss": Row(0.5, learns_otherwise),
@@ -137,7 +141,9 @@ ROWS: dict[str, Row] = {
         True, both(learns_the_same, has_inside(updates="FusedUpdates", gradients_left=0)), {"max_grad_norm": 0.0}
     ),
     "lr_scheduler": Row("linear", both(learns_otherwise, marks(ss_lr_scheduler="linear"))),
-    "lr_warmup_steps": Row(2, both(learns_otherwise, marks(ss_lr_warmup_steps="2")), {"lr_scheduler": "constant_with_warmup"}),
+    "lr_warmup_steps": Row(
+        2, both(learns_otherwise, marks(ss_lr_warmup_steps="2")), {"lr_scheduler": "constant_with_warmup"}
+    ),
     "lr_scheduler_num_cycles": Row(3, learns_otherwise, {"lr_scheduler": "cosine_with_restarts", **EPOCHS}),
     "lr_scheduler_power": Row(3.0, learns_otherwise, {"lr_scheduler": "polynomial"}),
     "lr_scheduler_type": Row("ExponentialLR", learns_otherwise, also={"lr_scheduler_args": ["gamma=0.5"]}),
@@ -164,7 +170,9 @@ ROWS: dict[str, Row] = {
     "network_dim": Row(2, both(of_rank(2), marks(ss_network_dim="2"))),
     "network_alpha": Row(3.0, both(learns_otherwise, marks(ss_network_alpha="3.0"))),
     "network_dropout": Row(0.5, both(learns_otherwise, marks(ss_network_dropout="0.5"))),
-    "network_args": Row(["conv_dim=2"], both(learns_otherwise, marks(ss_network_args='{"conv_dim": "2", "dropout": null}'))),
+    "network_args": Row(
+        ["conv_dim=2"], both(learns_otherwise, marks(ss_network_args='{"conv_dim": "2", "dropout": null}'))
+    ),
     "network_train_unet_only": Row(True, only_parts("unet")),
     "network_train_text_encoder_only": Row(True, only_parts("te")),
     "network_weights": Row("{network}", learns_otherwise),
@@ -232,7 +240,9 @@ ROWS: dict[str, Row] = {
     "plan": Row(True, both(writes_no("net.safetensors"), writes("net-plan.txt"))),
     # of no effect here, and that is said
     "tokenizer_cache_dir": Row("{root}", both(learns_the_same, says("--tokenizer_cache_dir has no effect"))),
-    "persistent_data_loader_workers": Row(True, both(learns_the_same, says("--persistent_data_loader_workers has no effect"))),
+    "persistent_data_loader_workers": Row(
+        True, both(learns_the_same, says("--persistent_data_loader_workers has no effect"))
+    ),
     "lowram": Row(True, both(learns_the_same, marks(ss_lowram="True"), says("--lowram has no effect"))),
     "async_upload": Row(True, both(learns_the_same, says("--async_upload has no effect"))),
     "console_log_simple": Row(True, both(learns_the_same, says("--console_log_simple has no effect"))),
@@ -248,7 +258,8 @@ ELSEWHERE = {
     "offload_optimizer_nvme_path": "tests/unit/test_zero.py::test_the_settings_reach_deepspeed",
     "offload_param_device": "tests/unit/test_zero.py::test_weights_on_the_disk",
     "offload_param_nvme_path": "tests/unit/test_zero.py::test_weights_on_the_disk",
-    "fp16_master_weights_and_gradients": "tests/unit/test_zero.py::test_weights_in_16_bits_and_trained_parameters_whole",
+    "fp16_master_weights_and_gradients": "tests/unit/test_zero.py::"
+    "test_weights_in_16_bits_and_trained_parameters_whole",
     "zero3_init_flag": "tests/unit/test_memory_options.py::test_settings_without_effect_are_named",
     "zero3_save_16bit_model": "tests/unit/test_memory_options.py::test_settings_without_effect_are_named",
     "full_fp16": "tests/unit/test_placement.py::test_what_is_trained_is_cast_as_asked",

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from library.options import OptionError
+from library.progress import shows_bars
 
 CHATTY = (
     "accelerate", "diffusers", "transformers", "torch", "PIL", "urllib3", "filelock", "httpx", "httpx2",
@@ -22,7 +23,7 @@ class _BarFriendlyHandler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
-        if sys.stderr.isatty():
+        if shows_bars():
             tqdm.write(text, file=sys.stderr)
         else:
             sys.stderr.write(f"{text}\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _tables(value: Any, place: str) -> list[Mapping[str, Any]]:
     return [_table(item, f"{place}[{index}]") for index, item in enumerate(value)]
 
 
-def _check_keys(table: Mapping[str, Any], place: str, known: set[str], elsewhere: Mapping[str, str]) -> None:
+def _check_keys(table: Mapping[str, Any], place: str, known: Set[str], elsewhere: Mapping[str, str]) -> None:
     """Refuse the first unknown key: with the level it belongs to, or the nearest known name."""
     for key in table:
         if key in known:

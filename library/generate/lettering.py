@@ -6,6 +6,7 @@ import contextlib
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from PIL import ImageFont
 
@@ -44,8 +45,13 @@ def _installed(size: int) -> Iterator[Font]:
 
 def _lacking(letters: Iterable[str], font: Font) -> frozenset[str]:
     """The letters that a font draws as it draws what no font has: as a box."""
-    box = bytes(font.getmask(NO_LETTER))
-    return frozenset(each for each in letters if not each.isspace() and bytes(font.getmask(each)) == box)
+    box = _mask(NO_LETTER, font)
+    return frozenset(each for each in letters if not each.isspace() and _mask(each, font) == box)
+
+
+def _mask(letter: str, font: Font) -> bytes:
+    mask: Any = font.getmask(letter)
+    return bytes(mask)
 
 
 def _spelt(letter: str) -> str:

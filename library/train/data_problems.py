@@ -191,8 +191,7 @@ def _sizes(findings: Findings, bucket: BucketOptions) -> Iterator[Problem]:
         yield Problem(
             True,
             f"{counted(len(small), 'image')} too small: enlarged more than {MUCH_ENLARGED} times",
-            "find larger originals, remove them, or train at a lower --resolution"
-            + _no_upscale(bucket),
+            "find larger originals, remove them, or train at a lower --resolution" + _no_upscale(bucket),
             _gallery(
                 findings, small, lambda path: f"{factors[path]:.1f} x, {'{}x{}'.format(*images[path].record.size_wh)}"
             ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import optimization as diffusers_schedules
+from torch.optim.lr_scheduler import PolynomialLR
 from transformers import optimization as transformers_schedules
 
 from library.options import OptionError
@@ -112,7 +113,10 @@ def _class_of(path: str) -> Any:
 
 
 def _lengths_wanted(scheduler_class: Any, arguments: Mapping[str, Any]) -> list[str]:
-    """The arguments that stand for the length of the run and are not given; torch's default of 5 is none to keep."""
+    """The arguments that stand for the length of the run and are not given.
+
+    PolynomialLR's default of 5 is none to keep: its rate is 0 from there on.
+    """
     if "steps_per_epoch" in arguments:
         return []
     parameters = inspect.signature(scheduler_class).parameters
@@ -121,7 +125,7 @@ def _lengths_wanted(scheduler_class: Any, arguments: Mapping[str, Any]) -> list[
         for name in LENGTHS
         if name in parameters
         and name not in arguments
-        and (name == "total_iters" or parameters[name].default in (inspect.Parameter.empty, None))
+        and (scheduler_class is PolynomialLR or parameters[name].default in (inspect.Parameter.empty, None))
     ]
 
 

@@ -104,7 +104,7 @@ def settings_that_matter(values: Mapping[str, Any], seed: int | None) -> dict[st
 
 
 def find_state(resume: str, names: FileNames) -> Path | None:
-    """The folder that --resume names; for "latest" the one of this output name that got furthest, or None."""
+    """The folder that --resume names; for "latest" the newest one of this output name, or None."""
     if resume != "latest":
         folder = Path(resume)
         if not (folder / STATE_FILE).is_file():
@@ -119,21 +119,11 @@ def find_state(resume: str, names: FileNames) -> Path | None:
 
 
 def _states(names: FileNames) -> list[Path]:
-    """Complete states of this output name, the one that got furthest last."""
+    """Complete states of this output name, the newest last."""
     found = [
         folder for folder in names.folder.glob("*-state") if (folder / STATE_FILE).is_file() and _is_ours(folder, names)
     ]
-    return sorted(found, key=_reached)
-
-
-def _reached(folder: Path) -> tuple[int, int]:
-    """(step, time written) of a state; a step of -1 where that can't be read."""
-    file = folder / STATE_FILE
-    try:
-        step = json.loads(file.read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        step = -1
-    return (step if isinstance(step, int) else -1), file.stat().st_mtime_ns
+    return sorted(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns)
 
 
 def notes_on_earlier_files(names: FileNames) -> list[str]:
@@ -146,7 +136,7 @@ def notes_on_earlier_files(names: FileNames) -> list[str]:
         more = f" and {len(states) - 1} more" if len(states) > 1 else ""
         notes.append(
             f"{names.folder} has states of an earlier run ({states[-1].name}{more}): this run begins anew beside them; "
-            "--resume latest goes on from the one that got furthest"
+            "--resume latest goes on from the newest"
         )
     return notes
 

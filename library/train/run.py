@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from library.checkpoints.safetensors_io import NonFiniteError, read_header
 from library.data.batch import Batch, Position
 from library.data.dataset import TrainingData
+from library.data.dataset_class import ForeignData
 from library.data.loading import Tokenize
 from library.diffusion.noise import NoiseSource
 from library.diffusion.schedule import NoiseSchedule
@@ -51,13 +52,13 @@ class Run:
     bundle: ModelBundle
     target: TrainTarget
     model: torch.nn.Module  # the prepared StepModule
-    groups: list[ParamGroup]
+    groups: Sequence[ParamGroup]
     optimizer: Any  # accelerate's wrapper
     built: BuiltOptimizer
     updates: Updates
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
     schedule: NoiseSchedule
-    data: TrainingData
+    data: TrainingData | ForeignData
     plan: TrainPlan
     seed: int
     settings: Mapping[str, Any]  # what a resumed run must share

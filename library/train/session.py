@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from library.data.dataset import TrainingData
+from library.data.dataset_class import ForeignData
 from library.diffusion.schedule import NoiseSchedule
 from library.families.base import ModelBundle, ModelFamily
 from library.models import vae
@@ -140,7 +141,9 @@ def add_callbacks(run: Run, checked: CheckedRun) -> None:
             run.callbacks.append(HubUploader(run.config.hub, name, is_stopping=lambda: bool(run.stop)))
 
 
-def cache_latents(config: RunConfig, data: TrainingData, bundle: ModelBundle, accelerator: Accelerator) -> None:
+def cache_latents(
+    config: RunConfig, data: TrainingData | ForeignData, bundle: ModelBundle, accelerator: Accelerator
+) -> None:
     """Fill the latent cache if asked, or take what latents the data bring; a VAE without work leaves the device."""
     if not (config.cache.enabled or data.brings_latents):
         return

@@ -23,7 +23,12 @@ PARSERS = {
 }
 OWN = {
     "train_network": {
-        "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
+        "--on_bad_image",
+        "--max_nonfinite_steps",
+        "--save_best",
+        "--early_stop_patience",
+        "--ema_decay",
+        "--plan",
     },
     "gen_img_diffusers": {"--no_half_vae"},  # in later versions of the trade's generator
 }

@@ -83,7 +83,12 @@ MATTERS: dict[str, dict[str, dict[str, Any]]] = {
         "memory": {"cache_latents": True, "vae_batch_size": 2},
         "disk": {"cache_latents_to_disk": True},
     },
-    "images": {"as they are": {}, "colour": {"color_aug": True}, "flip": {"flip_aug": True}, "crop": {"random_crop": True}},
+    "images": {
+        "as they are": {},
+        "colour": {"color_aug": True},
+        "flip": {"flip_aug": True},
+        "crop": {"random_crop": True},
+    },
     "masks": {
         "none": {},
         "files": {"masked_loss": True, "conditioning_data_dir": "{masks}"},

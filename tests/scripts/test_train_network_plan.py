@@ -109,7 +109,8 @@ def test_odd_data_is_told(options, tmp_path, capsys):
     assert train_network(**options, plan=True) == 0
     text = plan_text(tmp_path / "out")
     for part in (
-        "1 image can't be read and is left out", "1 caption file without text", "5 images without a caption", "trained on 'thing'",
+        "1 image can't be read and is left out", "1 caption file without text", "5 images without a caption",
+        "trained on 'thing'",
         "1 caption longer than the 75 tokens", "--max_token_length 150", "1 image file equal to another one",
         "the captions differ", "2 images in 1 group look alike", "2 images lose more than 25%", "wide.png",
         "tiny.png: 4.0 x, 16x16",

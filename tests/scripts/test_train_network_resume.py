@@ -129,9 +129,9 @@ def test_a_damaged_state_is_one_sentence(options, tmp_path, name, content, capfd
     assert "--resume" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_latest_got_furthest_and_finds_a_state_cut_off_while_put_in_place(tmp_path):
+def test_latest_is_the_newest_also_where_it_was_cut_off_while_put_in_place(tmp_path):
     names = FileNames(tmp_path, "net", ".safetensors")
-    states = {"net-state": 6, ".net-step00000006-state.partial": 6, "net-step00000002-state": 2}
+    states = {"net-state": 9, "net-step00000002-state": 2, ".net-step00000006-state.partial": 6}
     for age, (name, step) in enumerate(states.items()):
         (tmp_path / name).mkdir()
         state = RunState(step=step, epoch=1, settings={}, data={}, recent_losses=[], skipped_steps=0)

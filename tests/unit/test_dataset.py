@@ -32,7 +32,8 @@ def test_a_batch_holds_what_the_contract_says(folders):
         assert batch.images_BCHW.abs().max() <= 1 and batch.images_BCHW.dtype == torch.float32
         assert batch.noise_BCHW.shape == batch.posterior_noise_BCHW.shape == (size, 4, height // 8, width // 8)
         assert batch.timesteps_B.dtype == batch.original_hw_B2.dtype == batch.crop_yx_B2.dtype == torch.int64
-        assert batch.token_ids[0].shape == (size, 1, 77) and torch.equal(batch.token_ids[0], letters(batch.captions).ids[0])
+        assert batch.token_ids[0].shape == (size, 1, 77)
+        assert torch.equal(batch.token_ids[0], letters(batch.captions).ids[0])
         assert batch.denominator == size
         weights = [0.5 if "animal" in name else 1.0 for name in batch.image_names]
         assert batch.loss_weight_B.tolist() == weights

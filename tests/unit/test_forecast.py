@@ -48,8 +48,9 @@ def groups():
 
 
 SCHEDULES = {
-    "constant": {}, "linear": {}, "cosine": {"lr_warmup_steps": 5}, "cosine_with_restarts": {"lr_scheduler_num_cycles": 3},
-    "polynomial": {"lr_scheduler_power": 2}, "piecewise_constant": {"lr_scheduler_args": ("step_rules='1:10,0.1:20,0.01'",)},
+    "constant": {}, "linear": {}, "cosine": {"lr_warmup_steps": 5},
+    "cosine_with_restarts": {"lr_scheduler_num_cycles": 3}, "polynomial": {"lr_scheduler_power": 2},
+    "piecewise_constant": {"lr_scheduler_args": ("step_rules='1:10,0.1:20,0.01'",)},
 }  # fmt: skip
 
 

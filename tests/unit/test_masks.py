@@ -192,8 +192,9 @@ def test_missing_masks_are_listed(tmp_path):
     with pytest.raises(OptionError) as caught:
         build(train, MaskOptions(conditioning_data_dir=tmp_path / "masks"))
     assert str(caught.value) == (
-        "conditioning_data_dir: 2 images have no mask: 2_grey/picture_0_60_55_40_44.png, 2_grey/picture_2_60_55_40_44.png; "
-        "add pictures of these names, white where the image counts and black where it does not"
+        "conditioning_data_dir: 2 images have no mask: 2_grey/picture_0_60_55_40_44.png, "
+        "2_grey/picture_2_60_55_40_44.png; add pictures of these names, white where the image counts "
+        "and black where it does not"
     )
 
 

@@ -104,9 +104,7 @@ def test_the_size_of_a_picture_on_its_side_is_turned(folder, caplog):
         data = build(folder)
     placed = {Path(image.record.path).stem: image.placement.bucket_wh for image in data.datasets[0].images}
     assert placed == {"a": (48, 64), "b": (48, 64), "c": (64, 48), "d": (48, 64)}
-    assert (
-        "the train_resolution of 1 photo is that of the camera's sensor, its sides are swapped: " in caplog.text
-    )
+    assert "the train_resolution of 1 photo is that of the camera's sensor, its sides are swapped: " in caplog.text
 
 
 def test_images_that_several_entries_name_are_told(folder, caplog):

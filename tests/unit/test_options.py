@@ -69,7 +69,8 @@ def test_mistakes_are_one_sentence_with_exit_code_2(capsys, argv, words):
     ("name", "value", "expected"),
     [
         ("switch", 0, False), ("switch", 1, True), ("count", 4.0, 4), ("rate", 2, 2), ("names", "one", ("one",)),
-        ("names", [], ()), ("scales", [1, 2], (1, 2)), ("count", "3", 3), ("count", "4.0", 4), ("rate", " 1e-4", 1e-4), ("folder", "x", Path("x")), ("rate", None, None),
+        ("names", [], ()), ("scales", [1, 2], (1, 2)), ("count", "3", 3), ("count", "4.0", 4),
+        ("rate", " 1e-4", 1e-4), ("folder", "x", Path("x")), ("rate", None, None),
     ],
 )  # fmt: skip
 def test_toml_values(name, value, expected):
@@ -98,7 +99,8 @@ def test_any_value_converts_or_is_refused_in_words(value):
 
 
 @pytest.mark.parametrize(
-    ("word", "name"), [("epochs", "max_train_epochs"), ("--lr", "--learning_rate"), ("batchsize", "batch_size"), ("x", "")]
+    ("word", "name"),
+    [("epochs", "max_train_epochs"), ("--lr", "--learning_rate"), ("batchsize", "batch_size"), ("x", "")],
 )
 def test_nearest_names(word, name):
     known = ["max_train_epochs", "learning_rate", "--learning_rate", "batch_size"]

@@ -32,3 +32,8 @@ def test_a_file_gets_lines(monkeypatch):
 def test_a_terminal_gets_bars(monkeypatch):
     text = shown(Terminal(), monkeypatch)
     assert "inner" in text and "3/3" in text and "\r" in text
+
+
+def test_bars_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("PROGRESS_BARS", "1")
+    assert "\r" in shown(io.StringIO(), monkeypatch)

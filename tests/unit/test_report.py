@@ -78,7 +78,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_is_told():
 
 
 def test_pictures_without_a_thumbnail_are_named():
-    made = page(report(), {})
+    made = page(report(), {}).replace("<wbr>", "")
     assert "<img" not in made and "5_a/x&lt;y.png" in made and "5_a/z.png" in made
 
 

@@ -121,7 +121,7 @@ def test_an_optimizer_that_counts_for_all_parameters_is_found_out():
 
 
 def test_scaled_float16_gradients_are_unscaled_in_float32(monkeypatch):
-    """As with --full_fp16 on a GPU: gradients of 1e-9 survive, and an overflow skips the update and halves the scale."""
+    """As with --full_fp16 on a GPU: gradients of 1e-9 survive, and an overflow skips the update, halves the scale."""
     monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))
     parameter = torch.nn.Parameter(torch.ones(64, dtype=torch.float16))
     built = build_optimizer(OptimizerOptions(learning_rate=1e-2), [ParamGroup("unet", (parameter,), None)])
