@@ -63,7 +63,7 @@ class TrainLog:
         self.accelerator, self.guard, self.last_good, self.epochs = accelerator, guard, last_good, epochs
         self.recent: deque[float] = deque(maxlen=min(max(window, 1), LONGEST_AVERAGE))
         self.pending: StepRecord | None = None
-        self.begun = time.monotonic()
+        self.begun, self.steps_done = time.monotonic(), 0
         self.bar = progress_bar(
             total=steps, initial=start, desc="steps", smoothing=0.05, disable=not accelerator.is_local_main_process
         )
@@ -72,6 +72,7 @@ class TrainLog:
         """Hand over an update's numbers; those of the update before are written now."""
         self.settle()
         self.pending = record
+        self.steps_done += 1
         self.bar.update()
 
     def settle(self) -> None:
@@ -107,9 +108,9 @@ class TrainLog:
     @property
     def summary(self) -> str:
         """What was done since the run began, in words."""
-        steps, seconds = self.bar.n - self.bar.initial, round(time.monotonic() - self.begun)
+        seconds = round(time.monotonic() - self.begun)
         minutes = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-        return f"{counted(steps, 'step')} in {minutes}, average loss {self.average:.4f}"
+        return f"{counted(self.steps_done, 'step')} in {minutes}, average loss {self.average:.4f}"
 
     def close(self) -> None:
         self.settle()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,7 @@ def test_settings_train_together(case, places, tmp_path, capfd):
 def test_settings_that_contradict_each_other_are_refused_in_a_sentence(two, places, tmp_path, capfd):
     assert run(tmp_path, places, dict(sorted(two))) == 2
     lines = capfd.readouterr().err.splitlines()
-    assert lines[-1].startswith(f"__main__.py: {REFUSED[two]}")
-    assert sum(line.startswith("__main__.py: ") for line in lines) == 1 and not any("Traceback" in x for x in lines)
+    program = f"{Path(sys.argv[0]).name}: "
+    assert lines[-1].startswith(f"{program}{REFUSED[two]}")
+    assert sum(line.startswith(program) for line in lines) == 1 and not any("Traceback" in x for x in lines)
     assert not list(tmp_path.glob("net.*t*"))
