@@ -44,4 +44,5 @@ class _Lines(tqdm):
         if not self.disable:
             self.display()
             self.disable = True
-            self._decr_instances(self)
+            registry: Any = type(self)
+            registry._decr_instances(self)
