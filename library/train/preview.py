@@ -12,11 +12,13 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 
@@ -43,6 +45,15 @@ BATCH = 4  # pictures drawn together, as far as their settings allow; one at a t
 FULL = "the memory is full; smaller pictures (--w, --h in the file of prompts) need less"
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that a process has written."""
+
+    index: int  # of its prompt
+    step: int
+    path: Path
+
+
 class Previews(Callback):
     """Draws every prompt's picture when a round is due; each process draws its share of the prompts."""
 
@@ -59,9 +70,8 @@ class Previews(Callback):
         self.share = self.previews[run.accelerator.process_index :: run.accelerator.num_processes]
         self.encoder = PromptEncoder(run.family, run.bundle)
         self._text_has_learned = False
-        self._unlogged: list[tuple[Preview, Moment, float]] = []  # of other processes, and when the round began
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="previews")
-        self._written: Future[None] | None = None
+        self._written: Future[list[Drawn]] | None = None
 
     @functools.cached_property
     def files(self) -> PreviewFiles:
@@ -82,31 +92,25 @@ class Previews(Callback):
             self.draw(Moment(step, epoch))
 
     def at_end(self, step: int) -> None:
-        self._wait_for_files()
-        if self.run.accelerator.num_processes > 1:
-            self.run.accelerator.wait_for_everyone()
-            self._log_others(step)
+        self._finish_round(step)
 
     def close(self) -> None:
-        self._wait_for_files()
+        self._finished_files()
         self._writer.shutdown()
 
     # ------------------------------------------------------------------------------------------ drawing
 
     def draw(self, moment: Moment) -> None:
         """One round. What can go wrong with pictures is said in one warning, and training goes on."""
-        self._wait_for_files()
-        self._log_others(moment.step)
-        begun = time.time()
+        self._finish_round(moment.step)
+        begun = time.monotonic()
         drawn: list[tuple[Preview, Image.Image]] = []
         failures: list[str] = []
         with reported(failures), self._model_at_hand(moment.step) if self.share else contextlib.nullcontext():
             drawn = self._drawn(failures)
-        seconds = time.time() - begun
+        seconds = time.monotonic() - begun
         for preview, image in drawn:
-            self._log(preview, image, moment.step, now=moment.step)
-        if self.run.accelerator.trackers:
-            self._unlogged += [(preview, moment, begun) for preview in self.previews if preview not in self.share]
+            self._log(preview.index, image, moment.step, now=moment.step)
         self._written = self._writer.submit(self._write, moment, drawn)
         if self.run.stop and len(drawn) < len(self.share):
             logger.info("%s: previews broken off, %d of %d are drawn", moment.caption, len(drawn), len(self.share))
@@ -173,19 +177,33 @@ class Previews(Callback):
 
     # ------------------------------------------------------------------------------------------ files and logs
 
-    def _write(self, moment: Moment, drawn: Sequence[tuple[Preview, Image.Image]]) -> None:
+    def _write(self, moment: Moment, drawn: Sequence[tuple[Preview, Image.Image]]) -> list[Drawn]:
         names = self._model_names(moment)
-        for preview, image in drawn:
-            self.files.add(preview, moment, image, names)
+        return [
+            Drawn(preview.index, moment.step, self.files.add(preview, moment, image, names)) for preview, image in drawn
+        ]
 
-    def _wait_for_files(self) -> None:
+    def _finished_files(self) -> list[Drawn]:
+        """What this process wrote of the last round, once; none where the disk would not take it."""
         written, self._written = self._written, None
         failures: list[str] = []
         with reported(failures):
             if written is not None:
-                written.result()
+                return written.result()
         if failures:
             logger.warning("previews were not saved, training goes on: %s", failures[0])
+        return []
+
+    def _finish_round(self, now: int) -> None:
+        """Wait for the last round's files; the main process logs what others drew, where it can see their files."""
+        run = self.run
+        finished = self._finished_files()
+        if run.accelerator.num_processes > 1:
+            own = {preview.index for preview in self.share}
+            for drawn in gather_object(finished):
+                if run.accelerator.trackers and drawn.index not in own and drawn.path.is_file():
+                    with Image.open(drawn.path) as image:
+                        self._log(drawn.index, image.convert("RGB"), drawn.step, now=now)
 
     def _model_names(self, moment: Moment) -> ModelNames:
         """The model's file, and the file that holds what is drawn where it is saved now, else the run's final one."""
@@ -199,24 +217,15 @@ class Previews(Callback):
         name = file.name.removesuffix(run.names.extension)
         return ModelNames.of(Path(run.bundle.source.path), run.target.prompt_tag(name) if moment.step else "")
 
-    def _log(self, preview: Preview, image: Image.Image, step: int, *, now: int) -> None:
+    def _log(self, index: int, image: Image.Image, step: int, *, now: int) -> None:
         """Hand a picture of `step` to the trackers, which only the main process has; not all can log in the past."""
-        name = f"sample_{preview.index}"
+        name = f"sample_{index}"
         for tracker in self.run.accelerator.trackers:
             writer: Any = tracker
             if writer.name == "tensorboard":
                 writer.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
             else:
                 writer.log_images({name: [image]}, step=now)
-
-    def _log_others(self, step: int) -> None:
-        """Log what other processes drew in earlier rounds, where their files can be seen from here."""
-        waiting, self._unlogged = self._unlogged, []
-        for preview, moment, begun in waiting:
-            path = self.files.find(preview, moment, begun)
-            if path is not None:
-                with Image.open(path) as image:
-                    self._log(preview, image.convert("RGB"), moment.step, now=step)
 
 
 @contextlib.contextmanager

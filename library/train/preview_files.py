@@ -65,24 +65,20 @@ class PreviewFiles:
         self.resumed_at = resumed_at
         self._rounds: dict[int, list[SheetPicture]] = {}
 
-    def add(self, preview: Preview, moment: Moment, image: Image.Image, names: ModelNames) -> None:
-        """Write one picture and its prompt's sheet; raises OptionError where the disk won't take them."""
+    def add(self, preview: Preview, moment: Moment, image: Image.Image, names: ModelNames) -> Path:
+        """Write one picture and its prompt's sheet; returns its path. OptionError where the disk won't take them."""
         if preview.index not in self._rounds:
             self._rounds[preview.index] = list(self._earlier(preview))
         self.folder.mkdir(parents=True, exist_ok=True)
         texts = metadata(preview.request, names) | {"step": str(moment.step), "caption": moment.caption}
-        write_new(self.folder, numbered_names(self._stem(preview, moment)), encode_png(image, texts), FLAG)
+        path = write_new(self.folder, numbered_names(self._stem(preview, moment)), encode_png(image, texts), FLAG)
         rounds = self._rounds[preview.index]
         rounds.append(SheetPicture(thumbnail(image), moment.caption))
         if len(rounds) > 2 * MOST:
             rounds[:] = thinned(rounds)
         sheet = contact_sheet(preview.request.prompt, preview.summary, thinned(rounds))
         replace_file(self.folder / f"{self.prefix}prompt{preview.index:02d}.png", encode_png(sheet, {}), FLAG)
-
-    def find(self, preview: Preview, moment: Moment, begun: float) -> Path | None:
-        """The picture of a round that began at the time `begun`, whichever process drew it."""
-        found = [path for path in self._pictures(preview, moment.label) if path.stat().st_mtime >= begun]
-        return max(found, default=None)
+        return path
 
     def _stem(self, preview: Preview, moment: Moment) -> str:
         seed = f"_{preview.request.seed}" if preview.has_own_seed else ""

@@ -259,6 +259,19 @@ def test_broken_prompts_are_one_sentence_before_torch_is_loaded(options, tmp_pat
 # ---------------------------------------------------------------------------------------------- processes
 
 
+LATE_MAIN_PROCESS = """
+import os, runpy, sys, time
+sys.path.insert(0, {root!r})
+from library.train.preview import Previews
+draw = Previews.draw
+def late(self, moment):
+    time.sleep(2 if os.environ["RANK"] == "0" else 0)
+    draw(self, moment)
+Previews.draw = late
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
 def test_two_processes_share_the_prompts_out(options, tmp_path):
     text = "a --s 1\nb --s 1\nc --s 1"
     options |= {"max_train_steps": 1, "train_batch_size": 1}
@@ -266,11 +279,13 @@ def test_two_processes_share_the_prompts_out(options, tmp_path):
     alone = [pixels(path) for index in range(3) for path in pictures(tmp_path, index)]
     two = tmp_path / "two"
     two.mkdir()
+    script = two / "late.py"
+    script.write_text(LATE_MAIN_PROCESS.format(root=str(ROOT), script=str(ROOT / "train_network.py")))
     shared = with_previews(options, two, text, sample_at_first=True, logging_dir=two / "log", log_with="tensorboard")
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        ROOT / "train_network.py", *flags(**shared),
+        script, *flags(**shared),
     ]  # fmt: skip
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
