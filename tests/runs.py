@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -31,6 +34,19 @@ def flags(**options) -> list[str]:
 def train_network(**options) -> int:
     """train_network.py in this process; returns the exit code."""
     import train_network as entry
+
+    return run_script(entry, options)
+
+
+def sdxl_train_network(**options) -> int:
+    """sdxl_train_network.py in this process; returns the exit code."""
+    import sdxl_train_network as entry
+
+    return run_script(entry, options)
+
+
+def run_script(entry: ModuleType, options: Mapping[str, Any]) -> int:
+    """A training script in this process; returns the exit code."""
     from library.cli.training import run
 
     PartialState._reset_state()

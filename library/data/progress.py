@@ -9,10 +9,10 @@ from tqdm import tqdm
 SHOWN_AFTER = 2.0  # seconds: shorter work needs no bar
 
 
-def progress(what: str, total: int, *, stays: bool = False) -> tqdm:
-    """A bar over `total` images; one that `stays` is shown at once and left on the screen, unless it has no images.
+def progress(what: str, total: int, *, stays: bool = False, unit: str = "image") -> tqdm:
+    """A bar over `total` images, or other units; one that `stays` is shown at once and left on the screen, unless it has no images.
 
     Launchers number their processes in RANK; without one there is only this process.
     """
     silent = os.environ.get("RANK", "0") != "0" or (stays and not total)
-    return tqdm(total=total, desc=what, unit="image", leave=stays, delay=0 if stays else SHOWN_AFTER, disable=silent)
+    return tqdm(total=total, desc=what, unit=unit, leave=stays, delay=0 if stays else SHOWN_AFTER, disable=silent)

@@ -77,12 +77,13 @@ def known_parts(
 ) -> list[MemoryPart]:
     """What follows from numbers of parameters."""
     vae_stays = not config.cache.enabled or config.memory.highvram
+    text_stays = not config.text_cache.enabled or config.memory.highvram
     encoders = [parameter for encoder in bundle.text_encoders for parameter in encoder.parameters()]
     trained = [parameter for group in groups for parameter in group.parameters]
     count, size = sum(parameter.numel() for parameter in trained), _size(trained)
     parts = [
         _weights("U-Net", bundle.unet.parameters()),
-        _weights("text encoder", encoders),
+        *([_weights("text encoder", encoders)] if text_stays else []),
         *([_weights("VAE", bundle.vae.parameters())] if vae_stays else []),
         MemoryPart("trained parameters", size, f"{count:,} parameters{_precision(trained)}"),
         _gradients(config, trained),

@@ -40,7 +40,10 @@ from library.train.updates import Updates
 logger = logging.getLogger(__name__)
 
 STOP_CHECK_EVERY = 8  # steps between agreements of several processes on whether to stop
-LOG_NAMES = {"text encoder": "lr/textencoder", "unet": "lr/unet"}
+LOG_NAMES = {
+    "text encoder": "lr/textencoder", "text encoder 1": "lr/textencoder1", "text encoder 2": "lr/textencoder2",
+    "unet": "lr/unet",
+}  # fmt: skip
 
 
 @dataclass
