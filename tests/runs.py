@@ -69,6 +69,17 @@ def script(name: str, *words: str, **kwargs) -> subprocess.CompletedProcess[str]
     )
 
 
+def in_two_processes(name: str, **options) -> None:
+    """A script as accelerate starts it on two processes of the CPU."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / name, *flags(**options),
+    ]  # fmt: skip
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def equal_files(first: Path, second: Path) -> bool:
     """Whether two network files hold the same tensors, bit for bit."""
     a, b = load_file(first), load_file(second)

@@ -75,8 +75,9 @@ def tiny_state(kind: str, seed: int = 0) -> ModelState:
     """The random weights of a tiny model, by our parameter names."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = build_vae(VAE, scale=SDXL_VAE_SCALE if kind == "sdxl" else VAE_SCALE)
-        modules = [build_unet(UNETS[kind]), build_text_encoder(TEXT_ENCODERS[kind]), vae]
+        scale = SDXL_VAE_SCALE if kind == "sdxl" else VAE_SCALE
+        # their order decides their weights, and so the golden losses
+        modules = [build_unet(UNETS[kind]), build_text_encoder(TEXT_ENCODERS[kind]), build_vae(VAE, scale=scale)]
         if kind == "sdxl":
             modules.append(build_text_encoder(SECOND_TEXT_ENCODER))
         for module in modules:

@@ -22,9 +22,7 @@ def config_path(name: str) -> Path:
     return Path(name) if name.lower().endswith(".toml") else Path(name + ".toml")
 
 
-def read_config_file(
-    path: Path, options: Mapping[str, Option], models: str = "sd"
-) -> tuple[dict[str, Any], list[str]]:
+def read_config_file(path: Path, options: Mapping[str, Option], models: str = "sd") -> tuple[dict[str, Any], list[str]]:
     """(raw values by option name, sentences to print). Sections are only for reading: their names mean nothing.
 
     Keys, types and choices are checked as on the command line; OptionError names the file and the key. There is a

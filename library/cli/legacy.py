@@ -50,8 +50,8 @@ ZERO_IS_OFF = (
     "clip_skip", "ddp_timeout", "initial_epoch", "initial_step", "lr_decay_steps", "lr_scheduler_num_cycles",
     "lr_scheduler_timescale", "max_train_epochs", "max_validation_steps", "min_snr_gamma", "save_every_n_epochs",
     "save_every_n_steps", "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps",
-    "save_last_n_steps_state", "save_n_epoch_ratio", "scale_weight_norms", "text_variations", "vae_batch_size", "validate_every_n_epochs",
-    "validate_every_n_steps",
+    "save_last_n_steps_state", "save_n_epoch_ratio", "scale_weight_norms", "text_variations", "vae_batch_size",
+    "validate_every_n_epochs", "validate_every_n_steps",
 )  # fmt: skip
 OPTIMIZER_SWITCHES = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 

@@ -38,9 +38,9 @@ from library.data.sources import (
 )
 from library.data.summary import LoadedDataset, metadata
 from library.data.text_cache import EncodeText, MemoryTexts, TextStore
+from library.data.text_cache_check import check_text_cacheable
 from library.data.text_cache_options import TextCacheOptions
 from library.data.text_items import text_items
-from library.data.text_variations import check_text_cacheable
 from library.data.validation_set import ValidationSet, split_images, with_own_items
 from library.options import OptionError
 

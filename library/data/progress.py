@@ -10,7 +10,8 @@ SHOWN_AFTER = 2.0  # seconds: shorter work needs no bar
 
 
 def progress(what: str, total: int, *, stays: bool = False, unit: str = "image") -> tqdm:
-    """A bar over `total` images, or other units; one that `stays` is shown at once and left on the screen, unless it has no images.
+    """A bar over `total` images, or other units; one that `stays` is shown at once and left on the screen, unless there
+    are none.
 
     Launchers number their processes in RANK; without one there is only this process.
     """

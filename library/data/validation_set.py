@@ -166,9 +166,7 @@ class ValidationSet:
         facts = RunFacts(accumulation=1, max_train_steps=1, epochs=1, prior_loss_weight=1.0, **run)
         in_memory = self.store is not None and self.store.in_memory and (self.texts is None or self.texts.in_memory)
         workers = 0 if in_memory else min(workers, usable_cores())
-        loader = load_batches(
-            self.samples, self.store, facts, start=Position(1, 0), workers=workers, texts=self.texts
-        )
+        loader = load_batches(self.samples, self.store, facts, start=Position(1, 0), workers=workers, texts=self.texts)
         return (batch for _, batch in islice(loader, self.num_batches(facts.num_processes, at_most)))
 
 

@@ -102,6 +102,12 @@ class RunConfig:
             "contradicts training the text encoders, whose outputs change with every step",
             "add --network_train_unet_only",
         )
+        require(
+            not (self.text_cache.enabled and self.source.dataset_class),
+            "--cache_text_encoder_outputs",
+            f"contradicts --dataset_class {self.source.dataset_class}, whose captions are not known beforehand",
+            "leave one of them out",
+        )
         self.precision.check_beside(self.training)
         warnings = [note for group in self.groups() if hasattr(group, "notes") for note in group.notes()]
         rates = [name for name in ("unet_lr", "text_encoder_lr") if getattr(self.target, name, None)]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
-
 from torch.nn.parallel import DistributedDataParallel
 
 from library.data.batch import Batch
@@ -144,7 +143,6 @@ class StepModule(torch.nn.Module):
             with torch.set_grad_enabled(trains_text):
                 conditioning = self.family.condition(self._text_states(batch), picture_sizes(batch))
             return self.target.predict(self.family, self.bundle, noised_BCHW, conditioning, batch)
-
 
     def _text_states(self, batch: Batch) -> TextStates:
         """Those that come with the batch from a cache, or those of its captions."""

@@ -21,7 +21,7 @@ from library.data.config import (
 )
 from library.data.headers import BadImage, open_image
 from library.data.mask_files import settle_masks
-from library.data.text_variations import check_text_cacheable
+from library.data.text_cache_check import check_text_cacheable
 from library.families.options import SDXL_BUCKET_STEP
 from library.generate.prompt_line import PromptLine
 from library.options import OptionError, read_toml
@@ -50,7 +50,7 @@ class CheckedRun:
 def check_before_start(config: RunConfig, other_script: str, family: str = "sd") -> CheckedRun:
     """Raise OptionError for whatever can't work.
 
-    `family` is that of the script's models, "sd" or "sdxl"; `other_script` is named to those who bring one of the other.
+    `family` is that of the script's models, "sd" or "sdxl"; `other_script` is named to those who bring another model.
     """
     check_writable(config.saving.output_dir, "--output_dir")
     check_logging(config.logging)

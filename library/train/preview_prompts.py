@@ -62,9 +62,7 @@ def read_previews(options: PreviewOptions) -> tuple[PromptLine, ...]:
     return tuple(checked_line(line, options.sample_sampler) for line in lines)
 
 
-def preview_defaults(
-    config: RunConfig, datasets: Sequence[DatasetConfig], *, usual_side: int = 512
-) -> PictureOptions:
+def preview_defaults(config: RunConfig, datasets: Sequence[DatasetConfig], *, usual_side: int = 512) -> PictureOptions:
     """What holds for prompts that don't say otherwise: the largest size trained at, 30 steps, guidance 7.5.
 
     `usual_side` in pixels where no size is known.

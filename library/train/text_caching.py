@@ -15,6 +15,7 @@ from library.families.base import ModelBundle, ModelFamily
 from library.families.options import TextOptions
 from library.text.states import TextStates
 from library.train.config import RunConfig
+from library.train.memory_estimate import text_encoders_stay
 
 
 def cache_texts(
@@ -33,7 +34,7 @@ def cache_texts(
         num_processes=accelerator.num_processes,
     )
     accelerator.wait_for_everyone()
-    if config.memory.highvram:
+    if text_encoders_stay(config):
         return
     for encoder in bundle.text_encoders:
         encoder.to("cpu")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import sdxl_train_network
+from library.cli.training import parse
 from tests.runs import metadata_of, script, train_network
 
 GUI_FILE = Path(__file__).parents[1] / "data" / "gui_lora.toml"  # the keys and forms of the kohya_ss GUI
@@ -105,3 +107,15 @@ def test_written_files_hold_no_tokens_and_never_replace_others(tmp_path, capfd):
     assert "network_dim = 8" in file.read_text() and "secret" not in file.read_text()
     done = script("train_network.py", *words)
     assert done.returncode == 2 and "exists already" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_keys_of_other_scripts_in_a_file_for_sdxl(tmp_path):
+    """Nothing is said about SD1/SD2 there; what is SDXL's own counts, rates come as a list."""
+    (tmp_path / "run.toml").write_text(
+        "cache_text_encoder_outputs = true\nlearning_rate_te = 1e-5\nt5xxl = 'x'\ntext_encoder_lr = [1e-5, 2e-5]\n"
+        "network_module = 'networks.lora'\npretrained_model_name_or_path = 'x'\noutput_dir = 'out'\n"
+    )
+    config, notes = parse(sdxl_train_network.SCRIPT, ["--config_file", str(tmp_path / "run.toml")])
+    assert config.text_cache.cache_text_encoder_outputs and config.target.text_encoder_lr == (1e-5, 2e-5)
+    assert [note for note in notes if "SD1/SD2" in note] == []
+    assert sum("has no effect" in note for note in notes) == 2

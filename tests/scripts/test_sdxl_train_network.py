@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs import equal_files, logged, metadata_of, sdxl_train_network
+from tests.runs import equal_files, in_two_processes, logged, metadata_of, sdxl_train_network
 from tests.scripts.conftest import short_run
 from tests.tiny_models import tiny_sdxl_checkpoint
 
@@ -166,6 +166,27 @@ def test_resume_ends_in_the_same_weights(options, tmp_path, settings):
     assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
 
 
+@pytest.mark.parametrize("how", ["text trained", "text cached"])
+def test_two_processes_equal_one(options, tmp_path, images, how):
+    """2 processes x batch 1 = 1 process x batch 2, with text encoders that are trained and with cached captions."""
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    options |= {"train_data_dir": data, "resolution": 256, "max_bucket_reso": 256, "optimizer_type": "SGDNesterov"}
+    options |= {"learning_rate": 0.1, "text_encoder_lr": [0.1, 0.2]} if how == "text trained" else CACHED
+    one = {**options, "logging_dir": tmp_path / "log1", "output_dir": tmp_path / "one"}
+    assert sdxl_train_network(**one) == 0
+    two = {**options, "train_batch_size": 1, "logging_dir": tmp_path / "log2", "output_dir": tmp_path / "two"}
+    on_disk = {"cache_text_encoder_outputs_to_disk": how == "text cached"}  # by both, each its share
+    in_two_processes("sdxl_train_network.py", **two, **on_disk)
+    assert len(list(data.rglob("*_te_outputs.npz"))) == 6 * (how == "text cached")
+    losses = [logged(tmp_path / name, "loss/current") for name in ("log1", "log2")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    first, second = (load_file(tmp_path / name / "net.safetensors") for name in ("one", "two"))
+    distance = sum((first[name] - second[name]).square().sum() for name in first).sqrt()
+    length = sum(first[name].square().sum() for name in first if "lora_up" in name).sqrt()
+    assert distance < 1e-3 * length, "the same training up to rounding"
+
+
 # ---------------------------------------------------------------------------------------------- other options
 
 
@@ -238,6 +259,7 @@ MISTAKES = {
     "text encoders trained": ({"cache_text_encoder_outputs": True}, "add --network_train_unet_only"),
     "shuffled captions": ({**CACHED, "shuffle_caption": True}, "add --text_variations 10"),
     "growing captions": ({**CACHED, "token_warmup_step": 5, "text_variations": 3}, "token_warmup_step"),
+    "captions of a class": ({**CACHED, "dataset_class": "some.Class"}, "contradicts --dataset_class some.Class"),
     "bucket steps": ({"bucket_reso_steps": 48}, "--bucket_reso_steps: 48 is not a multiple of 32"),
     "v2": ({"v2": True}, "--v2: the model"),
     "three rates": ({"text_encoder_lr": [1, 2, 3]}, "--text_encoder_lr"),

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from library.data.options import AugmentOptions, CaptionOptions
+from library.data.text_cache_check import check_text_cacheable
 from library.data.text_cache_files import text_file_names
 from library.data.text_cache_options import TextCacheOptions
-from library.data.text_variations import check_text_cacheable, versions_of
+from library.data.text_variations import versions_of
 from library.options import OptionError
 from library.text.states import TextStates
 from tests.tiny_data import tiny_images
