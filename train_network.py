@@ -9,7 +9,7 @@ SCRIPT = Script(
     target="library.targets.network:NetworkTarget",
     target_options=NetworkOptions,
     tracker_name="network_train",
-    sdxl_script="sdxl_train_network.py",
+    other_script="sdxl_train_network.py",
 )
 
 if __name__ == "__main__":

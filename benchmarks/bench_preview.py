@@ -34,7 +34,7 @@ SCRIPT = Script(
     target="library.targets.network:NetworkTarget",
     target_options=NetworkOptions,
     tracker_name="bench_preview",
-    sdxl_script="",
+    other_script="",
 )
 ROUNDS, STEPS = 5, 6  # rounds, and steps before each
 
@@ -50,7 +50,7 @@ def build(folder: Path) -> Run:
     ]  # fmt: skip
     config, _notes = parse(SCRIPT, words)
     assert config is not None
-    checked = check_before_start(config, SCRIPT.sdxl_script)
+    checked = check_before_start(config, SCRIPT.other_script)
     target = NetworkTarget(checked.config.target, checked.config.text)
     accelerator = placement.make_accelerator(checked.config, autocast=target.needs_autocast)
     run = session.build_run(checked, StableDiffusion(), target, accelerator)

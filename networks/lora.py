@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from library.models.float8 import stored_weight
+from library.models.ldm_view import as_files_name_it
 from library.options import OptionError
 from networks import low_rank
 from networks.blocks import argument, layout_of
@@ -26,6 +27,7 @@ from networks.injection import Adapter, Network, check_names, read_network_file
 from networks.layers import (
     CONV_CONTAINERS,
     TEXT_CONTAINERS,
+    TEXT_PREFIX,
     TRANSFORMER_CONTAINERS,
     UNET_PREFIX,
     TextEncoders,
@@ -34,7 +36,7 @@ from networks.layers import (
     layer_size,
     text_encoder_prefixes,
 )
-from networks.lora_files import check_sizes, ranks_of_file
+from networks.lora_files import check_sizes, diffusers_names, in_our_names, ranks_of_file
 from networks.lora_settings import RANK_KEYS, LoRASettings, RankRule
 from networks.lora_settings import check_arguments as check_arguments  # part of the contract of network modules
 
@@ -97,9 +99,10 @@ def create_network_from_weights(
         logger.warning("%s: no effect, %s", argument(", ".join(idle)), why)
     if for_inference:
         settings = LoRASettings()
-    tensors = read_network_file(file) if weights_sd is None else weights_sd
-    ranks = ranks_of_file(tensors, file)
     layers = model_layers(text_encoder, unet, has_convs=True)
+    tensors = read_network_file(file) if weights_sd is None else weights_sd
+    tensors = in_our_names(tensors, [name for name, _ in layers.all], layers.other_names)
+    ranks = ranks_of_file(tensors, file)
     check_names(ranks, (name for name, _ in layers.all), str(file))
     check_sizes(tensors, dict(layers.all), file)
     network = build_network(multiplier, layers, lambda name, layer: ranks.get(name, (0, None)), settings)
@@ -115,6 +118,7 @@ class ModelLayers:
 
     text: list[tuple[str, torch.nn.Module]]
     unet: list[tuple[str, torch.nn.Module]]
+    other_names: Mapping[str, str]  # names by which files of other programs call them -> ours
 
     @property
     def all(self) -> list[tuple[str, torch.nn.Module]]:
@@ -130,7 +134,8 @@ def model_layers(text_encoder: TextEncoders | None, unet: torch.nn.Module | None
             for prefix, encoder in text_encoder_prefixes(text_encoder)
             for found in find_layers(encoder, prefix, TEXT_CONTAINERS)
         ],
-        unet=[] if unet is None else list(find_layers(unet, UNET_PREFIX, containers)),
+        unet=[] if unet is None else list(find_layers(as_files_name_it(unet), UNET_PREFIX, containers)),
+        other_names={} if unet is None else diffusers_names(unet),
     )
 
 
@@ -145,7 +150,9 @@ def build_network(multiplier: float, layers: ModelLayers, rule: RankRule, settin
             if rank
         ]
 
-    return LoRANetwork(modules(layers.text), modules(layers.unet), settings)
+    network = LoRANetwork(modules(layers.text), modules(layers.unet), settings)
+    network.other_names = layers.other_names
+    return network
 
 
 def check_ranks(network: LoRANetwork) -> None:
@@ -289,13 +296,15 @@ class LoRANetwork(Network):
     ) -> None:
         super().__init__(text_adapters, unet_adapters)
         self.settings = settings or LoRASettings()
+        self.other_names: Mapping[str, str] = {}
         layout = layout_of([module.name for module in unet_adapters])
         self.block_index = layout.index
         self.block_lr_weights = self.settings.blocks.lr_weights(layout)
 
     def load_weights(self, file: Path | str) -> Any:
         """As of any network; OptionError for files of other ranks or for other models."""
-        tensors = read_network_file(file)
+        modules_here = [module.name for module in self.adapters]
+        tensors = in_our_names(read_network_file(file), modules_here, self.other_names)
         ranks = ranks_of_file(tensors, file)
         modules: list[Any] = self.adapters
         check_sizes(tensors, {module.name: module.layer for module in modules}, file)
@@ -310,6 +319,25 @@ class LoRANetwork(Network):
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """(parameter groups, their names): text encoder, then U-Net or its blocks; a rate of 0 leaves a group out."""
+        return self._groups([("textencoder", self.text_adapters, text_encoder_lr)], unet_lr, default_lr)
+
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lr: Sequence[float | None], unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """The same with a rate for each text encoder (the last one for all further ones) and a group for each."""
+        by_encoder: dict[str, list[Adapter]] = {}
+        for adapter in self.text_adapters:
+            by_encoder.setdefault(adapter.name[: len(TEXT_PREFIX) + 1], []).append(adapter)
+        text = [
+            (f"textencoder{number}", by_encoder[prefix], text_encoder_lr[min(number, len(text_encoder_lr)) - 1])
+            for number, prefix in enumerate(sorted(by_encoder), start=1)
+        ]
+        return self._groups(text, unet_lr, default_lr)
+
+    def _groups(
+        self, text: Sequence[tuple[str, list[Adapter], float | None]], unet_lr: float | None, default_lr: float | None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """`text` has a name, modules and a rate for each group of text modules."""
         groups: list[dict[str, Any]] = []
         names: list[str] = []
 
@@ -321,13 +349,8 @@ class LoRANetwork(Network):
                     groups.append({"params": parameters} | ({} if rate is None else {"lr": rate}))
                     names.append(name + suffix)
 
-        add(
-            "textencoder",
-            "text_encoder",
-            self.text_adapters,
-            default_lr if text_encoder_lr is None else text_encoder_lr,
-            1.0,
-        )
+        for name, modules, rate in text:
+            add(name, "text_encoder", modules, default_lr if rate is None else rate, 1.0)
         lr = default_lr if unet_lr is None else unet_lr
         if self.block_lr_weights is None:
             add("unet", "unet", self.unet_adapters, lr, 1.0)

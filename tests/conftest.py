@@ -27,3 +27,11 @@ def tiny_sd2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_models import tiny_sd_checkpoint
 
     return tiny_sd_checkpoint(tmp_path_factory.mktemp("models") / "tiny_sd2.safetensors", "sd2", v_prediction=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL checkpoint; don't write to it."""
+    from tests.tiny_models import tiny_sdxl_checkpoint
+
+    return tiny_sdxl_checkpoint(tmp_path_factory.mktemp("models") / "tiny_sdxl.safetensors")

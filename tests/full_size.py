@@ -1,4 +1,5 @@
-"""Full-size Stable Diffusion single files with random weights, written one by one: 2.1 GB (SD 1.5), 2.6 GB (2.1)."""
+"""Full-size Stable Diffusion single files with random weights, written one by one: 2.1 GB (SD 1.5), 2.6 GB (2.1),
+6.9 GB (XL) in half precision."""
 
 from __future__ import annotations
 
@@ -8,45 +9,67 @@ from pathlib import Path
 import torch
 
 from library.checkpoints.architecture import TextArchitecture, UNetArchitecture, VaeArchitecture
+from library.checkpoints.keymaps import SDXL_CLIP_PREFIX, SDXL_OPENCLIP_PREFIX
 from library.checkpoints.safetensors_io import Entry, header_dtype, write_entries
 from library.checkpoints.sd import ModelState, model_entries
-from library.models.build import build_text_encoder, build_unet, build_vae
+from library.models.build import SDXL_VAE_SCALE, VAE_SCALE, build_text_encoder, build_unet, build_vae
 
 CHANNELS = (320, 640, 1280, 1280)
 DEPTHS = (1, 1, 1, 0)
 UNETS = {
     "sd1": UNetArchitecture(4, 4, CHANNELS, (8, 8, 8, 8), DEPTHS, 2, 768, linear_projection=False),
     "sd2": UNetArchitecture(4, 4, CHANNELS, (5, 10, 20, 20), DEPTHS, 2, 1024, True, upcast_attention=True),
+    "sdxl": UNetArchitecture(4, 4, (320, 640, 1280), (5, 10, 20), (0, 2, 10), 2, 2048, True, vector_width=2816),
 }
 TEXT_ENCODERS = {
     "sd1": TextArchitecture(49408, 77, 768, 3072, layers=12, heads=12, activation="quick_gelu"),
     "sd2": TextArchitecture(49408, 77, 1024, 4096, layers=23, heads=16, activation="gelu"),
+    "sdxl": TextArchitecture(49408, 77, 768, 3072, layers=12, heads=12, activation="quick_gelu"),
 }
+SECOND_TEXT_ENCODER = TextArchitecture(49408, 77, 1280, 5120, layers=32, heads=20, activation="gelu", projection=1280)
 VAE = VaeArchitecture(3, 4, (128, 256, 512, 512), resnets=2)
 BLOCK = 1 << 22
 
 
 def meta_state(kind: str) -> ModelState:
-    """The parameter names and shapes of a full-size model of `kind` ("sd1" | "sd2"), without memory."""
+    """The parameter names and shapes of a full-size model of `kind` ("sd1" | "sd2" | "sdxl"), without memory."""
+    return ModelState(kind, **{part: module.state_dict() for part, module in meta_modules(kind).items()})
+
+
+def meta_modules(kind: str) -> dict[str, torch.nn.Module]:
+    """The parts of a full-size model on the meta device."""
+    is_sdxl = kind == "sdxl"
     with torch.device("meta"):
-        modules = build_unet(UNETS[kind]), build_text_encoder(TEXT_ENCODERS[kind]), build_vae(VAE)
-    return ModelState(kind, *(module.state_dict() for module in modules))
+        modules = {
+            "unet": build_unet(UNETS[kind], sample_size=128 if is_sdxl else 64),
+            "text_encoder": build_text_encoder(TEXT_ENCODERS[kind]),
+            "vae": build_vae(
+                VAE, **({"sample_size": 1024, "scale": SDXL_VAE_SCALE} if is_sdxl else {"scale": VAE_SCALE})
+            ),
+        }
+        if is_sdxl:
+            modules["text_encoder_2"] = build_text_encoder(SECOND_TEXT_ENCODER)
+    return modules
 
 
 def write_full_size(path: Path, kind: str, dtype: torch.dtype = torch.float16) -> Path:
     """A single file with the tensors public files of `kind` hold; no tensor equals another."""
     pool = torch.randn(2 * BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     shapes = {entry.name: entry.shape for entry in model_entries(meta_state(kind), dtype)}
-    schedule = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "posterior_variance"]
-    shapes |= {name: (1000,) for name in schedule}
+    if kind == "sdxl":
+        shapes |= {"denoiser.sigmas": (1000,), f"{SDXL_OPENCLIP_PREFIX}logit_scale": ()}
+    else:
+        schedule = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "posterior_variance"]
+        shapes |= {name: (1000,) for name in schedule}
     if kind == "sd1":
         shapes["model_ema.decay"] = ()
     entries = [_random_entry(name, shape, pool, i) for i, (name, shape) in enumerate(shapes.items())]
-    if kind == "sd1":
-        name = "cond_stage_model.transformer.text_model.embeddings.position_ids"
-        entries.append(Entry(name, "I64", (1, 77), lambda: torch.arange(77)[None]))
-    else:
+    if kind == "sd2":
         entries += _openclip_extras(len(entries), pool)
+    else:
+        prefix = SDXL_CLIP_PREFIX if kind == "sdxl" else "cond_stage_model.transformer."
+        name = f"{prefix}text_model.embeddings.position_ids"
+        entries.append(Entry(name, "I64", (1, 77), lambda: torch.arange(77)[None]))
     write_entries(entries, path, {"format": "pt"})
     return path
 

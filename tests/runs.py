@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -31,6 +34,19 @@ def flags(**options) -> list[str]:
 def train_network(**options) -> int:
     """train_network.py in this process; returns the exit code."""
     import train_network as entry
+
+    return run_script(entry, options)
+
+
+def sdxl_train_network(**options) -> int:
+    """sdxl_train_network.py in this process; returns the exit code."""
+    import sdxl_train_network as entry
+
+    return run_script(entry, options)
+
+
+def run_script(entry: ModuleType, options: Mapping[str, Any]) -> int:
+    """A training script in this process; returns the exit code."""
     from library.cli.training import run
 
     PartialState._reset_state()
@@ -51,6 +67,17 @@ def script(name: str, *words: str, **kwargs) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, **{"cwd": ROOT, "env": ENVIRONMENT, **kwargs}
     )
+
+
+def in_two_processes(name: str, **options) -> None:
+    """A script as accelerate starts it on two processes of the CPU."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / name, *flags(**options),
+    ]  # fmt: skip
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def equal_files(first: Path, second: Path) -> bool:

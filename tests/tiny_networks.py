@@ -7,21 +7,28 @@ from typing import Any
 import torch
 
 from library.models.build import build_text_encoder, build_unet
-from tests.tiny_models import TEXT_ENCODERS, UNETS
+from tests.full_size import meta_modules
+from tests.tiny_models import SECOND_TEXT_ENCODER, TEXT_ENCODERS, UNETS
 
 
 def tiny_parts(kind: str = "sd1", seed: int = 0) -> tuple[Any, Any]:
-    """(text encoder, U-Net), frozen and in eval mode, with random weights."""
+    """(text encoder, U-Net), frozen and in eval mode, with random weights; of SDXL a list of both text encoders."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = build_text_encoder(TEXT_ENCODERS[kind]), build_unet(UNETS[kind])
-    return tuple(part.requires_grad_(False).eval() for part in parts)  # type: ignore[return-value]
+        parts = [build_text_encoder(TEXT_ENCODERS[kind]), build_unet(UNETS[kind])]
+        if kind == "sdxl":
+            parts.append(build_text_encoder(SECOND_TEXT_ENCODER))
+    first, unet, *second = (part.requires_grad_(False).eval() for part in parts)
+    return [first, *second] if second else first, unet
 
 
 def full_size_parts(kind: str) -> tuple[Any, Any]:
-    """(text encoder, U-Net) of SD 1.5 or SD 2.1 on the meta device: all layers, no weights."""
+    """(text encoder, U-Net) of SD 1.5, SD 2.1 or SDXL on the meta device: all layers, no weights."""
     from library.checkpoints.architecture import TextArchitecture, UNetArchitecture
 
+    if kind == "sdxl":
+        modules = meta_modules(kind)
+        return [modules["text_encoder"], modules["text_encoder_2"]], modules["unet"]
     channels, depths = (320, 640, 1280, 1280), (1, 1, 1, 0)
     if kind == "sd1":
         unet = UNetArchitecture(4, 4, channels, (8, 8, 8, 8), depths, 2, 768, linear_projection=False)
@@ -41,9 +48,20 @@ def outputs(text_encoder: Any, unet: Any, *, seed: int = 0, size: int = 16) -> t
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 49408, (2, 77), generator=generator)
     latents = torch.randn(2, unet.config.in_channels, size, size, generator=generator)
-    states = text_encoder(ids)
     unet_dtype = next(unet.parameters()).dtype
-    noise = unet(latents.to(unet_dtype), torch.tensor([10, 700]), states.to(unet_dtype), return_dict=False)[0]
+    added = None
+    if isinstance(text_encoder, list):  # every layer of the first one takes part, though SDXL leaves out the last
+        first, second = text_encoder
+        second_states, pooled = second(ids, layer_from_end=2, normalized=False)
+        states = torch.cat([first(ids), second_states], dim=-1)
+        sizes = torch.tensor([[64.0, 96, 0, 8, 64, 64], [200, 100, 4, 0, 128, 64]])
+        added = {"text_embeds": pooled.to(unet_dtype), "time_ids": sizes}
+    else:
+        states = text_encoder(ids)
+    timesteps = torch.tensor([10, 700])
+    noise = unet(latents.to(unet_dtype), timesteps, states.to(unet_dtype), added_cond_kwargs=added, return_dict=False)[
+        0
+    ]
     return states, noise
 
 

@@ -73,9 +73,8 @@ def run_facts(**changes):
 
 def batches(data, *, start=None, workers=0, **changes) -> dict[Position, Batch]:
     start = start or Position(1, 0)
-    return dict(
-        load_batches(data._samples, data._store, RunFacts(**run_facts(**changes)), start=start, workers=workers)
-    )
+    facts = RunFacts(**run_facts(**changes))
+    return dict(load_batches(data._samples, data._store, facts, start=start, workers=workers, texts=data._texts))
 
 
 def assert_equal(first: Batch, second: Batch):

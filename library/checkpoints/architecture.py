@@ -1,21 +1,33 @@
 """The sizes of a model, read from the names and shapes of its tensors in the original (LDM) single-file layout.
 
-What tensors do not tell follows the rule of the family: 8 heads in the SD 1.x U-Net, heads of width 64 in the SD 2.x
-U-Net and in every text encoder; quick GELU in SD 1.x's text encoder and GELU in SD 2.x's.
+What tensors do not tell follows the rule of the family: 8 heads in the SD 1.x U-Net, heads of width 64 in the others
+and in every text encoder; quick GELU in CLIP's own text encoder (SD 1.x, SDXL's first) and GELU in OpenCLIP's (SD 2.x,
+SDXL's second); 256 sinusoids for each of SDXL's six sizes (Podell et al. 2023, 2.2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from library.checkpoints.keymaps import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, count_items
+from library.checkpoints.keymaps import (
+    CLIP_PREFIX,
+    OPENCLIP_PREFIX,
+    PROJECTION,
+    SDXL_CLIP_PREFIX,
+    SDXL_OPENCLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    count_items,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 SD1_HEADS = 8
 HEAD_WIDTH = 64
 OPENCLIP_H_USED_LAYERS = 23  # SD 2.x conditions on the last layer but one of 24
+SIZE_WIDTH = 256  # sinusoids for each number of SDXL's size conditioning
+SIZE_NUMBERS = 6  # original height and width, top and left of the crop, target height and width
 
 
 class ArchitectureError(ValueError):
@@ -35,6 +47,12 @@ class UNetArchitecture:
     context_width: int
     linear_projection: bool  # proj_in and proj_out are Linear, not 1x1 convolutions
     upcast_attention: bool = False
+    vector_width: int = 0  # SDXL: of the pooled text and the embedded sizes together; 0: the U-Net takes no vector
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text in the vector."""
+        return self.vector_width - SIZE_NUMBERS * SIZE_WIDTH
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,7 @@ class TextArchitecture:
     layers: int
     heads: int
     activation: str  # "quick_gelu" | "gelu"
+    projection: int | None = None  # width of the projected pooled state; None: without it
 
 
 @dataclass(frozen=True)
@@ -62,8 +81,10 @@ class VaeArchitecture:
 
 def model_kind(shapes: Shapes) -> str:
     """ "sd1", "sd2", "sdxl" or "" for tensors that are no whole model."""
-    if f"{UNET_PREFIX}label_emb.0.0.weight" in shapes or _any_starts(shapes, "conditioner.embedders."):
+    if _any_starts(shapes, "conditioner.embedders."):
         return "sdxl"
+    if f"{UNET_PREFIX}label_emb.0.0.weight" in shapes and not _any_starts(shapes, "cond_stage_model."):
+        return "sdxl"  # its U-Net alone
     if f"{UNET_PREFIX}input_blocks.0.0.weight" not in shapes:
         return ""
     if _any_starts(shapes, OPENCLIP_PREFIX):
@@ -75,6 +96,11 @@ def model_kind(shapes: Shapes) -> str:
     return "sd2" if context == 1024 else "sd1"
 
 
+def is_refiner(shapes: Shapes) -> bool:
+    """Whether a file is SDXL's refiner: OpenCLIP as its first text encoder, and no other."""
+    return _any_starts(shapes, "conditioner.embedders.0.model.")
+
+
 def unet_architecture(shapes: Shapes, kind: str, prefix: str = UNET_PREFIX) -> UNetArchitecture:
     """The U-Net under `prefix`; raises ArchitectureError if its parts do not fit together."""
     inner = _below(shapes, prefix)
@@ -84,8 +110,8 @@ def unet_architecture(shapes: Shapes, kind: str, prefix: str = UNET_PREFIX) -> U
         heads = tuple(SD1_HEADS for _ in channels)
         odd = [width for width in channels if width % SD1_HEADS]
     else:
-        heads = tuple(width // HEAD_WIDTH for width in channels)
-        odd = [width for width in channels if width % HEAD_WIDTH]
+        heads = tuple(max(width // HEAD_WIDTH, 1) for width in channels)
+        odd = [width for width, depth in zip(channels, depths, strict=True) if depth and width % HEAD_WIDTH]
     if odd:
         raise ArchitectureError(f"U-Net channels {odd} don't divide into attention heads")
     projections = [shape for key, shape in inner.items() if key.endswith(".proj_in.weight")]
@@ -97,8 +123,9 @@ def unet_architecture(shapes: Shapes, kind: str, prefix: str = UNET_PREFIX) -> U
         transformer_depths=depths,
         resnets=resnets,
         context_width=_context_width(inner),
-        linear_projection=kind == "sd2" or any(len(shape) == 2 for shape in projections),
+        linear_projection=kind != "sd1" or any(len(shape) == 2 for shape in projections),
         upcast_attention=kind == "sd2",  # SD 2.1-768 overflows half precision where scores are stored
+        vector_width=inner.get("label_emb.0.0.weight", (0, 0))[1],
     )
 
 
@@ -122,24 +149,64 @@ def _context_width(inner: Shapes) -> int:
     return next((shape[1] for key, shape in inner.items() if key.endswith("attn2.to_k.weight")), 0)
 
 
-def text_architecture(shapes: Shapes, kind: str) -> TextArchitecture:
-    """SD's text encoder. SD 2.x files hold one layer more than is used, unless they were pruned to 23."""
-    if not _any_starts(shapes, "cond_stage_model."):
-        raise ArchitectureError("it has no text encoder")
+def text_architectures(shapes: Shapes, kind: str) -> tuple[TextArchitecture, ...]:
+    """The text encoders of a file: two in SDXL, one in the others; ArchitectureError if one is missing or odd.
+
+    SD 2.x files hold one layer more than is used, unless they were pruned to 23.
+    """
+    if kind == "sdxl":
+        if not (_any_starts(shapes, SDXL_CLIP_PREFIX) and _any_starts(shapes, SDXL_OPENCLIP_PREFIX)):
+            raise ArchitectureError("it lacks SDXL's two text encoders")
+        second = _openclip(_below(shapes, SDXL_OPENCLIP_PREFIX))
+        if second.projection is None:
+            raise ArchitectureError(f"the tensor {SDXL_OPENCLIP_PREFIX}{PROJECTION} is missing")
+        return _clip(_below(shapes, SDXL_CLIP_PREFIX)), second
     if _any_starts(shapes, OPENCLIP_PREFIX):
-        inner = _below(shapes, OPENCLIP_PREFIX)
-        embedding = _shape(inner, "token_embedding.weight")
-        positions = _shape(inner, "positional_embedding")
-        mlp = _shape(inner, "transformer.resblocks.0.mlp.c_fc.weight")
-        layers = count_items(inner, r"transformer\.resblocks\.(\d+)\.")
+        architecture = replace(_openclip(_below(shapes, OPENCLIP_PREFIX)), projection=None)
+    elif _any_starts(shapes, "cond_stage_model."):
+        architecture = _clip(_below(shapes, CLIP_PREFIX))
     else:
-        inner = {key.removeprefix("text_model."): shape for key, shape in _below(shapes, CLIP_PREFIX).items()}
-        embedding = _shape(inner, "embeddings.token_embedding.weight")
-        positions = _shape(inner, "embeddings.position_embedding.weight")
-        mlp = _shape(inner, "encoder.layers.0.mlp.fc1.weight")
-        layers = count_items(inner, r"encoder\.layers\.(\d+)\.")
-    if kind == "sd2" and layers != OPENCLIP_H_USED_LAYERS:
-        layers -= 1
+        raise ArchitectureError("it has no text encoder")
+    if kind == "sd2":
+        is_pruned = architecture.layers == OPENCLIP_H_USED_LAYERS
+        layers = architecture.layers if is_pruned else architecture.layers - 1
+        architecture = replace(architecture, layers=layers, activation="gelu")
+    if architecture.layers < 1:
+        raise ArchitectureError("its text encoder has no layers")
+    return (architecture,)
+
+
+def _clip(inner: Shapes) -> TextArchitecture:
+    """A text encoder with Hugging Face names."""
+    inner = {key.removeprefix("text_model."): shape for key, shape in inner.items()}
+    return _text_sizes(
+        embedding=_shape(inner, "embeddings.token_embedding.weight"),
+        positions=_shape(inner, "embeddings.position_embedding.weight"),
+        mlp=_shape(inner, "encoder.layers.0.mlp.fc1.weight"),
+        layers=count_items(inner, r"encoder\.layers\.(\d+)\."),
+        activation="quick_gelu",
+    )
+
+
+def _openclip(inner: Shapes) -> TextArchitecture:
+    """A text encoder with OpenCLIP names."""
+    architecture = _text_sizes(
+        embedding=_shape(inner, "token_embedding.weight"),
+        positions=_shape(inner, "positional_embedding"),
+        mlp=_shape(inner, "transformer.resblocks.0.mlp.c_fc.weight"),
+        layers=count_items(inner, r"transformer\.resblocks\.(\d+)\."),
+        activation="gelu",
+    )
+    if PROJECTION in inner:
+        return replace(architecture, projection=inner[PROJECTION][1])
+    if f"{PROJECTION}.weight" in inner:  # a Linear, see keymaps
+        return replace(architecture, projection=inner[f"{PROJECTION}.weight"][0])
+    return architecture
+
+
+def _text_sizes(
+    embedding: tuple[int, ...], positions: tuple[int, ...], mlp: tuple[int, ...], layers: int, activation: str
+) -> TextArchitecture:
     if embedding[1] % HEAD_WIDTH or layers < 1:
         raise ArchitectureError(f"a text encoder of width {embedding[1]} with {layers} layers fits no CLIP model")
     return TextArchitecture(
@@ -149,7 +216,7 @@ def text_architecture(shapes: Shapes, kind: str) -> TextArchitecture:
         mlp_width=mlp[0],
         layers=layers,
         heads=embedding[1] // HEAD_WIDTH,
-        activation="gelu" if kind == "sd2" else "quick_gelu",
+        activation=activation,
     )
 
 

@@ -27,55 +27,67 @@ EMA_PREFIX = "model_ema.diffusion_model"
 PARTS = (  # folder, class, library, weights file
     ("unet", "UNet2DConditionModel", "diffusers", "diffusion_pytorch_model.safetensors"),
     ("text_encoder", "CLIPTextModel", "transformers", "model.safetensors"),
+    ("text_encoder_2", "CLIPTextModelWithProjection", "transformers", "model.safetensors"),  # SDXL
     ("vae", "AutoencoderKL", "diffusers", "diffusion_pytorch_model.safetensors"),
 )
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY = Path(__file__).resolve().parent.parent / "text" / "clip_vocab"
-"""The noise schedule Stable Diffusion was trained with, for the DDIM sampler."""
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
+"""The noise schedule Stable Diffusion was trained with."""
+SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
     "steps_offset": 1,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
 }
+SAMPLERS = {  # what the public models of a kind name
+    "sd1": {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
+    "sd2": {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
+    "sdxl": {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "timestep_spacing": "leading"},
+}
+"""What a schedule with zero terminal SNR needs of a sampler (Lin et al. 2023): to begin at the last timestep."""
+ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def save_diffusers_folder(
     model: ModelState,
-    configs: tuple[Any, Any, Any],
+    configs: Mapping[str, Any],
     path: Path,
     *,
     source: Weights | None,
     dtype: torch.dtype | None,
-    v_prediction: bool,
     template: Path | None,
 ) -> None:
     """Write a complete folder beside `path` and put it in place of `path` at the end.
 
-    `configs` are the module configurations of U-Net, text encoder and VAE; `template` is the Diffusers folder the model
-    came from, whose scheduler and tokenizer are kept. `dtype` None keeps each tensor's own.
+    `configs` are the configurations of the modules by part (see PARTS); `template` is the Diffusers folder the model
+    came from, whose scheduler and tokenizers are kept. `dtype` None keeps each tensor's own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = {folder: _entries(getattr(model, folder), dtype) for folder, *_ in PARTS}
+    parts = _parts(model)
+    entries = {folder: _entries(getattr(model, folder), dtype) for folder, *_ in parts}
     extras = _extra_entries(model, source)
     require_disk_space(path.parent, sum(entry.nbytes for part in (*entries.values(), extras) for entry in part))
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
-        for (folder, class_name, _, file_name), config in zip(PARTS, configs, strict=True):
+        for folder, class_name, _, file_name in parts:
             write_entries(entries[folder], partial / folder / file_name, {"format": "pt"})
-            _write_json(partial / folder / "config.json", _config(config, class_name, entries[folder]))
+            _write_json(partial / folder / "config.json", _config(configs[folder], class_name, entries[folder]))
         if extras:
             write_entries(extras, partial / EXTRAS, {"format": "pt"})
-        _write_scheduler(partial / "scheduler", template, v_prediction)
-        _write_tokenizer(partial / "tokenizer", template, model.kind)
-        _write_json(partial / "model_index.json", _model_index())
+        scheduler = _write_scheduler(partial / "scheduler", template, model)
+        _write_tokenizer(partial / "tokenizer", template, "!" if model.kind == "sd2" else END)
+        if model.kind == "sdxl":
+            _write_tokenizer(partial / "tokenizer_2", template, "!")
+        _write_json(partial / "model_index.json", _model_index(model, scheduler))
         _replace_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _parts(model: ModelState) -> list[tuple[str, str, str, str]]:
+    return [part for part in PARTS if getattr(model, part[0])]
 
 
 def _entries(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> list[Entry]:
@@ -98,7 +110,7 @@ def _extra_entries(model: ModelState, source: Weights | None) -> list[Entry]:
 def _config(config: Any, class_name: str, entries: list[Entry]) -> dict[str, Any]:
     """A component's config.json, for a reader of any version."""
     content = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    if class_name != "CLIPTextModel":
+    if not class_name.startswith("CLIP"):
         return {"_class_name": class_name, **{key: value for key, value in content.items() if not key.startswith("_")}}
     for key in ("dtype", "transformers_version", "_attn_implementation_autoset"):
         content.pop(key, None)
@@ -106,37 +118,49 @@ def _config(config: Any, class_name: str, entries: list[Entry]) -> dict[str, Any
     return {**content, "architectures": [class_name], "torch_dtype": torch_dtype}
 
 
-def _write_scheduler(folder: Path, template: Path | None, v_prediction: bool) -> None:
+def _write_scheduler(folder: Path, template: Path | None, model: ModelState) -> str:
+    """Write the sampler's configuration: that of the folder the model came from, or the kind's. Returns its class."""
     own = template / "scheduler" / "scheduler_config.json" if template else None
-    content = json.loads(own.read_text(encoding="utf-8")) if own and own.is_file() else SCHEDULER
-    _write_json(
-        folder / "scheduler_config.json",
-        {**content, "prediction_type": "v_prediction" if v_prediction else "epsilon"},
-    )
+    content = SCHEDULE | SAMPLERS[model.kind]
+    if own is not None and own.is_file():
+        content = json.loads(own.read_text(encoding="utf-8"))
+    if model.zero_terminal_snr and not content.get("rescale_betas_zero_snr"):
+        content |= ZERO_TERMINAL_SNR
+    content["prediction_type"] = "v_prediction" if model.v_prediction else "epsilon"
+    _write_json(folder / "scheduler_config.json", content)
+    return content.get("_class_name", SAMPLERS[model.kind]["_class_name"])
 
 
-def _write_tokenizer(folder: Path, template: Path | None, kind: str) -> None:
-    if template and (template / "tokenizer").is_dir():
-        shutil.copytree(template / "tokenizer", folder)
+def _write_tokenizer(folder: Path, template: Path | None, pad_token: str) -> None:
+    if template and (template / folder.name).is_dir():
+        shutil.copytree(template / folder.name, folder)
         return
     folder.mkdir()
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(VOCABULARY / name, folder / name)
-    begin, end = "<|startoftext|>", "<|endoftext|>"
-    special = {"bos_token": begin, "eos_token": end, "unk_token": end, "pad_token": "!" if kind == "sd2" else end}
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     _write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
     _write_json(folder / "tokenizer_config.json", settings | special)
 
 
-def _model_index() -> dict[str, Any]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        **{folder: [library, class_name] for folder, class_name, library, _ in PARTS},
-        "scheduler": ["diffusers", "DDIMScheduler"],
+def _model_index(model: ModelState, scheduler: str) -> dict[str, Any]:
+    index = {
+        **{folder: [library, class_name] for folder, class_name, library, _ in _parts(model)},
+        "scheduler": ["diffusers", scheduler],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
+    }
+    if model.kind == "sdxl":
+        return index | {
+            "_class_name": "StableDiffusionXLPipeline",
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "image_encoder": [None, None],
+            "force_zeros_for_empty_prompt": True,
+        }
+    return index | {
+        "_class_name": "StableDiffusionPipeline",
+        "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
 

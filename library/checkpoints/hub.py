@@ -7,27 +7,29 @@ from pathlib import Path
 from library.options import OptionError
 
 CONFIGS = ["model_index.json", "*.json", "*/*.json", "*/*.txt"]
-SAFE_WEIGHTS = ["*.safetensors"]
-PICKLED_WEIGHTS = ["*.bin"]
-NOT_NEEDED = ["*.fp16.*", "*.non_ema.*", "safety_checker/*", "feature_extractor/*", "*.msgpack", "*.onnx*", "openvino*"]
-PARTS = ("unet", "text_encoder", "vae")
+HALF = "*.fp16.*"
+WEIGHTS = ("*.safetensors", "*.fp16.safetensors", "*.bin")  # the best that a model has is fetched
+NOT_NEEDED = ["*.non_ema.*", "safety_checker/*", "feature_extractor/*", "*.msgpack", "*.onnx*", "openvino*"]
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
 def fetch_model(repo_id: str, flag: str) -> Path:
     """The local folder of a hub model in Diffusers format, fetched unless the hub cache has it."""
-    folder = _snapshot(repo_id, flag, [*CONFIGS, *(f"{part}/{name}" for part in PARTS for name in SAFE_WEIGHTS)])
-    if (folder / "unet").is_dir() and not any((folder / "unet").glob("*.safetensors")):
-        folder = _snapshot(repo_id, flag, [*CONFIGS, *(f"{part}/{name}" for part in PARTS for name in PICKLED_WEIGHTS)])
+    for name in WEIGHTS:
+        ignored = NOT_NEEDED if "fp16" in name else [*NOT_NEEDED, HALF]
+        folder = _snapshot(repo_id, flag, [*CONFIGS, *(f"{part}/{name}" for part in PARTS)], ignored)
+        if not (folder / "unet").is_dir() or any((folder / "unet").glob(name)):
+            break
     return folder
 
 
 def fetch_vae(repo_id: str, flag: str) -> Path:
     """The local folder of a hub VAE: a repository that is one, or a whole model's, of which only the VAE is fetched."""
     names = ["config.json", "vae/config.json", "diffusion_pytorch_model.*", "vae/diffusion_pytorch_model.*"]
-    return _snapshot(repo_id, flag, names)
+    return _snapshot(repo_id, flag, names, [*NOT_NEEDED, HALF])
 
 
-def _snapshot(repo_id: str, flag: str, patterns: list[str]) -> Path:
+def _snapshot(repo_id: str, flag: str, patterns: list[str], ignored: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -37,7 +39,7 @@ def _snapshot(repo_id: str, flag: str, patterns: list[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=NOT_NEEDED))
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=ignored))
     except RepositoryNotFoundError:
         problem = f"{repo_id} is neither a file or folder here nor a public model of the hub"
         raise OptionError(flag, problem, "check the path; for a private model log in with `hf auth login`") from None

@@ -18,6 +18,11 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."  # SD 1.x: Hugging Face names below
 OPENCLIP_PREFIX = "cond_stage_model.model."  # SD 2.x: OpenCLIP names below
+SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer."  # SDXL's first encoder: Hugging Face names below
+SDXL_OPENCLIP_PREFIX = "conditioner.embedders.1.model."  # SDXL's second encoder: OpenCLIP names below
+# In SDXL files, empty tensors of these names say what the model predicts, and that its last timestep is pure noise.
+V_PREDICTION_MARKER = "v_pred"
+ZERO_TERMINAL_SNR_MARKER = "ztsnr"
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -43,14 +48,17 @@ OPENCLIP_TOP = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
 FUSED_QKV = ("q_proj", "k_proj", "v_proj")  # the order of OpenCLIP's in_proj rows
+PROJECTION = "text_projection"  # OpenCLIP: a matrix P, pooled = x P; here and in Diffusers a Linear, x W^T: W = P^T
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor lies in a file: all of `key`, or the `part`-th third of its rows (fused q, k, v)."""
+    """Where one tensor lies in a file: all of `key`, or the `part`-th third of its rows (fused q, k, v); the file may
+    hold it transposed."""
 
     key: str
     part: int | None = None
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,12 +190,15 @@ def classic_text_key(key: str) -> str:
 
 def openclip_slots(keys: Iterable[str], prefix: str = OPENCLIP_PREFIX) -> dict[str, Slot]:
     """Parameter name of a TextEncoder -> its place in a file that keeps OpenCLIP names (SD 2.x, SDXL's second)."""
-    slots = {}
+    slots: dict[str, Slot] = {}
     top = _inverted(OPENCLIP_TOP)
     inner = _inverted(OPENCLIP_LAYER)
     for key in keys:
         if key in top:
             slots[key] = Slot(prefix + top[key])
+            continue
+        if key == f"{PROJECTION}.weight":
+            slots[key] = Slot(prefix + PROJECTION, is_transposed=True)
             continue
         match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
         if match is None:

@@ -9,38 +9,59 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.architecture import (
+    SIZE_NUMBERS,
+    SIZE_WIDTH,
     ArchitectureError,
+    is_refiner,
     model_kind,
-    text_architecture,
+    text_architectures,
     unet_architecture,
     vae_architecture,
     vae_prefix,
 )
+from library.checkpoints.keymaps import V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER
 from library.checkpoints.source import ModelSource
 from library.checkpoints.weights import open_weights
 from library.options import OptionError
 
 VAE_FLAG = "--vae"
 MODEL_FLAG = "--pretrained_model_name_or_path"
+SD_SCRIPT = "train_network.py"
 SDXL_SCRIPT = "sdxl_train_network.py"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LORA_KEYS = re.compile(r"^lora_(unet|te\d?)_|\.lora_(up|down|A|B)\.|\.(hada|lokr)_w")
 KIND_NAMES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+PLAIN_MODEL = "use the plain model it was made from"
+EDM_KEYS = ("edm_mean", "edm_vpred.sigma_max")  # Playground 2.5, CosXL
 
 
-def probe(path: str, *, flag: str = MODEL_FLAG, sdxl_script: str = SDXL_SCRIPT, v2: bool = False) -> ModelSource:
+def probe(
+    path: str,
+    *,
+    flag: str = MODEL_FLAG,
+    family: str = "sd",
+    sd_script: str = SD_SCRIPT,
+    sdxl_script: str = SDXL_SCRIPT,
+    v2: bool = False,
+) -> ModelSource:
     """The source of a single file, a Diffusers folder or a hub id; headers only, no weights.
 
-    Raises OptionError naming `flag` for what is no SD 1.x / 2.x model; for SDXL it names `sdxl_script`, for a
-    contradiction with --v2 that flag. Only a hub id may use the network (see resolve_model).
+    Raises OptionError naming `flag` for what is no model of `family` ("sd": SD 1.x / 2.x, "sdxl"); for one of the other
+    family it names that one's script, for a contradiction with --v2 that flag. Only a hub id may use the network (see
+    resolve_model).
     """
     found = resolve_model(path, flag)
-    source = _probe_folder(path, found, flag) if found.is_dir() else _probe_file(path, found, flag)
-    if source.kind == "sdxl":
-        raise OptionError(flag, f"{path} is an SDXL model", f"use {sdxl_script}")
+    source = (_probe_folder if found.is_dir() else _probe_file)(path, found, family, flag)
+    if _family(source.kind) != family:
+        script = sdxl_script if source.kind == "sdxl" else sd_script
+        raise OptionError(flag, f"{path} is an {KIND_NAMES[source.kind]} model", f"use {script}")
     if v2 and source.kind != "sd2":
         raise OptionError("--v2", f"the model {path} is {KIND_NAMES[source.kind]}", "remove the flag")
     return source
+
+
+def _family(kind: str) -> str:
+    return "sdxl" if kind == "sdxl" else "sd"
 
 
 def resolve_model(path: str, flag: str = MODEL_FLAG) -> Path:
@@ -84,7 +105,7 @@ def _may_be_hub_id(path: str) -> bool:
 # -------------------------------------------------------------------------------------------- one file
 
 
-def _probe_file(path: str, found: Path, flag: str) -> ModelSource:
+def _probe_file(path: str, found: Path, family: str, flag: str) -> ModelSource:
     with open_weights(found, flag) as weights:
         shapes, metadata = weights.shapes, weights.metadata
         if any(LORA_KEYS.search(key) for key in shapes):
@@ -94,42 +115,80 @@ def _probe_file(path: str, found: Path, flag: str) -> ModelSource:
             raise OptionError(
                 flag, f"{path} is no Stable Diffusion model: it holds no U-Net", "name a complete checkpoint"
             )
-        if kind != "sdxl":
+        if _family(kind) == family:
             _check_parts(path, shapes, kind, flag)
-        return ModelSource(path, kind, is_single_file=True, v_prediction=_says_v_prediction(shapes, metadata))
+        return ModelSource(
+            path,
+            kind,
+            is_single_file=True,
+            v_prediction=_says_v_prediction(shapes, metadata),
+            zero_terminal_snr=ZERO_TERMINAL_SNR_MARKER in shapes,
+        )
 
 
 def _check_parts(path: str, shapes: Mapping[str, tuple[int, ...]], kind: str, flag: str) -> None:
+    if is_refiner(shapes):
+        raise _is_refiner(path, flag)
+    if any(key in shapes for key in EDM_KEYS):
+        raise _has_edm_schedule(path, flag)
     try:
         unet = unet_architecture(shapes, kind)
-        text_architecture(shapes, kind)
+        encoders = text_architectures(shapes, kind)
+        if kind == "sdxl" and unet.pooled_width != encoders[-1].projection:
+            own = f"{encoders[-1].projection} + {SIZE_NUMBERS} x {SIZE_WIDTH}"
+            raise ArchitectureError(f"its U-Net takes a vector of {unet.vector_width} numbers, not {own}")
     except ArchitectureError as error:
         raise OptionError(flag, f"{path} is no complete {KIND_NAMES[kind]} model: {error}") from None
     _require_four_channels(path, unet.in_channels, flag)
+    if kind != "sdxl" and unet.vector_width:
+        raise OptionError(flag, f"{path} is an unCLIP model, which also takes a picture", PLAIN_MODEL)
 
 
 def _says_v_prediction(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
     stated = metadata.get("modelspec.prediction_type", "")
     named = metadata.get("modelspec.architecture", "").endswith("-768-v")
-    return "v_pred" in shapes or stated in ("v", "v_prediction") or (named and not stated)
+    return V_PREDICTION_MARKER in shapes or stated in ("v", "v_prediction") or (named and not stated)
 
 
 # ------------------------------------------------------------------------------------ Diffusers folder
 
 
-def _probe_folder(path: str, folder: Path, flag: str) -> ModelSource:
-    if (folder / "text_encoder_2").is_dir():
-        return ModelSource(path, "sdxl", is_single_file=False, v_prediction=False)
+def _probe_folder(path: str, folder: Path, family: str, flag: str) -> ModelSource:
     if not (folder / "unet" / "config.json").is_file():
         problem = f"the folder {path} is no Diffusers model: it has no unet/config.json"
         raise OptionError(flag, problem, "name the model's file or its Diffusers folder")
     unet = read_config(folder / "unet" / "config.json", flag)
+    is_sdxl = (folder / "text_encoder_2").is_dir()
+    if is_sdxl and family != "sdxl":
+        return ModelSource(path, "sdxl", is_single_file=False, v_prediction=False)
+    if is_sdxl and unet.get("cross_attention_dim") == 1280:
+        raise _is_refiner(path, flag)
     text = read_config(folder / "text_encoder" / "config.json", flag)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    prediction = read_config(scheduler, flag).get("prediction_type") if scheduler.is_file() else None
+    scheduler_path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_config(scheduler_path, flag) if scheduler_path.is_file() else {}
+    if scheduler.get("_class_name", "").startswith("EDM"):
+        raise _has_edm_schedule(path, flag)
     kind = "sd2" if text.get("hidden_act") == "gelu" or unet.get("cross_attention_dim") == 1024 else "sd1"
+    if is_sdxl:
+        read_config(folder / "text_encoder_2" / "config.json", flag)
+        kind = "sdxl"
     _require_four_channels(path, unet.get("in_channels", 4), flag)
-    return ModelSource(path, kind, is_single_file=False, v_prediction=prediction == "v_prediction")
+    return ModelSource(
+        path,
+        kind,
+        is_single_file=False,
+        v_prediction=scheduler.get("prediction_type") == "v_prediction",
+        zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+    )
+
+
+def _is_refiner(path: str, flag: str) -> OptionError:
+    return OptionError(flag, f"{path} is the SDXL refiner, which can't be trained here", "use an SDXL base model")
+
+
+def _has_edm_schedule(path: str, flag: str) -> OptionError:
+    problem = f"{path} was trained with an EDM noise schedule (as Playground 2.5 and CosXL), which is not supported"
+    return OptionError(flag, problem, "use an SDXL base model")
 
 
 def read_config(path: Path, flag: str) -> dict[str, Any]:
@@ -146,4 +205,4 @@ def _require_four_channels(path: str, in_channels: int, flag: str) -> None:
     if in_channels != 4:
         kind = "an inpainting" if in_channels == 9 else "another kind of"
         problem = f"{path} is {kind} model: its U-Net takes {in_channels} channels, not 4"
-        raise OptionError(flag, problem, "use the plain model it was made from")
+        raise OptionError(flag, problem, PLAIN_MODEL)

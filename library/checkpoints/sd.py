@@ -1,9 +1,9 @@
-"""Stable Diffusion 1.x / 2.x as a single file, in the original (LDM) layout: places, reading, writing."""
+"""Stable Diffusion 1.x / 2.x / XL as a single file, in the original (LDM) layout: places, reading, writing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,12 @@ from library.checkpoints.architecture import vae_prefix
 from library.checkpoints.keymaps import (
     CLIP_PREFIX,
     OPENCLIP_PREFIX,
+    PROJECTION,
+    SDXL_CLIP_PREFIX,
+    SDXL_OPENCLIP_PREFIX,
+    V_PREDICTION_MARKER,
     VAE_PREFIX,
+    ZERO_TERMINAL_SNR_MARKER,
     Slot,
     clip_slots,
     is_vae_attention_weight,
@@ -35,21 +40,36 @@ if TYPE_CHECKING:
 
 State = Mapping[str, "torch.Tensor"]  # parameter name of our module -> tensor
 
-PART_NAMES = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
+PART_NAMES = {
+    "unet": "U-Net",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",  # SDXL
+    "vae": "VAE",
+}
 
 
 @dataclass(frozen=True)
 class ModelState:
     """The tensors of a model by our parameter names."""
 
-    kind: str  # "sd1" | "sd2"
+    kind: str  # "sd1" | "sd2" | "sdxl"
     unet: State
     text_encoder: State
     vae: State
+    text_encoder_2: State = field(default_factory=dict)  # SDXL only
+    v_prediction: bool = False
+    zero_terminal_snr: bool = False
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The empty tensors by which SDXL files say what readers can't see in the weights."""
+        if self.kind != "sdxl":
+            return ()
+        return (V_PREDICTION_MARKER,) * self.v_prediction + (ZERO_TERMINAL_SNR_MARKER,) * self.zero_terminal_snr
 
 
 def part_slots(part: str, keys: Iterable[str], *, kind: str, file_keys: Iterable[str] = ()) -> dict[str, Slot]:
-    """Parameter name -> place in a single file, for one part ("unet", "text_encoder", "vae") with parameters `keys`.
+    """Parameter name -> place in a single file, for one part (see PART_NAMES) with parameters `keys`.
 
     `file_keys` of an existing file decide between spellings; without a file they are the family's own.
     """
@@ -58,11 +78,23 @@ def part_slots(part: str, keys: Iterable[str], *, kind: str, file_keys: Iterable
         return unet_slots(keys)
     if part == "vae":
         return vae_slots(keys, vae_prefix(file_keys) if "encoder.conv_in.weight" in file_keys else VAE_PREFIX)
+    if part == "text_encoder_2":
+        return _second_encoder_slots(keys, file_keys)
     if any(key.startswith(OPENCLIP_PREFIX) for key in file_keys) or (kind == "sd2" and not file_keys):
         return openclip_slots(keys)
-    slots = clip_slots(keys)
-    if f"{CLIP_PREFIX}embeddings.token_embedding.weight" in file_keys:  # the text_model. level is left out
+    prefix = SDXL_CLIP_PREFIX if kind == "sdxl" else CLIP_PREFIX
+    slots = clip_slots(keys, prefix)
+    if f"{prefix}embeddings.token_embedding.weight" in file_keys:  # the text_model. level is left out
         slots = {key: Slot(slot.key.replace("text_model.", "", 1)) for key, slot in slots.items()}
+    return slots
+
+
+def _second_encoder_slots(keys: Iterable[str], file_keys: frozenset[str]) -> dict[str, Slot]:
+    """SDXL's second encoder; some programs write the projection under its Hugging Face name, and then as a Linear."""
+    slots = openclip_slots(keys, SDXL_OPENCLIP_PREFIX)
+    as_linear = f"{SDXL_OPENCLIP_PREFIX}{PROJECTION}.weight"
+    if as_linear in file_keys and f"{PROJECTION}.weight" in slots:
+        slots[f"{PROJECTION}.weight"] = Slot(as_linear)
     return slots
 
 
@@ -80,6 +112,8 @@ def part_reader(
     def read(name: str) -> torch.Tensor:
         slot = slots[name]
         tensor = weights.tensor(slot.key)
+        if slot.is_transposed:
+            return tensor.T.contiguous()
         return tensor if slot.part is None else tensor.chunk(3)[slot.part]
 
     return read
@@ -135,7 +169,10 @@ def _joined_entries(state: State, slots: Mapping[str, Slot], dtype: torch.dtype 
     groups: dict[str, list[str]] = {}
     for name in sorted(slots, key=lambda name: slots[name].part or 0):
         groups.setdefault(slots[name].key, []).append(name)
-    return [_entry(key, [state[name] for name in names], dtype) for key, names in groups.items()]
+    return [
+        _entry(key, [state[name].T if slots[name].is_transposed else state[name] for name in names], dtype)
+        for key, names in groups.items()
+    ]
 
 
 def _entry(key: str, tensors: list[torch.Tensor], dtype: torch.dtype | None) -> Entry:
@@ -156,9 +193,16 @@ def _entry(key: str, tensors: list[torch.Tensor], dtype: torch.dtype | None) -> 
 def _source_entries(model: ModelState, source: Weights | None, dtype: torch.dtype | None) -> list[Entry]:
     """Entries for what the source file holds beside the model; what SD 2.x readers expect where there is no file."""
     if source is None:
-        return _unused_openclip_entries(model, dtype) if model.kind == "sd2" else []
+        return _unused_openclip_entries(model, dtype) if model.kind == "sd2" else _marker_entries(model.markers)
     mine = set(owned_keys(model, source.shapes))
-    return [copied_entry(source, name) for name in source.shapes if name not in mine]
+    absent = [name for name in model.markers if name not in source.shapes]
+    return [*(copied_entry(source, name) for name in source.shapes if name not in mine), *_marker_entries(absent)]
+
+
+def _marker_entries(names: Iterable[str]) -> list[Entry]:
+    import torch
+
+    return [entry_of(name, torch.empty(0)) for name in names]
 
 
 def owned_keys(model: ModelState, file_keys: Iterable[str]) -> Iterable[str]:

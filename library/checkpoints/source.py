@@ -13,3 +13,4 @@ class ModelSource:
     kind: str  # "sd1" | "sd2" | "sdxl"
     is_single_file: bool
     v_prediction: bool
+    zero_terminal_snr: bool = False  # its last timestep is pure noise (Lin et al. 2023), as the model itself says

@@ -21,7 +21,7 @@ def config_path(name: str) -> Path:
     return Path(name) if name.lower().endswith(".toml") else Path(name + ".toml")
 
 
-def read_config_file(path: Path, options: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
+def read_config_file(path: Path, options: Mapping[str, Option], models: str = "sd") -> tuple[dict[str, Any], list[str]]:
     """(raw values by option name, sentences to print). Sections are only for reading: their names mean nothing.
 
     Keys, types and choices are checked as on the command line; OptionError names the file and the key. There is a
@@ -34,7 +34,7 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> tuple[dict[st
         if name in OWN:
             note = f"{name} has no effect inside a file"
         elif option is None:
-            note = foreign.note_on_key(name)
+            note = foreign.note_on_key(name, models)
             if note is None:
                 raise OptionError(where, "unknown key", did_you_mean(name, options))
         else:

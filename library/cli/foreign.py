@@ -46,14 +46,14 @@ def why_not_here(flag: str) -> str | None:
     return f"{flag}: is a flag of {_names(scripts)}, not of this script; remove it"
 
 
-def note_on_key(name: str) -> str | None:
-    """Why a key of a configuration file has no effect here; None for one that is unknown."""
+def note_on_key(name: str, models: str = "sd") -> str | None:
+    """Why a key of a configuration file has no effect on a script for these models; None for one that is unknown."""
     if name in GUI_KEYS:
         return f"{name} has no effect: it is a note of the GUI, {GUI_KEYS[name]}"
     scripts = [script for script in _scripts_of().get(name, ()) if TRAINS.match(script)]
     if not scripts:
         return None
-    is_for_others = all(script.startswith("sdxl_") or script == OTHER_FAMILIES for script in scripts)
+    is_for_others = models == "sd" and all(script.startswith("sdxl_") or script == OTHER_FAMILIES for script in scripts)
     return f"{name} has no effect{' for SD1/SD2' if is_for_others else ''}: it belongs to {_names(scripts)}"
 
 

@@ -27,19 +27,29 @@ class LegacyOptions:
     console_log_simple: bool = opt(False, help="without effect: messages are always plain lines")
 
 
+@dataclass(frozen=True)
+class SdxlLegacyOptions(LegacyOptions):
+    """Old spellings, and flags without effect."""
+
+    disable_mmap_load_safetensors: bool = opt(
+        False, help="without effect: weights are read one after the other, each of them once"
+    )
+
+
 WITHOUT_EFFECT = {
     "tokenizer_cache_dir": "the CLIP vocabulary is part of this program, nothing is downloaded",
     "persistent_data_loader_workers": "workers always live as long as the run",
     "async_upload": "uploads always go on beside the training",
     "console_log_simple": "messages are always plain lines",
+    "disable_mmap_load_safetensors": "weights are read one after the other, each of them once, as the file has them",
 }
 # options for which 0 says "off", in batch files and above all in a GUI's files
 ZERO_IS_OFF = (
     "clip_skip", "ddp_timeout", "initial_epoch", "initial_step", "lr_decay_steps", "lr_scheduler_num_cycles",
     "lr_scheduler_timescale", "max_train_epochs", "max_validation_steps", "min_snr_gamma", "save_every_n_epochs",
     "save_every_n_steps", "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps",
-    "save_last_n_steps_state", "save_n_epoch_ratio", "scale_weight_norms", "vae_batch_size", "validate_every_n_epochs",
-    "validate_every_n_steps",
+    "save_last_n_steps_state", "save_n_epoch_ratio", "scale_weight_norms", "text_variations", "vae_batch_size",
+    "validate_every_n_epochs", "validate_every_n_steps",
 )  # fmt: skip
 OPTIMIZER_SWITCHES = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 

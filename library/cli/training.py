@@ -43,11 +43,19 @@ class Script:
     target: str
     target_options: type
     tracker_name: str
-    sdxl_script: str  # named to those who bring an SDXL model
+    other_script: str  # named to those who bring a model of the other family
+    models: str = "sd"  # the family of models it takes: "sd" or "sdxl"
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    more_groups: Mapping[str, type] = field(default_factory=dict)  # by field of RunConfig
+    legacy_options: type = legacy.LegacyOptions
+
+    @property
+    def config_groups(self) -> Mapping[str, type]:
+        """The option groups it fills RunConfig with, beside the target's own."""
+        return {**CONFIG_GROUPS, **self.more_groups}
 
     def groups(self) -> tuple[type, ...]:
-        return (FileOptions, *CONFIG_GROUPS.values(), self.target_options, legacy.LegacyOptions)
+        return (FileOptions, *self.config_groups.values(), self.target_options, self.legacy_options)
 
     def options(self) -> dict[str, Option]:
         """Every option of the script by name, with this script's defaults."""
@@ -72,7 +80,7 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
         start_console(config.logging.console_log_level, config.logging.console_log_file)
         for note in notes:
             logger.warning(note)
-        checked = check_before_start(config, script.sdxl_script)
+        checked = check_before_start(config, script.other_script, script.models)
         ending.log_file = checked.names.log_file()
         start_log_file(ending.log_file)
         family, target = _load(script, checked.config)
@@ -106,7 +114,7 @@ def parse(script: Script, argv: Sequence[str] | None = None) -> tuple[RunConfig 
     options = script.options()
     notes: list[str] = []
     if namespace.config_file and not namespace.output_config:
-        file_values, notes = read_config_file(config_path(namespace.config_file), options)
+        file_values, notes = read_config_file(config_path(namespace.config_file), options, script.models)
         parser.set_defaults(**file_values)
         namespace = parser.parse_strictly(argv)
     if namespace.output_config:
@@ -114,7 +122,7 @@ def parse(script: Script, argv: Sequence[str] | None = None) -> tuple[RunConfig 
         return None, []
     hide_secrets(text for name, option in options.items() if option.secret and (text := getattr(namespace, name)))
     values = legacy.translate(vars(namespace))
-    groups = {name: build(group, values) for name, group in CONFIG_GROUPS.items()}
+    groups = {name: build(group, values) for name, group in script.config_groups.items()}
     config = RunConfig(**groups, target=build(script.target_options, values))
     return config, [*notes, *[note_on_rates] * bool(note_on_rates), *legacy.notes(values)]
 

@@ -1,6 +1,7 @@
 """What a training step receives: one process's share of one batch.
 
-Shape letters: B samples, C channels, H W pixels or latent pixels, N windows of text tokens, T = 77 tokens a window.
+Shape letters: B samples, C channels, H W pixels or latent pixels, N windows of text of 77 tokens, D features, P pooled
+features.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Batch:
 
     noise_BCHW: torch.Tensor  # what the latents are mixed with, save for the offset where that is set below
     timesteps_B: torch.Tensor  # int64, 0-999
-    token_ids: tuple[torch.Tensor, ...]  # one (B, N, 77) int64 per tokenizer
+    token_ids: tuple[torch.Tensor, ...]  # one (B, N, 77) int64 per tokenizer; none where the text is encoded already
     captions: tuple[str, ...]  # as processed: what was tokenized
     loss_weight_B: torch.Tensor
     denominator: float
@@ -38,6 +39,8 @@ class Batch:
     noise_offset_B: torch.Tensor | None = None  # that strength without the latents' part; set with the offset noise
     input_perturbation_BCHW: torch.Tensor | None = None  # noise that the model sees beside `noise`, not to be predicted
     token_weights: tuple[torch.Tensor, ...] | None = None  # emphasis, float32, shaped like the ids
+    text_states: tuple[torch.Tensor, ...] | None = None  # of a cache: one (B, 75 N + 2, D) per text encoder
+    pooled_BP: torch.Tensor | None = None  # of a cache: the pooled text, where the models have one
     conditioning_BCHW: torch.Tensor | None = None
     network_multiplier: float = 1.0  # strength of the network that is trained, on these samples
     mask_B1HW: torch.Tensor | None = None  # weight of each latent pixel in the loss, [0, 1]

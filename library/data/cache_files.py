@@ -16,17 +16,15 @@ import hashlib
 import io
 import json
 import os
-import secrets
-import struct
 import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from library.data.buckets import Placement, Size, crop_ltrb
+from library.data.npz_files import DAMAGE, fingerprint_in, read_arrays, save_arrays
 from library.data.options import LATENT_STRIDE
 from library.options import OptionError
 
@@ -34,9 +32,6 @@ CODE_VERSION = 1  # of everything between the file's bytes and the VAE's input; 
 LATENT_CHANNELS = 4
 ALPHA = "alpha_mask"
 KEYS = ("latents", "latents_flipped", "original_size", "crop_ltrb", ALPHA, "fingerprint")
-DAMAGE = (  # what reading a damaged file raises
-    OSError, EOFError, KeyError, ValueError, RuntimeError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 FLAG = "--cache_latents_to_disk"
 
 UNCHECKED = "taken unchecked"
@@ -129,7 +124,7 @@ def decoded_before(path: str, npz: str) -> bool:
     """
     try:
         status = os.stat(path)
-        found = _fingerprint_in(_arrays(npz, KEYS[-1:]))
+        found = fingerprint_in(read_arrays(npz, KEYS[-1:]))
     except DAMAGE:
         return False
     return found is not None and (found.get("bytes"), found.get("mtime_ns")) == (status.st_size, status.st_mtime_ns)
@@ -156,8 +151,8 @@ def state_of(item: CacheItem, vae_fingerprint: str) -> State:
     except OSError:  # a folder, or not for us to read
         return State(NOT_OURS)
     try:
-        arrays = _arrays(io.BytesIO(content))
-        found = _fingerprint_in(arrays)
+        arrays = read_arrays(io.BytesIO(content), KEYS)
+        found = fingerprint_in(arrays)
     except DAMAGE:
         return State("unreadable" if _may_be_a_cache(content) else NOT_OURS)
     if "latents" not in arrays:
@@ -177,7 +172,7 @@ def _mirrored_beside(item: CacheItem, arrays: Mapping[str, np.ndarray]) -> np.nd
     if not item.flipped_too or KEYS[1] in arrays or item.flipped_npz is None:
         return None
     try:
-        found = _arrays(item.flipped_npz)
+        found = read_arrays(item.flipped_npz, KEYS)
     except DAMAGE:
         return None
     return found.get(KEYS[1], found.get(KEYS[0]))
@@ -252,10 +247,10 @@ def read_latents(
     """
     key = KEYS[flipped]
     try:
-        arrays = _arrays(item.npz, (key, "fingerprint"))
+        arrays = read_arrays(item.npz, (key, "fingerprint"))
         if flipped and (mirrored := _mirrored_beside(item, arrays)) is not None:
             arrays[key] = mirrored
-        found = _fingerprint_in(arrays)
+        found = fingerprint_in(arrays)
     except DAMAGE as error:
         raise _unreadable(item.npz, error, is_checked=is_checked) from None
     misfit = None if found is None else _difference(found, item, vae_fingerprint)
@@ -273,14 +268,14 @@ def read_latents(
 
 def original_size(npz: str) -> Size:
     """(width, height) of the image that a file's latents were made of; raises one of DAMAGE."""
-    width, height = _arrays(npz, ("original_size",))["original_size"].ravel().tolist()
+    width, height = read_arrays(npz, ("original_size",))["original_size"].ravel().tolist()
     return int(width), int(height)
 
 
 def read_alpha(item: CacheItem, *, is_checked: bool = True) -> np.ndarray:
     """(h, w) in [0, 1] of a file that was valid at the start; at latent size or, by other programs, at image size."""
     try:
-        alpha_hw = _arrays(item.npz, (ALPHA,)).get(ALPHA)
+        alpha_hw = read_arrays(item.npz, (ALPHA,)).get(ALPHA)
     except DAMAGE as error:
         raise _unreadable(item.npz, error, is_checked=is_checked) from None
     if alpha_hw is None:
@@ -304,38 +299,11 @@ def _unfit(npz: str, why: str) -> OptionError:
 def peek_latents(item: CacheItem, *, flipped: bool) -> np.ndarray:
     """(C, H, W) of an item's file as it is, for a look; raises OptionError where there are none."""
     try:
-        arrays = _arrays(item.npz)
+        arrays = read_arrays(item.npz, KEYS)
         mirrored = _mirrored_beside(item, arrays) if flipped else None
         return arrays[KEYS[flipped]] if mirrored is None else mirrored
     except DAMAGE as error:
         raise OptionError("metadata_file", f"{item.npz} can't be read ({error})", "remove its entry") from None
-
-
-def _arrays(npz: str | BinaryIO, keys: Sequence[str] = KEYS) -> dict[str, np.ndarray]:
-    """Those arrays that are there, their checksums verified; raises one of DAMAGE."""
-    arrays = {}
-    with zipfile.ZipFile(npz) as archive:
-        names = set(archive.namelist())
-        for key in keys:
-            if f"{key}.npy" in names:
-                arrays[key] = _array(archive, f"{key}.npy")
-    return arrays
-
-
-def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise zipfile.BadZipFile(f"{name} is compressed in a way that no such file is")
-    return np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
-
-
-def _fingerprint_in(arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
-    """None where there is none; raises ValueError where it is none that was written here."""
-    if "fingerprint" not in arrays:
-        return None
-    found = json.loads(str(arrays["fingerprint"]))
-    if not isinstance(found, dict):
-        raise ValueError("its fingerprint is no table")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -355,7 +323,7 @@ def write(
         "fingerprint": np.array(json.dumps(fingerprint)),
     }
     try:
-        _save(item.npz, arrays | {KEYS[flipped]: latents_CHW for flipped, latents_CHW in latents.items()})
+        save_arrays(item.npz, arrays | {KEYS[flipped]: latents_CHW for flipped, latents_CHW in latents.items()})
     except OSError as error:
         raise unwritable(item.npz, error.strerror or str(error)) from None
 
@@ -363,22 +331,7 @@ def write(
 def restamp(item: CacheItem, arrays: Mapping[str, np.ndarray]) -> None:
     """Note the image's new times in a valid file; only to save work later, so it may fail."""
     with contextlib.suppress(OSError):
-        _save(item.npz, arrays)
-
-
-def _save(npz: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Under the final name there is never less than a whole file, even after a power cut."""
-    temporary = f"{npz}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, npz)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
+        save_arrays(item.npz, arrays)
 
 
 def unwritable(path: str, reason: str) -> OptionError:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+from library.data import text_cache
 from library.data.assembly import Assembly
 from library.data.batch import Batch, Position
 from library.data.cache import Encode, JoinedLatents, LatentStore, fill_disk, fill_memory
@@ -36,6 +37,10 @@ from library.data.sources import (
     table_of_broken,
 )
 from library.data.summary import LoadedDataset, metadata
+from library.data.text_cache import EncodeText, MemoryTexts, TextStore
+from library.data.text_cache_check import check_text_cacheable
+from library.data.text_cache_options import TextCacheOptions
+from library.data.text_items import text_items
 from library.data.validation_set import ValidationSet, split_images, with_own_items
 from library.options import OptionError
 
@@ -58,6 +63,7 @@ class TrainingData:
         self.scan = Scan()  # what else was seen while they were found
         self._samples = samples
         self._store: LatentStore | None = None
+        self._texts: TextStore | None = None
 
     @classmethod
     def build(cls, configs: Sequence[DatasetConfig], *, seed: int, on_bad_image: str) -> TrainingData:
@@ -208,6 +214,42 @@ class TrainingData:
         if self.validation is not None:
             self.validation.store = filled(self.validation.items)
 
+    # ------------------------------------------------------------------------------------------ text
+
+    def cache_texts(
+        self,
+        encode: EncodeText,
+        encoders: str,
+        cache: TextCacheOptions,
+        *,
+        is_checked: bool = True,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        """Encode all captions, or take them from valid cache files; batches then hold them encoded.
+
+        `encode` turns captions into what the text encoders, identified by `encoders`, say of them. On disk every
+        process encodes its own share: let them wait for each other before the first batch.
+        """
+        check_text_cacheable([dataset.config for dataset in self.datasets], cache)
+
+        def filled(samples: Samples) -> TextStore:
+            items = text_items(samples, cache.text_variations)
+            if not cache.cache_text_encoder_outputs_to_disk:
+                return MemoryTexts(items, encode)
+            return text_cache.fill_disk(
+                items,
+                encode,
+                encoders,
+                is_checked=is_checked,
+                process_index=process_index,
+                num_processes=num_processes,
+            )
+
+        self._texts = filled(self._samples)
+        if self.validation is not None:
+            self.validation.texts = filled(self.validation.samples)
+
     # ------------------------------------------------------------------------------------------ batches
 
     def loader(self, *, start: Position, workers: int, **run: Any) -> Iterator[tuple[Position, Batch]]:
@@ -215,8 +257,10 @@ class TrainingData:
 
         Latents in memory need none: taking them costs less than handing them over.
         """
-        workers = 0 if self.latents_in_memory else min(workers, usable_cores())
-        return load_batches(self._samples, self._store, RunFacts(**run), start=start, workers=workers)
+        in_memory = self.latents_in_memory and (self._texts is None or self._texts.in_memory)
+        workers = 0 if in_memory else min(workers, usable_cores())
+        facts = RunFacts(**run)
+        return load_batches(self._samples, self._store, facts, start=start, workers=workers, texts=self._texts)
 
     def first_epoch(self, *, num_pictured: int, workers: int, **run: Any) -> Iterator[ShownSample]:
         """The samples of the first epoch in their order, for a look; the first ones with pictures."""

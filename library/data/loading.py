@@ -29,8 +29,11 @@ from library.data.face_crop import Face
 from library.data.images import to_tensor
 from library.data.masks import averaged
 from library.data.sources import ImageRecord
+from library.data.text_cache import TextStore, stacked
+from library.data.text_variations import drawn_version
 from library.options import OptionError
 from library.randomness import python_random, torch_generator
+from library.text.states import TextStates
 from library.text.tokens import Tokens
 
 Draw = Callable[[int, int, tuple[int, int, int]], NoiseDraw]
@@ -74,14 +77,21 @@ class Samples:
 
 
 def load_batches(
-    samples: Samples, store: LatentStore | None, run: RunFacts, *, start: Position, workers: int
+    samples: Samples,
+    store: LatentStore | None,
+    run: RunFacts,
+    *,
+    start: Position,
+    workers: int,
+    texts: TextStore | None = None,
 ) -> Iterator[tuple[Position, Batch]]:
     """The run's batches for one process, from `start` to the end of the last epoch, each with its position.
 
-    One loader serves the whole run, so there is no gap between epochs. Raises OptionError when a file has become
+    `texts` has the encoded captions of the images of `samples`, in their order. One loader serves the whole run, so
+    there is no gap between epochs. Raises OptionError when a file has become
     unreadable.
     """
-    return served(BatchBuilder(samples, store, run), run.epochs, start=start, workers=workers)
+    return served(BatchBuilder(samples, store, run, texts), run.epochs, start=start, workers=workers)
 
 
 def served(builder: Any, epochs: int, *, start: Position, workers: int) -> Iterator[tuple[Position, Batch]]:
@@ -134,6 +144,7 @@ class DrawnSample(NamedTuple):
     draw: NoiseDraw
     posterior_noise: torch.Tensor | None
     mask: torch.Tensor | None  # (1, h, w); of every sample or of none
+    text: TextStates | None = None  # of the caption, where text is cached
 
 
 @dataclass
@@ -143,6 +154,7 @@ class BatchBuilder(TorchDataset):
     samples: Samples
     store: LatentStore | None
     run: RunFacts
+    texts: TextStore | None = None
     batches_per_epoch: int = field(init=False)
     has_masks: bool = field(init=False)
     mask_files: MaskFiles = field(init=False, repr=False)
@@ -185,14 +197,7 @@ class BatchBuilder(TorchDataset):
         seed, place_in_run = self.samples.seed, (epoch, sample_id)
         image = self.samples.images[self.samples.image_of_sample[sample_id]]
         subset = self.samples.subsets[image.subset]
-        caption = process_caption(
-            image.record.caption,
-            subset.caption,
-            python_random(seed, "caption", *place_in_run),
-            epoch=epoch,
-            step=step,
-            max_train_steps=self.run.max_train_steps,
-        )
+        caption, text = self._caption(sample_id, subset, epoch, step)
         flipped = subset.augment.flip_aug and python_random(seed, "flip", *place_in_run).random() < 0.5
         shape = latent_shape(image.placement.bucket_wh)
         draw = self.run.draw(epoch, sample_id, shape)
@@ -200,7 +205,7 @@ class BatchBuilder(TorchDataset):
             latents = self.store.load(image.latents, flipped=flipped)
             alpha_hw = self.store.load_alpha(image.latents) if subset.masks.alpha_mask else None
             mask = self._mask(image, central_cut(image.placement), alpha_hw, flipped)
-            return DrawnSample(image, caption, flipped, latents, draw, None, mask)
+            return DrawnSample(image, caption, flipped, latents, draw, None, mask, text)
         picture = draw_picture(
             image.record,
             image.placement,
@@ -213,7 +218,17 @@ class BatchBuilder(TorchDataset):
         pixels = to_tensor(picture.pixels_HWC[:, ::-1] if flipped else picture.pixels_HWC)
         posterior_noise = torch.randn(shape, generator=torch_generator(seed, "posterior", *place_in_run))
         mask = self._mask(image, picture.cut, picture.alpha_hw, flipped)
-        return DrawnSample(image, caption, flipped, pixels, draw, posterior_noise, mask)
+        return DrawnSample(image, caption, flipped, pixels, draw, posterior_noise, mask, text)
+
+    def _caption(self, sample_id: int, subset: SubsetConfig, epoch: int, step: int) -> tuple[str, TextStates | None]:
+        """The caption of one draw, and what a cache holds of it."""
+        index = int(self.samples.image_of_sample[sample_id])
+        draw = python_random(self.samples.seed, "caption", epoch, sample_id)
+        if self.texts is not None:
+            version = drawn_version(subset.caption, self.texts.num_versions(index), draw, epoch=epoch)
+            return self.texts.caption(index, version), self.texts.load(index, version)
+        stored, total = self.samples.images[index].record.caption, self.run.max_train_steps
+        return process_caption(stored, subset.caption, draw, epoch=epoch, step=step, max_train_steps=total), None
 
     def _mask(self, image: TrainImage, cut: Cut, alpha_hw: np.ndarray | None, flipped: bool) -> torch.Tensor | None:
         if not self.has_masks:
@@ -226,15 +241,11 @@ class BatchBuilder(TorchDataset):
 
     def _collated(self, parts: Sequence[DrawnSample], share: Share) -> Batch:
         stacked = torch.stack([part.pixels_or_latents for part in parts])
-        captions = tuple(part.caption for part in parts)
-        tokens = self.run.tokenize(captions)
         images = [part.image for part in parts]
         is_latents = parts[0].posterior_noise is None
         return Batch(
             **noise_fields([part.draw for part in parts]),
-            token_ids=tokens.ids,
-            token_weights=tokens.weights,
-            captions=captions,
+            **self._text_fields(parts),
             loss_weight_B=torch.tensor([self.weight(image) for image in images]) * _real(share),
             denominator=share.denominator,
             original_hw_B2=torch.tensor([image.record.size_wh[::-1] for image in images]),
@@ -252,6 +263,16 @@ class BatchBuilder(TorchDataset):
             network_multiplier=self.samples.subsets[images[0].subset].network_multiplier,
             mask_B1HW=_stacked([part.mask for part in parts]),
         )
+
+    def _text_fields(self, parts: Sequence[DrawnSample]) -> dict[str, Any]:
+        """The fields of a batch about its captions: encoded ones, or their token ids."""
+        captions = tuple(part.caption for part in parts)
+        encoded = [part.text for part in parts if part.text is not None]
+        if encoded:
+            text = stacked(encoded)
+            return {"captions": captions, "token_ids": (), "text_states": text.by_encoder, "pooled_BP": text.pooled_BP}
+        tokens = self.run.tokenize(captions)
+        return {"captions": captions, "token_ids": tokens.ids, "token_weights": tokens.weights}
 
     def weight(self, image: TrainImage) -> float:
         """In the loss."""

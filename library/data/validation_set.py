@@ -26,6 +26,7 @@ from library.data.epoch_plan import Pool
 from library.data.images import usable_cores
 from library.data.loading import RunFacts, Samples, TrainImage, load_batches
 from library.data.same_files import file_keys
+from library.data.text_cache import TextStore
 from library.options import OptionError
 from library.randomness import seed_for
 from library.wording import counted
@@ -137,6 +138,7 @@ class ValidationSet:
     ) -> None:
         self.items = items
         self.store: LatentStore | None = None
+        self.texts: TextStore | None = None
         self.num_images = len(images)
         subsets = [_fixed(subset) for config in configs for subset in config.subsets]
         dataset_of = [number for number, config in enumerate(configs) for _ in config.subsets]
@@ -173,9 +175,9 @@ class ValidationSet:
         With `at_most`, the first ones of an order that is mixed once and for all.
         """
         facts = RunFacts(accumulation=1, max_train_steps=1, epochs=1, prior_loss_weight=1.0, **run)
-        in_memory = self.store is not None and self.store.in_memory
+        in_memory = self.store is not None and self.store.in_memory and (self.texts is None or self.texts.in_memory)
         workers = 0 if in_memory else min(workers, usable_cores())
-        loader = load_batches(self.samples, self.store, facts, start=Position(1, 0), workers=workers)
+        loader = load_batches(self.samples, self.store, facts, start=Position(1, 0), workers=workers, texts=self.texts)
         return (batch for _, batch in islice(loader, self.num_batches(facts.num_processes, at_most)))
 
 

@@ -46,6 +46,8 @@ class Sampler:
 # and PNDM, "linspace" for the others. Later versions of diffusers changed some of these defaults, so all are given.
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 1}
+# What a schedule that ends in pure noise needs (Lin et al. 2023): to begin at its last timestep.
+ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 DPM = LINSPACE | {"final_sigmas_type": "sigma_min", "lower_order_final": True, "solver_order": 2}
 
 
@@ -100,10 +102,11 @@ def check_packages(where: str, sampler: str) -> None:
     require(is_there, where, f"{sampler!r} needs the package scipy", "run `pip install scipy`, or use euler")
 
 
-def make_scheduler(sampler: str, *, v_prediction: bool) -> Scheduler:
+def make_scheduler(sampler: str, *, v_prediction: bool, zero_terminal_snr: bool = False) -> Scheduler:
     """A fresh diffusers scheduler for one batch; raises OptionError when a package it needs is missing.
 
-    `v_prediction`: the model predicts velocity (Salimans and Ho 2022) instead of noise.
+    `v_prediction`: the model predicts velocity (Salimans and Ho 2022) instead of noise. `zero_terminal_snr`: its last
+    timestep is pure noise; of use to DDIM, Euler, Euler a and DPM 2M, the others have no such schedule in diffusers.
     """
     import diffusers
 
@@ -113,6 +116,9 @@ def make_scheduler(sampler: str, *, v_prediction: bool) -> Scheduler:
     check_packages("--sampler", sampler)
     scheduler_class = getattr(diffusers, row.scheduler)
     known = inspect.signature(scheduler_class.__init__).parameters
+    settings = dict(row.settings)
+    if zero_terminal_snr and "rescale_betas_zero_snr" in known:
+        settings |= ZERO_TERMINAL_SNR
     with warnings.catch_warnings():  # "dpmsolver" is announced to go in diffusers 1.0; the name stays the trade's
         warnings.simplefilter("ignore", FutureWarning)
         return scheduler_class(
@@ -121,7 +127,7 @@ def make_scheduler(sampler: str, *, v_prediction: bool) -> Scheduler:
             beta_end=BETA_END,
             beta_schedule="scaled_linear",
             prediction_type="v_prediction" if v_prediction else "epsilon",
-            **{name: value for name, value in row.settings.items() if name in known},
+            **{name: value for name, value in settings.items() if name in known},
         )
 
 

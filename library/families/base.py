@@ -15,15 +15,32 @@ import torch
 from library.checkpoints.source import ModelSource
 from library.families.options import ModelOptions, TextOptions
 from library.models.options import AttentionOptions
+from library.text.states import TextStates
 from library.text.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net is told about the picture: text states and, for SDXL, the pooled text and size vector."""
+    """What the U-Net is told about the picture: text states and, for SDXL, the pooled text and the sizes."""
 
     context_BTD: torch.Tensor
-    vector_BD: torch.Tensor | None = None
+    vector_BD: torch.Tensor | None = None  # the pooled text
+    sizes_B6: torch.Tensor | None = None  # float32; what the U-Net itself turns into sinusoids, see PictureSizes
+
+
+@dataclass(frozen=True)
+class PictureSizes:
+    """Where the pictures of a batch come from, in pixels: integers, (B, 2) each."""
+
+    original_hw_B2: torch.Tensor  # of the file
+    crop_yx_B2: torch.Tensor  # top and left of what was cut out of it
+    target_hw_B2: torch.Tensor  # of what is trained or drawn
+
+    @classmethod
+    def whole(cls, width: int, height: int, count: int, device: torch.device) -> PictureSizes:
+        """Of `count` pictures of this size that are cut from nothing."""
+        hw_B2 = torch.tensor([[height, width]] * count, device=device)
+        return cls(hw_B2, torch.zeros_like(hw_B2), hw_B2)
 
 
 @dataclass
@@ -77,17 +94,18 @@ class ModelFamily(Protocol):
         token_ids: Sequence[torch.Tensor],
         text: TextOptions,
         token_weights: Sequence[torch.Tensor] | None = None,
-    ) -> Conditioning:
-        """Conditioning of (B, N, 77) ids and their weights, if any, per encoder. Differentiable.
+    ) -> TextStates:
+        """What the encoders say of (B, N, 77) ids and their weights, if any: T = 75 N + 2 states. Differentiable."""
+        ...
 
-        context_BTD has T = 75 N + 2 states.
-        """
+    def condition(self, text: TextStates, sizes: PictureSizes) -> Conditioning:
+        """What the U-Net is told: the text, and where the family's models know of them, the sizes."""
         ...
 
     def predict(
         self, unet: torch.nn.Module, noised_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """The U-Net's output, shaped like `noised_BCHW`."""
+        """The U-Net's output, shaped like `noised_BCHW`; conditioning may be of another precision."""
         ...
 
     def save(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from library.options import opt, require
 
+SDXL_BUCKET_STEP = 32  # pixels: the VAE's factor of 8 and two halvings in the U-Net
+
 
 @dataclass(frozen=True)
 class ModelOptions:

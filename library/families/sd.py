@@ -5,37 +5,27 @@ Shape letters: B samples, C channels, H W latent pixels, N windows of text, T to
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from library.checkpoints.diffusers_folder import EXTRAS, save_diffusers_folder
-from library.checkpoints.probe import KIND_NAMES, MODEL_FLAG, probe, resolve_model
-from library.checkpoints.sd import ModelState, save_single_file
+from library.checkpoints.probe import KIND_NAMES, probe, resolve_model
 from library.checkpoints.source import ModelSource
-from library.checkpoints.weights import Weights, open_weights
-from library.families.base import Conditioning, LoadPlan, ModelBundle
+from library.families.base import Conditioning, LoadPlan, ModelBundle, PictureSizes
 from library.families.options import ModelOptions, TextOptions
-from library.families.sd_parts import (
-    empty_parts_of_file,
-    empty_parts_of_folder,
-    empty_vae,
-    load_from_file,
-    load_from_folder,
-    load_vae,
-)
+from library.families.saving import save_model
+from library.families.sd_parts import empty_parts, load_parts
 from library.models import attention as attention_kernels
 from library.models.build import VAE_SCALE
 from library.models.options import AttentionOptions
 from library.models.text_encoder import encode_windows, join_windows
-from library.options import OptionError
+from library.text.states import TextStates
 from library.text.tokens import ClipTokenizer, Tokens
-from library.text.weighted_tokens import apply_weights, weighted_windows
+from library.text.weighted_tokens import apply_weights, caption_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -50,25 +40,15 @@ class StableDiffusion:
     def load(self, options: ModelOptions, attention: AttentionOptions, plan: LoadPlan) -> ModelBundle:
         """The model on its device, frozen and in eval mode; raises OptionError on a wrong file or flag."""
         found, source = self._found(options)
-        vae = load_vae(options.vae, plan) if options.vae else None
-        if found.is_dir():
-            unet, text_encoder, vae = load_from_folder(found, vae, plan, MODEL_FLAG)
-        else:
-            unet, text_encoder, vae = load_from_file(found, source.kind, vae, plan, MODEL_FLAG)
-        attention_kernels.apply(unet, vae, attention.kind)
-        return ModelBundle(unet, (text_encoder,), vae, (self._tokenizer(source),), source)
+        parts = load_parts(found, source.kind, options.vae, plan)
+        attention_kernels.apply(parts.unet, parts.vae, attention.kind)
+        return ModelBundle(*parts, (self._tokenizer(source),), source)
 
     def outline(self, options: ModelOptions, plan: LoadPlan) -> ModelBundle:
         """The model on the meta device, frozen and in eval mode: names, sizes and precisions without weights."""
         found, source = self._found(options)
-        vae = empty_vae(options.vae) if options.vae else None
-        if found.is_dir():
-            unet, text_encoder, vae = empty_parts_of_folder(found, vae, MODEL_FLAG)
-        else:
-            unet, text_encoder, vae = empty_parts_of_file(found, source.kind, vae, MODEL_FLAG)
-        for part, dtype in ((unet, plan.unet), (text_encoder, plan.text_encoders), (vae, plan.vae)):
-            torch.nn.Module.to(part, dtype).requires_grad_(False).eval()
-        return ModelBundle(unet, (text_encoder,), vae, (self._tokenizer(source),), source)
+        parts = empty_parts(found, source.kind, options.vae, plan)
+        return ModelBundle(*parts, (self._tokenizer(source),), source)
 
     def _found(self, options: ModelOptions) -> tuple[Path, ModelSource]:
         """The model's file or folder, and what it is."""
@@ -93,9 +73,7 @@ class StableDiffusion:
         self, tokenizers: Sequence[Any], captions: Sequence[str], windows: int, *, weighted: bool = False
     ) -> Tokens:
         """Ids (B, N, 77) per tokenizer, and weights where captions hold emphasis."""
-        if weighted:
-            return weighted_windows(tokenizers, captions, windows)
-        return Tokens(tuple(tokenizer.windows(captions, windows) for tokenizer in tokenizers))
+        return caption_tokens(tokenizers, captions, windows, weighted=weighted)
 
     def encode_text(
         self,
@@ -103,8 +81,8 @@ class StableDiffusion:
         token_ids: Sequence[torch.Tensor],
         text: TextOptions,
         token_weights: Sequence[torch.Tensor] | None = None,
-    ) -> Conditioning:
-        """Conditioning of (B, N, 77) ids: (B, 75 N + 2, D) states of the chosen layer, through the final norm.
+    ) -> TextStates:
+        """(B, 75 N + 2, D) states of (B, N, 77) ids: those of the chosen layer, through the final norm.
 
         With weights, each state is then multiplied by that of its token, and the mean of a sample is kept.
         """
@@ -113,7 +91,11 @@ class StableDiffusion:
         if token_weights is not None:
             (weights_BNT,) = token_weights
             context_BTD = apply_weights(context_BTD, join_windows(weights_BNT.unsqueeze(-1)).squeeze(-1))
-        return Conditioning(context_BTD)
+        return TextStates((context_BTD,))
+
+    def condition(self, text: TextStates, sizes: PictureSizes) -> Conditioning:
+        """The text alone: these models know nothing of sizes."""
+        return Conditioning(text.context_BTD)
 
     def predict(
         self, unet: torch.nn.Module, noised_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning
@@ -130,27 +112,8 @@ class StableDiffusion:
         metadata: Mapping[str, str],
         as_diffusers: bool,
     ) -> None:
-        """Write a single file (.safetensors, or .ckpt by extension) or a Diffusers folder, atomically.
-
-        What a single-file source holds beside the model goes along unchanged. In a .ckpt, `ss_epoch` and `ss_steps` of
-        `metadata` are added to the source's counters.
-        """
-        unet, (text_encoder,), vae = bundle.unet, bundle.text_encoders, bundle.vae
-        model = ModelState(bundle.source.kind, unet.state_dict(), text_encoder.state_dict(), vae.state_dict())
-        with _source_weights(bundle.source) as source:
-            if not as_diffusers:
-                counters = int(metadata.get("ss_epoch", 0)), int(metadata.get("ss_steps", 0))
-                save_single_file(model, path, source=source, dtype=dtype, metadata=metadata, counters=counters)
-                return
-            save_diffusers_folder(
-                model,
-                (unet.config, text_encoder.config, vae.config),
-                path,
-                source=source,
-                dtype=dtype,
-                v_prediction=bundle.source.v_prediction,
-                template=_folder_of(bundle.source),
-            )
+        """Write a single file or a Diffusers folder, see library.families.saving."""
+        save_model(bundle, path, dtype=dtype, metadata=metadata, as_diffusers=as_diffusers)
 
     def describe(self, bundle: ModelBundle) -> dict[str, Any]:
         """ss_v2 and ss_base_model_version, and the kind and prediction type that modelspec asks for."""
@@ -163,25 +126,3 @@ class StableDiffusion:
             "v_prediction": source.v_prediction,
             "kind_name": KIND_NAMES[source.kind],
         }
-
-
-def _folder_of(source: ModelSource) -> Path | None:
-    """The Diffusers folder the model came from."""
-    return None if source.is_single_file else resolve_model(source.path)
-
-
-@contextlib.contextmanager
-def _source_weights(source: ModelSource) -> Iterator[Weights | None]:
-    """What the model's source holds for saving: its single file, or what a Diffusers folder keeps of one."""
-    try:
-        found = resolve_model(source.path)
-    except OptionError:
-        logger.warning("%s is gone: what it held beside the model can't be saved", source.path)
-        yield None
-        return
-    file = found if found.is_file() else found / EXTRAS
-    if not file.is_file():
-        yield None
-        return
-    with open_weights(file) as weights:
-        yield weights

@@ -1,10 +1,10 @@
-"""The parts of an SD 1.x / 2.x model as modules: from a single file or a Diffusers folder, each weight copied once."""
+"""The parts of a Stable Diffusion model as modules, from a single file or a Diffusers folder; weights copied once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -13,20 +13,64 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from library.checkpoints.architecture import (
     ArchitectureError,
     TextArchitecture,
-    text_architecture,
+    text_architectures,
     unet_architecture,
     vae_architecture,
     vae_prefix,
 )
 from library.checkpoints.keymaps import VAE_PREFIX, classic_text_key, modern_vae_key
-from library.checkpoints.probe import VAE_FLAG, check_vae, read_config
+from library.checkpoints.probe import MODEL_FLAG, VAE_FLAG, check_vae, read_config
 from library.checkpoints.sd import part_reader
 from library.checkpoints.weights import Weights, open_component, open_weights
 from library.families.base import LoadPlan
-from library.models.build import build_from_config, build_text_encoder, build_unet, build_vae, fill
+from library.models.build import (
+    SDXL_VAE_SCALE,
+    VAE_SCALE,
+    build_from_config,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    fill,
+)
 from library.options import OptionError
 
-Parts = tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]  # U-Net, text encoder, VAE
+TEXT_PARTS = ("text_encoder", "text_encoder_2")  # what files and folders call the text encoders; SDXL has both
+
+
+class Parts(NamedTuple):
+    """A model's modules."""
+
+    unet: torch.nn.Module
+    text_encoders: tuple[torch.nn.Module, ...]
+    vae: torch.nn.Module
+
+    @classmethod
+    def of(cls, modules: dict[str, torch.nn.Module], vae: torch.nn.Module | None) -> Parts:
+        """From modules by name; `vae` replaces theirs."""
+        text_encoders = tuple(modules[name] for name in TEXT_PARTS if name in modules)
+        return cls(modules["unet"], text_encoders, vae or modules["vae"])
+
+
+def load_parts(found: Path, kind: str, vae: str | None, plan: LoadPlan) -> Parts:
+    """The parts of a model's file or folder on their device; `vae` names another VAE."""
+    own = load_vae(vae, plan) if vae else None
+    if found.is_dir():
+        return load_from_folder(found, own, plan, MODEL_FLAG)
+    return load_from_file(found, kind, own, plan, MODEL_FLAG)
+
+
+def empty_parts(found: Path, kind: str, vae: str | None, plan: LoadPlan) -> Parts:
+    """The same on the meta device, frozen and in eval mode: names, sizes and precisions without weights."""
+    own = empty_vae(vae) if vae else None
+    if found.is_dir():
+        parts = empty_parts_of_folder(found, own, MODEL_FLAG)
+    else:
+        parts = empty_parts_of_file(found, kind, own, MODEL_FLAG)
+    dtypes = [(parts.unet, plan.unet), (parts.vae, plan.vae)]
+    dtypes += [(encoder, plan.text_encoders) for encoder in parts.text_encoders]
+    for part, dtype in dtypes:
+        torch.nn.Module.to(part, dtype).requires_grad_(False).eval()
+    return parts
 
 
 def load_from_file(path: Path, kind: str, vae: torch.nn.Module | None, plan: LoadPlan, flag: str) -> Parts:
@@ -34,10 +78,10 @@ def load_from_file(path: Path, kind: str, vae: torch.nn.Module | None, plan: Loa
     with open_weights(path, flag) as weights:
         modules = _empty_parts(weights, path, kind, vae, flag)
         readers = _readers(modules, weights, path, kind, flag)
-        dtypes = {"unet": plan.unet, "text_encoder": plan.text_encoders, "vae": plan.vae}
+        dtypes = {"unet": plan.unet, "vae": plan.vae}
         for part, module in modules.items():
-            fill(module, readers[part], dtype=dtypes[part], device=plan.device)
-    return modules["unet"], modules["text_encoder"], vae or modules["vae"]
+            fill(module, readers[part], dtype=dtypes.get(part, plan.text_encoders), device=plan.device)
+    return Parts.of(modules, vae)
 
 
 def _empty_parts(
@@ -45,12 +89,15 @@ def _empty_parts(
 ) -> dict[str, torch.nn.Module]:
     """The parts of a single file by name on the meta device: sizes without values. Not the VAE where `vae` is it."""
     modules: dict[str, torch.nn.Module] = {}
+    is_sdxl = kind == "sdxl"
     try:
         with torch.device("meta"):
-            modules["unet"] = build_unet(unet_architecture(weights.shapes, kind))
-            modules["text_encoder"] = build_text_encoder(text_architecture(weights.shapes, kind))
+            modules["unet"] = build_unet(unet_architecture(weights.shapes, kind), sample_size=128 if is_sdxl else 64)
+            for name, architecture in zip(TEXT_PARTS, text_architectures(weights.shapes, kind), strict=False):
+                modules[name] = build_text_encoder(architecture)
             if vae is None:
-                modules["vae"] = build_vae(vae_architecture(weights.shapes))
+                size, scale = (1024, SDXL_VAE_SCALE) if is_sdxl else (512, VAE_SCALE)
+                modules["vae"] = build_vae(vae_architecture(weights.shapes), sample_size=size, scale=scale)
     except ArchitectureError as error:
         way_out = "name a VAE with --vae" if VAE_PREFIX in str(error) else "use a complete checkpoint"
         raise OptionError(flag, f"{path} is incomplete: {error}", way_out) from None
@@ -72,17 +119,20 @@ def empty_parts_of_file(path: Path, kind: str, vae: torch.nn.Module | None, flag
     with open_weights(path, flag) as weights:
         modules = _empty_parts(weights, path, kind, vae, flag)
         _readers(modules, weights, path, kind, flag)
-    return modules["unet"], modules["text_encoder"], vae or modules["vae"]
+    return Parts.of(modules, vae)
 
 
 def empty_parts_of_folder(folder: Path, vae: torch.nn.Module | None, flag: str) -> Parts:
     """The parts of a Diffusers folder on the meta device, from their configurations."""
-    unet_config, text_config = (read_config(folder / part / "config.json", flag) for part in ("unet", "text_encoder"))
+    modules: dict[str, torch.nn.Module] = {}
     with torch.device("meta"):
-        unet = build_from_config(UNet2DConditionModel, unet_config)
-        text_encoder = build_text_encoder(_text_architecture(text_config))
-        vae = vae or build_from_config(AutoencoderKL, read_config(folder / "vae" / "config.json", flag))
-    return unet, text_encoder, vae
+        modules["unet"] = build_from_config(UNet2DConditionModel, read_config(folder / "unet" / "config.json", flag))
+        for name in (name for name in TEXT_PARTS if (folder / name).is_dir() or name == TEXT_PARTS[0]):
+            config = read_config(folder / name / "config.json", flag)
+            modules[name] = build_text_encoder(_text_architecture(config, is_projected=name == "text_encoder_2"))
+        if vae is None:
+            modules["vae"] = build_from_config(AutoencoderKL, read_config(folder / "vae" / "config.json", flag))
+    return Parts.of(modules, vae)
 
 
 def empty_vae(path: str) -> torch.nn.Module:
@@ -97,12 +147,11 @@ def empty_vae(path: str) -> torch.nn.Module:
 
 def load_from_folder(folder: Path, vae: torch.nn.Module | None, plan: LoadPlan, flag: str) -> Parts:
     """The parts of a Diffusers folder."""
-    unet, text_encoder, empty_vae_part = empty_parts_of_folder(folder, vae, flag)
-    _fill_from_folder(unet, folder / "unet", "diffusion_pytorch_model", plan.unet, plan.device, flag)
-    _fill_from_folder(
-        text_encoder, folder / "text_encoder", "model", plan.text_encoders, plan.device, flag, classic_text_key
-    )
-    return unet, text_encoder, vae or _filled_vae(empty_vae_part, folder / "vae", plan, flag)
+    empty = empty_parts_of_folder(folder, vae, flag)
+    _fill_from_folder(empty.unet, folder / "unet", "diffusion_pytorch_model", plan.unet, plan.device, flag)
+    for name, encoder in zip(TEXT_PARTS, empty.text_encoders, strict=False):
+        _fill_from_folder(encoder, folder / name, "model", plan.text_encoders, plan.device, flag, classic_text_key)
+    return empty if vae is not None else empty._replace(vae=_filled_vae(empty.vae, folder / "vae", plan, flag))
 
 
 def load_vae(path: str, plan: LoadPlan) -> torch.nn.Module:
@@ -147,7 +196,7 @@ def _named_reader(
     return lambda name: weights.tensor(file_names[name])
 
 
-def _text_architecture(config: dict[str, Any]) -> TextArchitecture:
+def _text_architecture(config: dict[str, Any], *, is_projected: bool) -> TextArchitecture:
     """From a CLIP text encoder's config.json; absent entries have the defaults of CLIP ViT-L."""
     return TextArchitecture(
         vocabulary=config.get("vocab_size", 49408),
@@ -157,4 +206,5 @@ def _text_architecture(config: dict[str, Any]) -> TextArchitecture:
         layers=config.get("num_hidden_layers", 12),
         heads=config.get("num_attention_heads", 12),
         activation=config.get("hidden_act", "quick_gelu"),
+        projection=config.get("projection_dim", 512) if is_projected else None,
     )

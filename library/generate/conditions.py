@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
-from library.families.base import Conditioning, ModelBundle, ModelFamily
+from library.families.base import Conditioning, ModelBundle, ModelFamily, PictureSizes
 from library.families.options import TextOptions
 from library.generate.request import GenerationRequest
+from library.text.states import TextStates
 from library.text.tokens import WINDOW
 from library.text.weighted_tokens import (
     WeightedTokens,
@@ -40,7 +41,7 @@ class PromptEncoder:
         self.bundle = bundle
         self._way_out = f" ({way_out})" if way_out else ""
         self._tokens: dict[tuple[str, int], tuple[WeightedTokens, ...]] = {}
-        self._kept: OrderedDict[tuple[str, int, int, int | None], Conditioning] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int, int, int | None], TextStates] = OrderedDict()
 
     def forget(self) -> None:
         """Encode everything anew from here on: the text encoders have learned something."""
@@ -56,7 +57,10 @@ class PromptEncoder:
         num_windows = max(map(self.windows, requests))
         texts = [(request.negative_prompt, request) for request in requests if request.is_guided]
         texts += [(request.prompt, request) for request in requests]
-        return _joined([self._encoded(text, num_windows, request) for text, request in texts])
+        joined = _joined([self._encoded(text, num_windows, request) for text, request in texts])
+        device = _device(self.bundle.unet)
+        sizes = PictureSizes.whole(requests[0].width, requests[0].height, len(texts), device)
+        return self.family.condition(joined, sizes)
 
     def _tokenize(self, text: str, max_windows: int) -> tuple[WeightedTokens, ...]:
         """The text as tokens of every tokenizer; says once what does not fit."""
@@ -72,34 +76,36 @@ class PromptEncoder:
             self._tokens[key] = tokens
         return self._tokens[key]
 
-    def _encoded(self, text: str, num_windows: int, request: GenerationRequest) -> Conditioning:
+    def _encoded(self, text: str, num_windows: int, request: GenerationRequest) -> TextStates:
         key = (text, num_windows, request.max_windows, request.clip_skip)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         tokens = self._tokenize(text, request.max_windows)
-        self._kept[key] = conditioning = self._encode(tokens, num_windows, TextOptions(clip_skip=request.clip_skip))
+        self._kept[key] = states = self._encode(tokens, num_windows, TextOptions(clip_skip=request.clip_skip))
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        return conditioning
+        return states
 
-    def _encode(self, tokens: tuple[WeightedTokens, ...], num_windows: int, text: TextOptions) -> Conditioning:
-        """One prompt: its windows are encoded each for itself and joined with their begin and end states."""
+    def _encode(self, tokens: tuple[WeightedTokens, ...], num_windows: int, text: TextOptions) -> TextStates:
+        """One prompt, at the U-Net's place: its windows are encoded each for itself and joined with their begin and
+        end states; the pooled text is that of the first one."""
         ids = tuple(
             token_ids(tokenizer, [item], num_windows).transpose(0, 1).to(_device(encoder))  # (N, 1, 77)
             for tokenizer, item, encoder in zip(self.bundle.tokenizers, tokens, self.bundle.text_encoders, strict=True)
         )
         encoded = self.family.encode_text(self.bundle.text_encoders, ids, text)
-        context_BTD = encoded.context_BTD.flatten(0, 1).unsqueeze(0)
-        if tokens[0].is_weighted:
-            context_BTD = apply_weights(context_BTD, token_weights([tokens[0]], num_windows).flatten(1))
-        vector_BD = None if encoded.vector_BD is None else encoded.vector_BD[:1]
-        return Conditioning(context_BTD, vector_BD)
+        device = _device(self.bundle.unet)
+        weights_1T = token_weights([tokens[0]], num_windows).flatten(1) if tokens[0].is_weighted else None
+        joined = (states_NTD.to(device).flatten(0, 1).unsqueeze(0) for states_NTD in encoded.by_encoder)
+        by_encoder = tuple(states if weights_1T is None else apply_weights(states, weights_1T) for states in joined)
+        return TextStates(by_encoder, None if encoded.pooled_BP is None else encoded.pooled_BP[:1].to(device))
 
 
-def _joined(rows: Sequence[Conditioning]) -> Conditioning:
-    vectors = [row.vector_BD for row in rows if row.vector_BD is not None]
-    return Conditioning(torch.cat([row.context_BTD for row in rows]), torch.cat(vectors) if vectors else None)
+def _joined(rows: Sequence[TextStates]) -> TextStates:
+    by_encoder = tuple(map(torch.cat, zip(*(row.by_encoder for row in rows), strict=True)))
+    pooled = [row.pooled_BP for row in rows if row.pooled_BP is not None]
+    return TextStates(by_encoder, torch.cat(pooled) if pooled else None)
 
 
 def _device(module: torch.nn.Module) -> torch.device:

@@ -40,7 +40,10 @@ def denoise(
     first = requests[0]
     assert all(request.batch_key == first.batch_key for request in requests)
     conditioning = (encoder or PromptEncoder(family, bundle))(requests)
-    scheduler = make_scheduler(first.sampler, v_prediction=bundle.source.v_prediction)
+    source = bundle.source
+    scheduler = make_scheduler(
+        first.sampler, v_prediction=source.v_prediction, zero_terminal_snr=source.zero_terminal_snr
+    )
     scheduler.set_timesteps(first.steps, device="cpu")  # the sampler's few scalars stay with the host: no waiting
     weight = next(bundle.unet.parameters())
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]

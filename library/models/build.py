@@ -10,10 +10,11 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from library.checkpoints.architecture import TextArchitecture, UNetArchitecture, VaeArchitecture
-from library.models.text_encoder import TextEncoder
+from library.checkpoints.architecture import SIZE_WIDTH, TextArchitecture, UNetArchitecture, VaeArchitecture
+from library.models.text_encoder import ProjectedTextEncoder, TextEncoder
 
 VAE_SCALE = 0.18215
+SDXL_VAE_SCALE = 0.13025
 
 
 def build_unet(architecture: UNetArchitecture, *, sample_size: int = 64) -> UNet2DConditionModel:
@@ -33,11 +34,17 @@ def build_unet(architecture: UNetArchitecture, *, sample_size: int = 64) -> UNet
         use_linear_projection=architecture.linear_projection,
         upcast_attention=architecture.upcast_attention,
     )
+    if architecture.vector_width:
+        sizes |= dict(
+            addition_embed_type="text_time",
+            addition_time_embed_dim=SIZE_WIDTH,
+            projection_class_embeddings_input_dim=architecture.vector_width,
+        )
     return UNet2DConditionModel(**sizes)
 
 
-def build_vae(architecture: VaeArchitecture, *, sample_size: int = 512) -> AutoencoderKL:
-    """diffusers' VAE of these sizes."""
+def build_vae(architecture: VaeArchitecture, *, sample_size: int = 512, scale: float = VAE_SCALE) -> AutoencoderKL:
+    """diffusers' VAE of these sizes; `sample_size` in pixels and `scale`, the family's, are only recorded."""
     levels = len(architecture.channels)
     sizes: dict[str, Any] = dict(
         in_channels=architecture.image_channels,
@@ -48,14 +55,14 @@ def build_vae(architecture: VaeArchitecture, *, sample_size: int = 512) -> Autoe
         layers_per_block=architecture.resnets,
         latent_channels=architecture.latent_channels,
         sample_size=sample_size,
-        scaling_factor=VAE_SCALE,
+        scaling_factor=scale,
     )
     return AutoencoderKL(**sizes)
 
 
 def build_text_encoder(architecture: TextArchitecture) -> TextEncoder:
-    """A CLIP text encoder of these sizes."""
-    return TextEncoder(architecture)
+    """A CLIP text encoder of these sizes; one that also gives the pooled state where they name a projection."""
+    return TextEncoder(architecture) if architecture.projection is None else ProjectedTextEncoder(architecture)
 
 
 def build_from_config(model_class: type[torch.nn.Module], config: Mapping[str, Any]) -> torch.nn.Module:

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.checkpoints.architecture import TextArchitecture
 from library.options import OptionError
+from library.text.tokens import END_ID
 
 WINDOW = 75  # content tokens of a window, between its begin and end token
 
@@ -75,12 +76,17 @@ class TextEncoder(torch.nn.Module):
                 "--clip_skip", f"{layer_from_end} is deeper than the text encoder's {self.num_layers} layers"
             )
         hidden_BTD = self.text_model.embeddings(input_ids=token_ids_BT)
-        for layer in self.text_model.encoder.layers[: self.num_layers + 1 - layer_from_end]:
+        hidden_BTD = self._through(hidden_BTD, 0, self.num_layers + 1 - layer_from_end)
+        return self.text_model.final_layer_norm(hidden_BTD) if normalized else hidden_BTD
+
+    def _through(self, hidden_BTD: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """The output of layers `start` to `end` - 1."""
+        for layer in self.text_model.encoder.layers[start:end]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_BTD = checkpoint(self._run, layer, hidden_BTD, use_reentrant=False)
             else:
                 hidden_BTD = self._run(layer, hidden_BTD)
-        return self.text_model.final_layer_norm(hidden_BTD) if normalized else hidden_BTD
+        return hidden_BTD
 
     def _run(self, layer: torch.nn.Module, hidden_BTD: torch.Tensor) -> torch.Tensor:
         if not self._takes_causal_mask:
@@ -88,6 +94,32 @@ class TextEncoder(torch.nn.Module):
         length = hidden_BTD.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=hidden_BTD.device).tril()
         return layer(hidden_BTD, None, mask[None, None])[0]
+
+
+class ProjectedTextEncoder(TextEncoder):
+    """A text encoder that also gives the pooled state of a text: SDXL's second one, OpenCLIP bigG."""
+
+    text_projection: torch.nn.Linear  # its name is part of file formats
+
+    def __init__(self, architecture: TextArchitecture) -> None:
+        assert architecture.projection is not None
+        super().__init__(architecture)
+        self.text_projection = torch.nn.Linear(architecture.width, architecture.projection, bias=False)
+
+    def forward(
+        self, token_ids_BT: torch.Tensor, *, layer_from_end: int = 1, normalized: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, D) states of a layer, as of :class:`TextEncoder`, and (B, P) pooled states.
+
+        The pooled state is the last layer's, through the final norm, at the first end token, projected. The first and
+        not the one of the highest id, as transformers has it: words added to the vocabulary have higher ones.
+        """
+        hidden_BTD = super().forward(token_ids_BT, layer_from_end=layer_from_end, normalized=False)
+        last_BTD = self._through(hidden_BTD, self.num_layers + 1 - layer_from_end, self.num_layers)
+        end_B = (token_ids_BT == END_ID).int().argmax(dim=-1)
+        last_BD = last_BTD[torch.arange(len(end_B), device=end_B.device), end_B]
+        pooled_BP = self.text_projection(self.text_model.final_layer_norm(last_BD))
+        return self.text_model.final_layer_norm(hidden_BTD) if normalized else hidden_BTD, pooled_BP
 
 
 def clip_config(architecture: TextArchitecture) -> CLIPTextConfig:
@@ -100,7 +132,7 @@ def clip_config(architecture: TextArchitecture) -> CLIPTextConfig:
         num_attention_heads=architecture.heads,
         max_position_embeddings=architecture.positions,
         hidden_act=architecture.activation,
-        projection_dim=512 if architecture.activation == "gelu" else architecture.width,
+        projection_dim=architecture.projection or (512 if architecture.activation == "gelu" else architecture.width),
         layer_norm_eps=1e-5,
         bos_token_id=0,
         eos_token_id=2,

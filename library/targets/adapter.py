@@ -12,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 
 from library.checkpoints.safetensors_io import is_finite
 from library.checkpoints.weights import load_tensors
+from library.models.ldm_view import as_files_name_it
 from library.options import OptionError
 from library.targets.options import no_such_module
 
@@ -124,7 +126,7 @@ class NetworkFactory:
             arguments.setdefault("neuron_dropout", dropout)
 
         def make() -> Any:
-            return create(1.0, dim, alpha, models.vae, models.text_encoder, models.unet, **arguments)
+            return create(1.0, dim, alpha, models.vae, models.text_encoder, models.named_unet, **arguments)
 
         return self._adapted(finding_layers_once(make, models.unet))
 
@@ -150,7 +152,7 @@ class NetworkFactory:
             arguments["weights_sd"] = weights_sd
 
         def make() -> Any:
-            return create(multiplier, file, models.vae, models.text_encoder, models.unet, **arguments)
+            return create(multiplier, file, models.vae, models.text_encoder, models.named_unet, **arguments)
 
         made = finding_layers_once(make, models.unet)
         network, tensors = made if isinstance(made, tuple) else (made, None)
@@ -169,6 +171,11 @@ class Models:
     text_encoders: Sequence[torch.nn.Module]
     unet: torch.nn.Module
     vae: torch.nn.Module
+
+    @cached_property
+    def named_unet(self) -> torch.nn.Module:
+        """The U-Net under the paths that files name its layers by."""
+        return as_files_name_it(self.unet)
 
     @property
     def text_encoder(self) -> Any:
@@ -208,34 +215,42 @@ class Adapted:
             self._prepare(SimpleNamespace(**options))
 
     def apply(self, models: Models, *, text: bool, unet: bool) -> None:
-        self.network.apply_to(models.text_encoder, models.unet, text, unet)
+        self.network.apply_to(models.text_encoder, models.named_unet, text, unet)
 
     def load(self, file: str, tensors: Mapping[str, torch.Tensor]) -> int:
         """Load a file non-strictly; returns how many of its `tensors` the network has."""
-        found = frozenset(self.network.state_dict()) & frozenset(tensors)
-        self.network.load_weights(file)
-        return len(found)
+        known = self.network.state_dict()
+        result = self.network.load_weights(file)
+        missing = getattr(result, "missing_keys", None)  # a module may understand other names than its own
+        return len(frozenset(known) & frozenset(tensors)) if missing is None else len(known) - len(missing)
 
     def merge(
         self, models: Models, tensors: Mapping[str, torch.Tensor] | None, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.network.merge_to(models.text_encoder, models.unet, tensors, dtype, device)
+        self.network.merge_to(models.text_encoder, models.named_unet, tensors, dtype, device)
 
     def enable_gradient_checkpointing(self) -> None:
         self.network.enable_gradient_checkpointing()
 
     def prepare_gradients(self, models: Models) -> None:
-        self.network.prepare_grad_etc(models.text_encoder, models.unet)
+        self.network.prepare_grad_etc(models.text_encoder, models.named_unet)
 
     # ------------------------------------------------------------------ training
 
     def param_groups(
-        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float
+        self, text_encoder_lr: float | tuple[float, ...] | None, unet_lr: float | None, default_lr: float
     ) -> list[tuple[str | None, dict[str, Any]]]:
-        """[(the module's own name of the group, if any, a dictionary with "params" and maybe "lr")]."""
+        """[(the module's own name of the group, if any, a dictionary with "params" and maybe "lr")].
+
+        Several rates of text encoders need a method of their own, as in later versions of the trade's networks.
+        """
         prepare = self.network.prepare_optimizer_params
         rates = (text_encoder_lr, unet_lr, default_lr)
-        made = prepare(*rates) if _binds(prepare, *rates) else prepare(text_encoder_lr, unet_lr)
+        if isinstance(text_encoder_lr, tuple):
+            self._require_several_rates()
+            made = self.network.prepare_optimizer_params_with_multiple_te_lrs(list(text_encoder_lr), *rates[1:])
+        else:
+            made = prepare(*rates) if _binds(prepare, *rates) else prepare(text_encoder_lr, unet_lr)
         names: Sequence[str | None] = ()
         if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], list):
             made, names = made[0], made[1] or ()
@@ -246,8 +261,13 @@ class Adapted:
         padded = [*names, *[None] * len(groups)]
         return [(name, group) for name, group in zip(padded, groups, strict=False) if group["params"]]
 
+    def _require_several_rates(self) -> None:
+        if self._optional("prepare_optimizer_params_with_multiple_te_lrs") is None:
+            problem = f"networks of {self.module_name} take one rate for all text encoders"
+            raise OptionError("--text_encoder_lr", problem, "give one number")
+
     def on_epoch_start(self, models: Models) -> None:
-        self.network.on_epoch_start(models.text_encoder, models.unet)
+        self.network.on_epoch_start(models.text_encoder, models.named_unet)
 
     def set_multiplier(self, multiplier: float) -> None:
         """How strong the network's change is; raises OptionError for a network that can't change it."""
@@ -256,7 +276,7 @@ class Adapted:
 
     def on_step_start(self, models: Models) -> None:
         if self._on_step_start is not None:
-            self._on_step_start(models.text_encoder, models.unet)
+            self._on_step_start(models.text_encoder, models.named_unet)
 
     @property
     def can_limit_norms(self) -> bool:

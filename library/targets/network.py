@@ -132,7 +132,7 @@ class NetworkTarget(TrainTarget):
             raise OptionError("--network_weights", problem, "was it made for another model or network module?")
         total = len(self.trained_module().state_dict())
         logger.info("--network_weights: %d of the network's %d tensors loaded, %d of the file's not used",
-                    found, total, len(tensors) - found)  # fmt: skip
+                    found, total, max(0, len(tensors) - found))  # fmt: skip
 
     def _freeze_unreached_text(self, family: ModelFamily, bundle: ModelBundle) -> None:
         """Freeze parameters on text encoder layers behind the one that conditions: no gradient ever reaches them."""
@@ -145,11 +145,9 @@ class NetworkTarget(TrainTarget):
         device = next(bundle.text_encoders[0].parameters()).device
         token_ids = [ids.to(device) for ids in family.tokenize(bundle.tokenizers, [""], 1).ids]
         with torch.enable_grad():
-            conditioning = family.encode_text(bundle.text_encoders, token_ids, self.text)
-            states = [
-                s for s in (conditioning.context_BTD, conditioning.vector_BD) if s is not None and s.requires_grad
-            ]
-            total = sum((state.float().sum() for state in states), torch.zeros((), device=device))
+            said = family.encode_text(bundle.text_encoders, token_ids, self.text)
+            states = [states for states in said.tensors if states.requires_grad]
+            total = sum((part.float().sum() for part in states), torch.zeros((), device=device))
         reached = (
             torch.autograd.grad(total, [p for _, p in named], allow_unused=True) if states else [None] * len(named)
         )
@@ -315,7 +313,8 @@ def _not_finite(name: str, tensor: torch.Tensor, saved: torch.Tensor, path: Path
 
 
 def _readable(label: str | None) -> str | None:
-    """ "unet_block7 plus" -> "unet block 7 plus"."""
+    """ "unet_block7 plus" -> "unet block 7 plus", "textencoder2" -> "text encoder 2"."""
     if label is None:
         return None
-    return re.sub(r"unet_block(\d+)", r"unet block \1", label.replace("textencoder", TEXT))
+    label = re.sub(r"textencoder(\d)", rf"{TEXT} \1", label).replace("textencoder", TEXT)
+    return re.sub(r"unet_block(\d+)", r"unet block \1", label)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.checkpoints.safetensors_io import read_header
 from library.options import OptionError, did_you_mean, named_values, opt, require
@@ -67,7 +69,8 @@ class NetworkOptions:
         )
         for name in ("network_alpha", "unet_lr", "text_encoder_lr"):
             value = getattr(self, name)
-            require(value is None or value >= 0, f"--{name}", f"{value} is negative")
+            for number in value if isinstance(value, tuple) else (value,):
+                require(number is None or number >= 0, f"--{name}", f"{number} is negative")
         limit = self.scale_weight_norms
         require(limit is None or limit > 0, "--scale_weight_norms", f"{limit} must be above 0")
         named_values(self.network_args, "--network_args")  # checks their form
@@ -107,6 +110,29 @@ class NetworkOptions:
                     raise OptionError(flag, f"{file} does not exist", "check the path")
                 if Path(file).suffix == ".safetensors":
                     read_header(file, flag)
+
+
+def parse_rates(value: Any) -> float | tuple[float, ...] | None:
+    """For `opt(parse=...)`: one learning rate for both text encoders, or one for each."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        rates = tuple(float(rate) for rate in values)
+    except (TypeError, ValueError):
+        raise ValueError("is not a number for both text encoders, or a number for each") from None
+    if len(rates) > 2 or not all(map(math.isfinite, rates)):
+        raise ValueError("is not a number for both text encoders, or a number for each")
+    return rates if len(set(rates)) > 1 else rates[0] if rates else None
+
+
+@dataclass(frozen=True)
+class SdxlNetworkOptions(NetworkOptions):
+    """The network (LoRA and its relatives)."""
+
+    text_encoder_lr: tuple[float, ...] | float | None = opt(  # type: ignore[assignment]
+        parse=parse_rates,
+        help="learning rate of the text encoders' parts, or two: of the first and of the second one; --learning_rate "
+        "without this option, 0 leaves an encoder out",
+    )
 
 
 def no_such_module(name: str) -> OptionError:

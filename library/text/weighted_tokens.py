@@ -47,6 +47,15 @@ def weighted_tokens(tokenizer: ClipTokenizer, prompt: str, max_windows: int) -> 
     return WeightedTokens(tuple(map(tuple, windows[:max_windows])), num_cut)
 
 
+def caption_tokens(
+    tokenizers: Sequence[ClipTokenizer], captions: Sequence[str], num_windows: int, *, weighted: bool
+) -> Tokens:
+    """Ids (B, N, 77) of captions per tokenizer, and weights where they hold emphasis (`weighted`)."""
+    if weighted:
+        return weighted_windows(tokenizers, captions, num_windows)
+    return Tokens(tuple(tokenizer.windows(captions, num_windows) for tokenizer in tokenizers))
+
+
 def weighted_windows(tokenizers: Sequence[ClipTokenizer], captions: Sequence[str], num_windows: int) -> Tokens:
     """Captions with emphasis as ids and weights; tokens beyond `num_windows` windows are cut off.
 

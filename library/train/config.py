@@ -15,6 +15,7 @@ from library.data.options import (
     SourceOptions,
     ValidationSplitOptions,
 )
+from library.data.text_cache_options import TextCacheOptions
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.families.options import ModelOptions, TextOptions
 from library.models.options import AttentionOptions
@@ -58,6 +59,7 @@ class RunConfig:
     logging: LoggingOptions
     metadata: MetadataOptions
     target: Any  # the target's own group
+    text_cache: TextCacheOptions = TextCacheOptions()  # of scripts for models with large text encoders
 
     def groups(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
@@ -88,6 +90,18 @@ class RunConfig:
         )
         if self.training.max_train_epochs is None and not self.optimizer.has_no_schedule:
             self.schedule.check_length(self.training.max_train_steps)
+        require(
+            not self.text_cache.enabled or getattr(self.target, "network_train_unet_only", False),
+            "--cache_text_encoder_outputs",
+            "contradicts training the text encoders, whose outputs change with every step",
+            "add --network_train_unet_only",
+        )
+        require(
+            not (self.text_cache.enabled and self.source.dataset_class),
+            "--cache_text_encoder_outputs",
+            f"contradicts --dataset_class {self.source.dataset_class}, whose captions are not known beforehand",
+            "leave one of them out",
+        )
         self.precision.check_beside(self.training)
         warnings = [note for group in self.groups() if hasattr(group, "notes") for note in group.notes()]
         rates = [name for name in ("unet_lr", "text_encoder_lr") if getattr(self.target, name, None)]
@@ -121,6 +135,7 @@ class RunConfig:
         return warnings
 
 
+# What every training script offers; a script may add groups for other fields of RunConfig.
 CONFIG_GROUPS: dict[str, type] = {
     "model": ModelOptions, "attention": AttentionOptions, "text": TextOptions, "source": SourceOptions,
     "bucket": BucketOptions, "caption": CaptionOptions, "augment": AugmentOptions, "masks": MaskOptions,

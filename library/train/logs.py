@@ -27,7 +27,10 @@ from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
-LOG_NAMES = {"text encoder": "lr/textencoder", "unet": "lr/unet"}
+LOG_NAMES = {
+    "text encoder": "lr/textencoder", "text encoder 1": "lr/textencoder1", "text encoder 2": "lr/textencoder2",
+    "unet": "lr/unet",
+}  # fmt: skip
 BAR_NAMES = {"max_norm/keys_scaled": "Keys Scaled", "max_norm/average_key_norm": "Average key norm"}
 LONGEST_AVERAGE = 10_000  # steps; keeps the moving average of huge data sets within reason
 
@@ -122,14 +125,16 @@ def rates_by_log_name(
 ) -> dict[str, float]:
     """What the trade calls the rates of parameter groups: by part for up to two groups, else by number.
 
-    Of more groups only the first is called by its part, where that is the text encoder. `factors` are those that an
+    Of more groups only those of text encoders that come first are called by their part. `factors` are those that an
     optimizer found for its rates (D-Adaptation's d), if it does: their products are logged of the first group or, of
     more than two, of each that goes by its number. Groups without a rate are left out.
     """
-    are_many, names = len(groups) > 2, []
+    are_parts = all(group in LOG_NAMES for group in groups) and len(set(groups)) == len(groups)
+    are_many, names = len(groups) > 2 and not are_parts, []
     for index, group in enumerate(groups):
         name = LOG_NAMES.get(group, "")
-        goes_by_part = name and name not in names and (not are_many or (index == 0 and group == "text encoder"))
+        is_leading_text = group != "unet" and not any("group" in before for before in names)
+        goes_by_part = name and name not in names and (not are_many or is_leading_text)
         names.append(name if goes_by_part else f"lr/group{index}")
     logged = {name: rate for name, rate in zip(names, rates, strict=True) if rate is not None}
     for index, (name, factor) in enumerate(zip(names, factors, strict=False)):

@@ -82,7 +82,7 @@ def known_parts(
     count, size = sum(parameter.numel() for parameter in trained), _size(trained)
     parts = [
         _weights("U-Net", bundle.unet.parameters()),
-        _weights("text encoder", encoders),
+        *([_weights("text encoder", encoders)] if text_encoders_stay(config) else []),
         *([_weights("VAE", bundle.vae.parameters())] if vae_stays else []),
         MemoryPart("trained parameters", size, f"{count:,} parameters{_precision(trained)}"),
         _gradients(config, trained),
@@ -94,6 +94,11 @@ def known_parts(
     if config.average.ema_decay is not None:
         parts.append(MemoryPart("moving average", 4 * count, "float32, --ema_decay"))
     return parts
+
+
+def text_encoders_stay(config: RunConfig) -> bool:
+    """Whether text encoders are on the device while training, and not only before it."""
+    return not config.text_cache.enabled or config.memory.highvram
 
 
 def _gradients(config: RunConfig, trained: Sequence[torch.Tensor]) -> MemoryPart:
@@ -138,6 +143,8 @@ def estimate(
         else:
             weights = sum(part.size for part in parts if part.name.endswith("weights"))
             caching = weights + _size(bundle.vae.parameters())
+            if not text_encoders_stay(config):
+                caching += _size(parameter for encoder in bundle.text_encoders for parameter in encoder.parameters())
             caching += encoding_bytes(bundle, config.cache.vae_batch_size, shape.bucket_wh)
         step = step_bytes(config, family, bundle, target, shape)
     except Exception as error:  # networks and kernels that need values, not only shapes

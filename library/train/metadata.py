@@ -84,6 +84,7 @@ def constant_metadata(facts: FileFacts) -> dict[str, str]:
         "ss_lr_scheduler": facts.lr_scheduler,
         "ss_sd_scripts_commit_hash": facts.version,
         **{f"ss_{name}": options[name] for name in PLAIN if name in options},
+        **_rates_as_list(options),
         **(dict.fromkeys(RATES) if facts.config.optimizer.picks_own_rate else {}),
         "ss_debiased_estimation": options["debiased_estimation_loss"],
         **{name: value for name, value in facts.family.items() if name.startswith("ss_")},
@@ -96,6 +97,12 @@ def constant_metadata(facts: FileFacts) -> dict[str, str]:
     if options["vae"]:
         values |= _file_keys(options["vae"], "ss_vae_name", "ss_vae_hash", "ss_new_vae_hash")
     return {name: _text(value) for name, value in values.items()}
+
+
+def _rates_as_list(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Rates of several text encoders in the form of the trade."""
+    rates = options.get("text_encoder_lr")
+    return {"ss_text_encoder_lr": list(rates)} if isinstance(rates, tuple) else {}
 
 
 def file_metadata(

@@ -17,11 +17,12 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, Init
 from torch.nn.parallel import DistributedDataParallel
 
 from library.data.batch import Batch
-from library.families.base import LoadPlan, ModelBundle, ModelFamily
+from library.families.base import LoadPlan, ModelBundle, ModelFamily, PictureSizes
 from library.families.options import TextOptions
 from library.models import float8
 from library.options import OptionError
 from library.targets.base import TrainTarget
+from library.text.states import TextStates
 from library.train.compilation import compile_unet
 from library.train.config import RunConfig
 from library.train.memory_options import DistributedOptions
@@ -147,10 +148,18 @@ class StepModule(torch.nn.Module):
         self.target.before_forward(batch)
         with self.forward_context():
             with torch.set_grad_enabled(trains_text):
-                conditioning = self.family.encode_text(
-                    self.bundle.text_encoders, batch.token_ids, self.text, batch.token_weights
-                )
+                conditioning = self.family.condition(self._text_states(batch), picture_sizes(batch))
             return self.target.predict(self.family, self.bundle, noised_BCHW, conditioning, batch)
+
+    def _text_states(self, batch: Batch) -> TextStates:
+        """Those that come with the batch from a cache, or those of its captions."""
+        if batch.text_states is not None:
+            return TextStates(batch.text_states, batch.pooled_BP)
+        return self.family.encode_text(self.bundle.text_encoders, batch.token_ids, self.text, batch.token_weights)
+
+
+def picture_sizes(batch: Batch) -> PictureSizes:
+    return PictureSizes(batch.original_hw_B2, batch.crop_yx_B2, batch.target_hw_B2)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from library.data.config import (
 )
 from library.data.headers import BadImage, open_image
 from library.data.mask_files import settle_masks
+from library.data.text_cache_check import check_text_cacheable
+from library.families.options import SDXL_BUCKET_STEP
 from library.generate.prompt_line import PromptLine
 from library.options import OptionError, read_toml
 from library.packages import is_installed
@@ -52,8 +55,11 @@ class CheckedRun:
     previews: tuple[PromptLine, ...] = ()
 
 
-def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
-    """Raise OptionError for whatever can't work; `sdxl_script` is named to those who bring an SDXL model."""
+def check_before_start(config: RunConfig, other_script: str, family: str = "sd") -> CheckedRun:
+    """Raise OptionError for whatever can't work.
+
+    `family` is that of the script's models, "sd" or "sdxl"; `other_script` is named to those who bring another model.
+    """
     check_writable(config.saving.output_dir, "--output_dir")
     check_logging(config.logging)
     check_packages(config)
@@ -62,7 +68,8 @@ def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
         config.target.check_before_start()
     model = config.model
     assert model.pretrained_model_name_or_path is not None
-    config = as_found(config, probe(model.pretrained_model_name_or_path, v2=model.v2, sdxl_script=sdxl_script))
+    scripts = {"sdxl_script" if family == "sd" else "sd_script": other_script}
+    config = as_found(config, probe(model.pretrained_model_name_or_path, family=family, v2=model.v2, **scripts))
     if model.vae:
         check_vae(model.vae)
     for warning in [*config.check(), *check_hub(config.hub)]:
@@ -75,7 +82,11 @@ def check_before_start(config: RunConfig, sdxl_script: str) -> CheckedRun:
     for note in config.split.without_effect(is_split=is_split) + config.validation.check_split(is_split=is_split):
         logger.warning(note)
     check_cacheable(datasets, config.cache)
-    for note in check_dataset_class(config.source, config.cache, *_shaping_data(config)):
+    for note in check_text_cacheable(datasets, config.text_cache):
+        logger.warning(note)
+    if family == "sdxl":
+        check_bucket_steps(datasets, SDXL_BUCKET_STEP)
+    for note in check_dataset_class(config.source, config.cache, config.text_cache, *_shaping_data(config)):
         logger.warning(note)
     for note in face_crop_notes(datasets, config.cache):
         logger.warning(note)
@@ -108,11 +119,26 @@ def _shaping_data(config: RunConfig) -> tuple[Any, ...]:
 
 
 def as_found(config: RunConfig, source: ModelSource) -> RunConfig:
-    """The configuration with what the model's file says about itself."""
+    """The configuration with what the model's file says about itself, without what this kind of model lacks."""
     v_prediction = config.model.v_parameterization or source.v_prediction
     if source.v_prediction and not config.model.v_parameterization:
         logger.info("the model predicts velocity, as its file says")
+    if source.zero_terminal_snr and not config.noise.zero_terminal_snr:
+        logger.info("the model's last timestep is pure noise, as its file says: --zero_terminal_snr is on")
+        config = replace(config, noise=replace(config.noise, zero_terminal_snr=True))
+    if source.kind == "sdxl" and config.text.clip_skip is not None:
+        logger.warning("--clip_skip has no effect: SDXL always takes the last layer but one of its text encoders")
+        config = replace(config, text=replace(config.text, clip_skip=None))
     return replace(config, model=replace(config.model, v2=source.kind == "sd2", v_parameterization=v_prediction))
+
+
+def check_bucket_steps(datasets: Sequence[DatasetConfig], step: int) -> None:
+    """Raise OptionError for buckets with sides that the models can't halve often enough; `step` in pixels."""
+    for bucket in (dataset.bucket for dataset in datasets if dataset.bucket.enable_bucket):
+        given = bucket.bucket_reso_steps
+        if given % step:
+            problem = f"{given} is not a multiple of {step}, as SDXL needs it"
+            raise OptionError("--bucket_reso_steps", problem, "use 64 or 32")
 
 
 def check_packages(config: RunConfig) -> None:

@@ -70,6 +70,7 @@ class Previews(Callback):
         self.share = self.previews[run.accelerator.process_index :: run.accelerator.num_processes]
         self.encoder = PromptEncoder(run.family, run.bundle)
         self._text_has_learned = False
+        self._has_encoded = False  # for the rest of the run
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="previews")
         self._written: Future[list[Drawn]] | None = None
 
@@ -170,10 +171,23 @@ class Previews(Callback):
                 on_device(run.bundle.vae, run.device),
                 run.accelerator.autocast(),
             ):
+                self._encode_ahead()
                 yield
         finally:
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()  # blocks of pictures' sizes are of no use to training
+
+    def _encode_ahead(self) -> None:
+        """Encode all prompts at once where text encoders wait on the CPU, because the run's captions are cached."""
+        encoders = [encoder for encoder in self.run.bundle.text_encoders if device_of(encoder) != self.run.device]
+        if not encoders or self._has_encoded:
+            return
+        with contextlib.ExitStack() as stack:
+            for encoder in encoders:
+                stack.enter_context(on_device(encoder, self.run.device))
+            for batch in batches([preview.request for preview in self.share], BATCH, self.encoder.windows):
+                self.encoder(batch)
+        self._has_encoded = True
 
     # ------------------------------------------------------------------------------------------ files and logs
 
@@ -244,9 +258,13 @@ def reported(failures: list[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def on_device(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Inside the block the module is on `device`; afterwards it is back where it was."""
-    home = next(module.parameters()).device
+    home = device_of(module)
     module.to(device)
     try:
         yield
     finally:
         module.to(home)
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -62,11 +62,13 @@ def read_previews(options: PreviewOptions) -> tuple[PromptLine, ...]:
     return tuple(checked_line(line, options.sample_sampler) for line in lines)
 
 
-def preview_defaults(config: RunConfig, datasets: Sequence[DatasetConfig]) -> PictureOptions:
-    """What holds for prompts that don't say otherwise: the largest size trained at, 30 steps, guidance 7.5."""
+def preview_defaults(config: RunConfig, datasets: Sequence[DatasetConfig], *, usual_side: int = 512) -> PictureOptions:
+    """What holds for prompts that don't say otherwise: the largest size trained at, 30 steps, guidance 7.5.
+
+    `usual_side` in pixels where no size is known.
+    """
     sizes = [dataset.bucket.resolution for dataset in datasets if dataset.bucket.resolution is not None]
-    usual = 768 if config.model.v2 and config.model.v_parameterization else 512
-    largest = max(sizes, key=math.prod, default=(usual, usual))
+    largest = max(sizes, key=math.prod, default=(usual_side, usual_side))
     width, height = (max(LEAST_SIZE, side // SIZE_STEP * SIZE_STEP) for side in largest)
     return PictureOptions(
         W=width,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from library.checkpoints.model_spec import default_resolution
 from library.data.dataset import TrainingData
 from library.data.dataset_class import ForeignData
 from library.diffusion.schedule import NoiseSchedule
@@ -38,6 +39,7 @@ from library.train.preview import Previews
 from library.train.preview_prompts import preview_defaults
 from library.train.resume import settings_that_matter
 from library.train.run import Run
+from library.train.text_caching import cache_texts
 from library.train.updates import FusedUpdates, Updates
 from library.train.validation import Validation
 from library.train.zero import DeepSpeedUpdates, keep_whole
@@ -92,6 +94,7 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     if accelerator.is_main_process:
         announce(checked, begun, Trained(bundle, target, groups), accelerator.num_processes)
     cache_latents(config, data, bundle, accelerator)  # last: it may take long, and everything else could have failed
+    cache_texts(config, data, family, bundle, accelerator)
     run = Run(
         config=config, accelerator=accelerator, family=family, bundle=bundle, target=target, model=model,
         groups=groups, optimizer=optimizer, built=built, lr_scheduler=lr_scheduler,
@@ -131,7 +134,8 @@ def add_callbacks(run: Run, checked: CheckedRun) -> None:
     if run.data.validation is not None:
         run.callbacks.append(Validation(run))
     if checked.previews:
-        defaults = preview_defaults(run.config, checked.datasets)
+        side = default_resolution(run.bundle.source.kind, run.v_prediction)
+        defaults = preview_defaults(run.config, checked.datasets, usual_side=side)
         is_resumed = checked.resume_state is not None
         run.callbacks.append(Previews(run, checked.previews, defaults, is_resumed=is_resumed))
     if run.accelerator.is_main_process:

@@ -42,13 +42,20 @@ CASES = [
     Case("networks.lora", "sd2"),
     Case("networks.lora", arguments={"conv_dim": "2", "conv_alpha": "1"}),
     Case("networks.lora", arguments={"block_dims": ",".join(["0"] * 12 + ["2"] * 13)}),
+    Case("networks.lora", "sdxl", {"conv_dim": "2", "conv_alpha": "1"}),
+    Case("networks.lora", "sdxl", {"block_dims": ",".join(["0"] * 10 + ["2"] * 13)}),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def models(case: Case) -> Models:
     text_encoder, unet = tiny_parts(case.kind)
-    return Models((text_encoder,), unet, torch.nn.Identity())
+    encoders = tuple(text_encoder) if isinstance(text_encoder, list) else (text_encoder,)
+    return Models(encoders, unet, torch.nn.Identity())
+
+
+def parts_of(on: Models) -> tuple[torch.nn.Module, ...]:
+    return (*on.text_encoders, on.unet)
 
 
 def created(case: Case, on: Models, *, trained: bool = True) -> Adapted:
@@ -91,11 +98,11 @@ def test_starts_as_no_change(case):
 @each_case
 def test_changes_the_model_and_only_through_its_hooks(case):
     on = models(case)
-    weights = {key: value.clone() for part in (on.text_encoder, on.unet) for key, value in part.state_dict().items()}
+    before = [{key: value.clone() for key, value in part.state_dict().items()} for part in parts_of(on)]
     plain = pictures(on)
     created(case, on)
     assert not close(pictures(on), plain)
-    for part in (on.text_encoder, on.unet):
+    for part, weights in zip(parts_of(on), before, strict=True):
         assert all(torch.equal(value, weights[key]) for key, value in part.state_dict().items())
 
 
@@ -104,7 +111,7 @@ def test_only_its_own_gradients(case):
     on = models(case)
     network = created(case, on)
     outputs(on.text_encoder, on.unet)[1].square().mean().backward()
-    assert all(parameter.grad is None for part in (on.text_encoder, on.unet) for parameter in part.parameters())
+    assert all(parameter.grad is None for part in parts_of(on) for parameter in part.parameters())
     assert all(p.grad is not None for p in network.network.parameters() if p.requires_grad)
     assert {id(p) for p in network.network.get_trainable_params()} == {
         id(p) for p in network.network.parameters() if p.requires_grad

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import sdxl_train_network
+from library.cli.training import parse
 from tests.runs import metadata_of, script, train_network
 
 GUI_FILE = Path(__file__).parents[1] / "data" / "gui_lora.toml"  # the keys and forms of the kohya_ss GUI
@@ -130,3 +132,15 @@ def test_several_rates_of_text_encoders_on_the_command_line(options, capfd, tmp_
     assert train_network(**options, text_encoder_lr=[1e-5, 1e-5], plan=True) == 0
     assert "is used" not in capfd.readouterr().err
     assert train_network(**options, text_encoder_lr=["high"], plan=True) == 2
+
+
+def test_keys_of_other_scripts_in_a_file_for_sdxl(tmp_path):
+    """Nothing is said about SD1/SD2 there; what is SDXL's own counts, rates come as a list."""
+    (tmp_path / "run.toml").write_text(
+        "cache_text_encoder_outputs = true\nlearning_rate_te = 1e-5\nt5xxl = 'x'\ntext_encoder_lr = [1e-5, 2e-5]\n"
+        "network_module = 'networks.lora'\npretrained_model_name_or_path = 'x'\noutput_dir = 'out'\n"
+    )
+    config, notes = parse(sdxl_train_network.SCRIPT, ["--config_file", str(tmp_path / "run.toml")])
+    assert config.text_cache.cache_text_encoder_outputs and config.target.text_encoder_lr == (1e-5, 2e-5)
+    assert [note for note in notes if "SD1/SD2" in note] == []
+    assert sum("has no effect" in note for note in notes) == 2

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+import sdxl_train_network
 import train_network
 from library.cli import config_file, generation, training
 from library.cli.legacy import LegacyOptions
@@ -28,6 +29,9 @@ from tests.runs import ROOT
 PAGES = {
     "train_network": lambda: options_page(
         "train_network.py", train_network.SCRIPT.groups(), train_network.SCRIPT.defaults
+    ),
+    "sdxl_train_network": lambda: options_page(
+        "sdxl_train_network.py", sdxl_train_network.SCRIPT.groups(), sdxl_train_network.SCRIPT.defaults
     ),
     "gen_img_diffusers": lambda: options_page("gen_img_diffusers.py", CONFIG_GROUPS.values()),
 }

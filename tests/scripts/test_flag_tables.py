@@ -13,23 +13,22 @@ from pathlib import Path
 import pytest
 
 import gen_img_diffusers
+import sdxl_train_network
 import train_network
 from library.cli import generation, training
 
 DATA = Path(__file__).parents[1] / "data"
 PARSERS = {
     "train_network": lambda: training.build_parser(train_network.SCRIPT),
+    "sdxl_train_network": lambda: training.build_parser(sdxl_train_network.SCRIPT),
     "gen_img_diffusers": lambda: generation.build_parser(gen_img_diffusers.__doc__ or ""),
 }
+OF_TRAINING = {
+    "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
+}  # fmt: skip
 OWN = {
-    "train_network": {
-        "--on_bad_image",
-        "--max_nonfinite_steps",
-        "--save_best",
-        "--early_stop_patience",
-        "--ema_decay",
-        "--plan",
-    },
+    "train_network": OF_TRAINING,
+    "sdxl_train_network": OF_TRAINING | {"--text_variations"},
     "gen_img_diffusers": {"--no_half_vae"},  # in later versions of the trade's generator
 }
 
@@ -39,6 +38,8 @@ MORE_CHOICES = {  # values that the trade's scripts don't know, or only know in 
 }
 # taken as texts, because a share such as "10%" will do as well as a number
 WIDER_TYPES = {"--lr_warmup_steps": "str", "--lr_decay_steps": "str"}
+# a rate for each text encoder, as later versions of the trade's script take them
+SEVERAL = {("sdxl_train_network", "--text_encoder_lr")}
 
 
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -57,7 +58,7 @@ def test_flags_are_declared_as_the_trade_declares_them(script):
             continue
         assert getattr(action.type, "__name__", None) == WIDER_TYPES.get(flag, facts["type"]), flag
         assert (action.default or None) == (facts.get("default") or None), flag
-        assert action.nargs == facts.get("nargs"), flag
+        assert action.nargs == ("*" if (script, flag) in SEVERAL else facts.get("nargs")), flag
         choices = [choice for choice in action.choices or () if choice not in MORE_CHOICES.get(flag, ())]
         assert (choices or None) == facts.get("choices"), flag
 

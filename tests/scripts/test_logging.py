@@ -75,6 +75,16 @@ def test_epochs_and_the_norms_on_the_bar(options, tmp_path, capfd):
             [0.5, 0.5, 0.25],
             {"lr/textencoder": 0.0, "lr/group1": 1.0, "lr/group2": 2.0, "lr/d*lr/group1": 0.5, "lr/d*lr/group2": 0.5},
         ),
+        (
+            ["text encoder 1", "text encoder 2", "unet"],
+            [],
+            {"lr/textencoder1": 0.0, "lr/textencoder2": 1.0, "lr/unet": 2.0},
+        ),
+        (
+            ["text encoder 1", "unet block 1", "unet"],
+            [],
+            {"lr/textencoder1": 0.0, "lr/group1": 1.0, "lr/group2": 2.0},
+        ),
         (["unet", "unet plus", "x"], [], {"lr/group0": 0.0, "lr/group1": 1.0, "lr/group2": 2.0}),
         (
             ["unet", "unet plus", "x"],

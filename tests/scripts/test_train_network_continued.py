@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs import ENVIRONMENT, ROOT, equal_files, flags, logged, metadata_of, train_network
+from tests.runs import equal_files, in_two_processes, logged, metadata_of, train_network
 from tests.tiny_data import tiny_images
 
 
@@ -129,27 +127,15 @@ def test_initial_step_is_the_place_of_a_run_whose_state_is_lost(options, tmp_pat
     assert "--initial_step has no effect: the state goes on after step 10" in capfd.readouterr().err
 
 
-def in_two_processes(**options) -> None:
-    """train_network.py as accelerate starts it on two processes of the CPU."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        ROOT / "train_network.py", *flags(**options),
-    ]  # fmt: skip
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
 def test_two_processes_that_leave_out_different_modules(options, tmp_path):
-    in_two_processes(**{**options, "network_args": ["module_dropout=0.5"], "max_train_steps": 2})
+    in_two_processes("train_network.py", **{**options, "network_args": ["module_dropout=0.5"], "max_train_steps": 2})
     assert (tmp_path / "out" / "net.safetensors").exists()
 
 
 def test_two_processes_resume_in_the_same_weights(everything, tmp_path):
-    in_two_processes(**everything)
+    in_two_processes("train_network.py", **everything)
     whole, state = tmp_path / "out", tmp_path / "out" / "net-step00000002-state"
-    in_two_processes(**{**everything, "output_dir": tmp_path / "again", "resume": state})
+    in_two_processes("train_network.py", **{**everything, "output_dir": tmp_path / "again", "resume": state})
     names = results_after(whole, state)
     assert BEST in names
     for name in names:
@@ -166,7 +152,7 @@ def test_two_processes_equal_one(options, tmp_path):
     one = {**options, "train_batch_size": 4, "logging_dir": tmp_path / "log1", "output_dir": tmp_path / "one"}
     assert train_network(**one) == 0
     two = {**options, "train_batch_size": 2, "logging_dir": tmp_path / "log2", "output_dir": tmp_path / "two"}
-    in_two_processes(**two, ddp_timeout=5, ddp_gradient_as_bucket_view=True, ddp_static_graph=True)
+    in_two_processes("train_network.py", **two, ddp_timeout=5, ddp_gradient_as_bucket_view=True, ddp_static_graph=True)
     assert logged(tmp_path / "log1", "loss/current") == pytest.approx(
         logged(tmp_path / "log2", "loss/current"), abs=1e-5
     )

@@ -128,6 +128,9 @@ def test_sdxl_file_names_the_right_script(tmp_path: Path):
 
 def test_sdxl_folder(tmp_path: Path):
     (tmp_path / "text_encoder_2").mkdir()
+    assert "it has no unet/config.json" in refusal(tmp_path)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
     assert "is an SDXL model" in refusal(tmp_path)
 
 
@@ -158,6 +161,13 @@ def test_inpainting_model(tiny_sd1_path: Path, tmp_path: Path):
     stem = {f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}
     path = changed(tiny_sd1_path, tmp_path / "inpaint.safetensors", **stem)
     assert "is an inpainting model: its U-Net takes 9 channels, not 4" in refusal(path)
+
+
+def test_unclip_model(tiny_sd2_path: Path, tmp_path: Path):
+    layers = {"0.0": (256, 64), "0.2": (256, 256)}
+    vector = {f"{UNET}label_emb.{name}.weight": torch.zeros(shape) for name, shape in layers.items()}
+    path = changed(tiny_sd2_path, tmp_path / "unclip.safetensors", **vector)
+    assert "is an unCLIP model, which also takes a picture; use the plain model" in refusal(path)
 
 
 def test_incomplete_model(tiny_sd1_path: Path, tmp_path: Path):

@@ -270,6 +270,18 @@ def test_groups_of_a_plain_network():
     assert rates(network, 0, None, 1e-3) == {"unet": 1e-3}
 
 
+def test_a_rate_for_each_text_encoder():
+    network = create_network(1.0, 4, 1.0, None, *tiny_parts("sdxl"))
+    groups, names = network.prepare_optimizer_params_with_multiple_te_lrs([1e-5, 2e-5], None, 1e-3)
+    assert names == ["textencoder1", "textencoder2", "unet"]
+    assert [group["lr"] for group in groups] == [1e-5, 2e-5, 1e-3]
+    first = {id(p) for module in network.text_adapters if "_te1_" in module.name for p in module.parameters()}
+    assert {id(parameter) for parameter in groups[0]["params"]} == first
+    _, names = network.prepare_optimizer_params_with_multiple_te_lrs([0.0, 2e-5], 0.0, 1e-3)
+    assert names == ["textencoder2"]
+    assert rates(network, 1e-5, 1e-4, 1e-3) == {"textencoder": 1e-5, "unet": 1e-4}
+
+
 def test_groups_per_block():
     network = unet_network(down_lr_weight="zeros", mid_lr_weight="0.5", up_lr_weight=",".join(["0.25"] * 12))
     found = rates(network, None, 1e-2, 1e-3)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from library.data.options import CacheOptions
+from library.data.text_cache_options import TextCacheOptions
 from library.families.base import LoadPlan
 from library.families.options import ModelOptions, TextOptions
 from library.families.sd import StableDiffusion
@@ -43,6 +44,7 @@ class Settings:
     training: TrainingOptions = TrainingOptions()
     memory: MemoryOptions = MemoryOptions()
     average: AverageOptions = AverageOptions()
+    text_cache: TextCacheOptions = TextCacheOptions()
 
 
 def with_network(bundle, *, checkpointing=False, **network) -> NetworkTarget:

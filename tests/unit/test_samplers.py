@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from library.diffusion.samplers import SAMPLERS, check_steps, make_scheduler, stepper
+from library.diffusion.schedule import NoiseSchedule
 from library.options import OptionError
 
 NAMES = [name for name in SAMPLERS if not name.startswith("k_")]
@@ -25,9 +26,9 @@ TIMESTEPS = {
 KEEP_LEAST_NOISE = {"pndm", "dpmsolver", "dpmsolver++", "dpmsingle"}
 
 
-def sample(sampler: str, clean_BCHW: torch.Tensor, seeds: list[int], *, steps: int, v_prediction: bool) -> torch.Tensor:
+def sample(sampler: str, clean_BCHW: torch.Tensor, seeds: list[int], *, steps: int, **model: bool) -> torch.Tensor:
     """Sample with the perfect model of a data set that holds nothing but `clean_BCHW`."""
-    scheduler = make_scheduler(sampler, v_prediction=v_prediction)
+    scheduler, v_prediction = make_scheduler(sampler, **model), model["v_prediction"]
     scheduler.set_timesteps(steps, device="cpu")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     step = stepper(scheduler, generators)
@@ -66,6 +67,27 @@ def test_a_perfect_model_leads_to_its_picture(name: str, v_prediction: bool) -> 
     assert result.dtype == torch.float32
     tolerance = 0.2 if name in KEEP_LEAST_NOISE else 1e-3
     assert (result - clean).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler_a", "dpmsolver++"])
+def test_schedules_with_zero_terminal_snr(name: str) -> None:
+    """Sampling begins at the last timestep, on the schedule of such models, and ends in the picture."""
+    scheduler = make_scheduler(name, v_prediction=True, zero_terminal_snr=True)
+    scheduler.set_timesteps(10)
+    assert float(scheduler.timesteps[0]) == 999
+    ours = NoiseSchedule.make(zero_terminal_snr=True).alphas_cumprod_T
+    torch.testing.assert_close(scheduler.alphas_cumprod[:999], ours[:999], atol=1e-5, rtol=1e-3)
+    clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    result = sample(name, clean, [1], steps=10, v_prediction=True, zero_terminal_snr=True)
+    tolerance = 0.2 if name in KEEP_LEAST_NOISE else 1e-3
+    assert (result - clean).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samplers_without_such_a_schedule_keep_theirs(name: str) -> None:
+    if name not in ("ddim", "euler", "euler_a", "dpmsolver", "dpmsolver++"):
+        plain, asked = (make_scheduler(name, v_prediction=True, zero_terminal_snr=is_on) for is_on in (False, True))
+        assert plain.config == asked.config
 
 
 @pytest.mark.parametrize("name", NAMES)

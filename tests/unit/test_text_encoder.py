@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from library.checkpoints.architecture import TextArchitecture
-from library.models.text_encoder import TextEncoder, clip_config, encode_windows, join_windows
+from library.models.build import build_text_encoder
+from library.models.text_encoder import ProjectedTextEncoder, TextEncoder, clip_config, encode_windows, join_windows
 from library.options import OptionError
 
 ARCHITECTURE = TextArchitecture(1000, 77, 64, 96, layers=4, heads=2, activation="quick_gelu")
@@ -119,3 +120,75 @@ def test_activation_is_the_familys():
     ids = random_ids(1, 77)
     difference = (quick(ids) - plain(ids)).abs().max()
     assert 0 < difference < 0.1
+
+
+# ------------------------------------------------------------------------------------- pooled state (SDXL)
+
+PROJECTED = TextArchitecture(49410, 77, 64, 96, layers=3, heads=1, activation="gelu", projection=32)
+END = 49407
+
+
+@pytest.fixture(scope="module")
+def projected() -> ProjectedTextEncoder:
+    torch.manual_seed(0)
+    encoder = build_text_encoder(PROJECTED).eval()
+    assert isinstance(encoder, ProjectedTextEncoder)
+    return encoder
+
+
+def ids_with_end(*positions: int) -> torch.Tensor:
+    ids = random_ids(len(positions), 77)
+    for row, position in zip(ids, positions, strict=True):
+        row[position:] = 0
+        row[position] = END
+    return ids
+
+
+@torch.no_grad()
+def test_pooled_state_equals_the_reference(projected: ProjectedTextEncoder):
+    config = clip_config(PROJECTED)
+    config.eos_token_id = END
+    reference = CLIPTextModelWithProjection(config).eval()
+    reference.load_state_dict(projected.state_dict())
+    ids = ids_with_end(5, 76, 1)
+    states, pooled = projected(ids, layer_from_end=2, normalized=False)
+    expected = reference(ids, output_hidden_states=True)
+    assert pooled.shape == (3, 32) and torch.allclose(pooled, expected.text_embeds, atol=1e-6)
+    assert torch.allclose(states, expected.hidden_states[-2], atol=1e-6)
+    for layer in (1, 3):
+        assert torch.equal(projected(ids, layer_from_end=layer)[1], pooled)
+
+
+@torch.no_grad()
+def test_pooled_state_is_of_the_first_end_token_whatever_words_were_added(projected: ProjectedTextEncoder):
+    ids = ids_with_end(6)
+    expected = projected(ids)[1]
+    later = ids.clone()
+    later[0, 7:] = END  # the padding of other tokenizers
+    assert torch.equal(projected(later)[1], expected)
+    added = ids.clone()
+    added[0, 3] = END + 1  # a word of textual inversion: the highest id
+    assert not torch.allclose(projected(added)[1], expected)  # its word counts ...
+    added[0, 7:] = END + 1
+    before = projected(added)[1]
+    added[0, 7:] = 0
+    assert torch.equal(projected(added)[1], before)  # ... but the end token is read
+
+
+def test_text_without_an_end_token_is_pooled_at_its_begin(projected: ProjectedTextEncoder):
+    ids = random_ids(1, 77)
+    changed = ids.clone()
+    changed[0, 1:] = 5
+    assert torch.equal(projected(ids)[1], projected(changed)[1])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_every_parameter_of_a_projected_encoder(checkpointing: bool):
+    torch.manual_seed(0)
+    encoder = build_text_encoder(PROJECTED).train()
+    if checkpointing:
+        encoder.gradient_checkpointing_enable()
+    states, pooled = encoder(ids_with_end(8), layer_from_end=2, normalized=False)
+    (states.square().mean() + pooled.square().mean()).backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

@@ -1,0 +1,69 @@
+"""Writing whole models of any family: single files and Diffusers folders."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.checkpoints.diffusers_folder import EXTRAS, save_diffusers_folder
+from library.checkpoints.probe import resolve_model
+from library.checkpoints.sd import ModelState, save_single_file
+from library.checkpoints.source import ModelSource
+from library.checkpoints.weights import Weights, open_weights
+from library.families.base import ModelBundle
+from library.families.sd_parts import TEXT_PARTS
+from library.options import OptionError
+
+logger = logging.getLogger(__name__)
+
+
+def save_model(
+    bundle: ModelBundle, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], as_diffusers: bool
+) -> None:
+    """Write a single file (.safetensors, or .ckpt by extension) or a Diffusers folder, atomically.
+
+    What a single-file source holds beside the model goes along unchanged. In a .ckpt, `ss_epoch` and `ss_steps` of
+    `metadata` are added to the source's counters.
+    """
+    parts: dict[str, Any] = {"unet": bundle.unet, "vae": bundle.vae}
+    parts |= zip(TEXT_PARTS, bundle.text_encoders, strict=False)
+    model = ModelState(
+        kind=bundle.source.kind,
+        **{name: part.state_dict() for name, part in parts.items()},
+        v_prediction=bundle.source.v_prediction,
+        zero_terminal_snr=bundle.source.zero_terminal_snr,
+    )
+    with _source_weights(bundle.source) as source:
+        if not as_diffusers:
+            counters = int(metadata.get("ss_epoch", 0)), int(metadata.get("ss_steps", 0))
+            save_single_file(model, path, source=source, dtype=dtype, metadata=metadata, counters=counters)
+            return
+        configs = {name: part.config for name, part in parts.items()}
+        save_diffusers_folder(model, configs, path, source=source, dtype=dtype, template=_folder_of(bundle.source))
+
+
+def _folder_of(source: ModelSource) -> Path | None:
+    """The Diffusers folder the model came from."""
+    return None if source.is_single_file else resolve_model(source.path)
+
+
+@contextlib.contextmanager
+def _source_weights(source: ModelSource) -> Iterator[Weights | None]:
+    """What the model's source holds for saving: its single file, or what a Diffusers folder keeps of one."""
+    try:
+        found = resolve_model(source.path)
+    except OptionError:
+        logger.warning("%s is gone: what it held beside the model can't be saved", source.path)
+        yield None
+        return
+    file = found if found.is_file() else found / EXTRAS
+    if not file.is_file():
+        yield None
+        return
+    with open_weights(file) as weights:
+        yield weights
