@@ -16,7 +16,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -296,10 +296,17 @@ class OptionParser(argparse.ArgumentParser):
         return namespace
 
 
-def add_arguments(parser: argparse.ArgumentParser, group: type, defaults: Mapping[str, Any] | None = None) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    group: type,
+    defaults: Mapping[str, Any] | None = None,
+    omitted: Collection[str] = (),
+) -> None:
     """Add one flag per option of `group` under its docstring's first line; `defaults` overrides per script."""
     section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0].removesuffix("."))
     for option in options_of(group):
+        if option.name in omitted:
+            continue
         default = (defaults or {}).get(option.name, option.default)
         if option.kind is bool:
             section.add_argument(option.flag, action="store_true", default=default, help=_escaped(option.help))

@@ -36,6 +36,20 @@ class SdxlLegacyOptions(LegacyOptions):
     )
 
 
+@dataclass(frozen=True)
+class FullLegacyOptions(LegacyOptions):
+    """Old spellings, and flags without effect."""
+
+    diffusers_xformers: bool = opt(False, help="old form of --xformers")
+
+
+@dataclass(frozen=True)
+class SdxlFullLegacyOptions(SdxlLegacyOptions):
+    """Old spellings, and flags without effect."""
+
+    diffusers_xformers: bool = opt(False, help="old form of --xformers")
+
+
 WITHOUT_EFFECT = {
     "tokenizer_cache_dir": "the CLIP vocabulary is part of this program, nothing is downloaded",
     "persistent_data_loader_workers": "workers always live as long as the run",
@@ -59,6 +73,8 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     values = {name: None if name in ZERO_IS_OFF and value in (0, "0") else value for name, value in values.items()}
     if values.get("caption_extention"):
         values["caption_extension"] = values["caption_extention"]
+    if values.get("diffusers_xformers"):
+        values["xformers"] = True
     chosen = [name for name in OPTIMIZER_SWITCHES if values.get(name)]
     if len(chosen) + bool(values.get("optimizer_type")) > 1:
         given = [f"--{name}" for name in chosen] + ["--optimizer_type"] * bool(values.get("optimizer_type"))

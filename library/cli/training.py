@@ -45,6 +45,8 @@ class Script:
     tracker_name: str
     other_script: str  # named to those who bring a model of the other family
     models: str = "sd"  # the family of models it takes: "sd" or "sdxl"
+    datasets: str | None = None  # the one kind it trains on: "folders" or "metadata"
+    omits: frozenset[str] = frozenset()  # options of its groups that it does not offer: they keep their defaults
     defaults: Mapping[str, Any] = field(default_factory=dict)
     more_groups: Mapping[str, type] = field(default_factory=dict)  # by field of RunConfig
     legacy_options: type = legacy.LegacyOptions
@@ -61,7 +63,9 @@ class Script:
         """Every option of the script by name, with this script's defaults."""
         found = {option.name: option for group in self.groups() for option in options_of(group)}
         return {
-            name: replace(option, default=self.defaults.get(name, option.default)) for name, option in found.items()
+            name: replace(option, default=self.defaults.get(name, option.default))
+            for name, option in found.items()
+            if name not in self.omits
         }
 
 
@@ -80,7 +84,7 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
         start_console(config.logging.console_log_level, config.logging.console_log_file)
         for note in notes:
             logger.warning(note)
-        checked = check_before_start(config, script.other_script, script.models)
+        checked = check_before_start(config, script.other_script, script.models, script.datasets)
         ending.log_file = checked.names.log_file()
         start_log_file(ending.log_file)
         family, target = _load(script, checked.config)
@@ -102,7 +106,7 @@ def build_parser(script: Script) -> OptionParser:
     parser = OptionParser(description=script.description)
     parser.explain = foreign.why_not_here
     for group in script.groups():
-        add_arguments(parser, group, script.defaults)
+        add_arguments(parser, group, script.defaults, script.omits)
     return parser
 
 
@@ -144,7 +148,7 @@ def _load(script: Script, config: RunConfig) -> tuple[Any, Any]:
     family_module, family_name = _module_and_name(script.family)
     target_module, target_name = _module_and_name(script.target)
     family = getattr(importlib.import_module(family_module), family_name)()
-    target = getattr(importlib.import_module(target_module), target_name)(config.target, config.text)
+    target = getattr(importlib.import_module(target_module), target_name).of(config)
     return family, target
 
 

@@ -56,3 +56,21 @@ class TextOptions:
     def token_windows(self) -> int:
         """Windows of 75 content tokens per caption."""
         return (self.max_token_length or 75) // 75
+
+    @property
+    def pads(self) -> bool:
+        """Whether captions are filled up to whole windows."""
+        return True
+
+
+@dataclass(frozen=True)
+class DreamBoothTextOptions(TextOptions):
+    """How captions become conditioning."""
+
+    no_token_padding: bool = opt(
+        False, help="fill captions up only to the longest of their batch, as Diffusers' first DreamBooth script did"
+    )
+
+    @property
+    def pads(self) -> bool:
+        return not self.no_token_padding

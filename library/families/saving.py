@@ -28,7 +28,7 @@ def save_model(
     """Write a single file (.safetensors, or .ckpt by extension) or a Diffusers folder, atomically.
 
     What a single-file source holds beside the model goes along unchanged. In a .ckpt, `ss_epoch` and `ss_steps` of
-    `metadata` are added to the source's counters.
+    `metadata` are added to the source's counters; no ss_* key is written, for whole models have none in the trade.
     """
     parts: dict[str, Any] = {"unet": bundle.unet, "vae": bundle.vae}
     parts |= zip(TEXT_PARTS, bundle.text_encoders, strict=False)
@@ -41,7 +41,8 @@ def save_model(
     with _source_weights(bundle.source) as source:
         if not as_diffusers:
             counters = int(metadata.get("ss_epoch", 0)), int(metadata.get("ss_steps", 0))
-            save_single_file(model, path, source=source, dtype=dtype, metadata=metadata, counters=counters)
+            kept = {name: text for name, text in metadata.items() if not name.startswith("ss_")}
+            save_single_file(model, path, source=source, dtype=dtype, metadata=kept, counters=counters)
             return
         configs = {name: part.config for name, part in parts.items()}
         save_diffusers_folder(model, configs, path, source=source, dtype=dtype, template=_folder_of(bundle.source))

@@ -69,6 +69,13 @@ def _place(path: str) -> tuple[int, tuple[int, ...], int]:
     return ORDER.index(head), numbers[: 1 if head == "middle_block" else 2], within
 
 
+def block_of(path: str) -> int:
+    """The block, 0 to 22, of a layer or parameter by its original path: embeddings, 9 input, 3 mid, 9 output, end."""
+    head, number, *_ = [*path.split("."), ""]
+    first = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_block": 10, "output_blocks": 13, "out": 22}
+    return first[head] + (int(number) if head.endswith(("_blocks", "_block")) else 0)
+
+
 def as_files_name_it(unet: torch.nn.Module) -> torch.nn.Module:
     """The U-Net as network modules shall see it: SDXL's under its original paths, any other as it is."""
     is_sdxl = not isinstance(unet, LdmView) and getattr(getattr(unet, "config", None), "addition_embed_type", None)

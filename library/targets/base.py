@@ -6,7 +6,7 @@ A target is told about the run once, in `setup`, and from then on only answers. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,22 @@ class ParamGroup:
     name: str
     parameters: tuple[torch.nn.Parameter, ...]
     lr: float | None  # None: the optimizer's default
+    log_name: str | None = None  # of its rate, where it does not follow from the part of the model
 
 
 class TrainTarget(ABC):
     """One kind of training. Subclasses say what is trained and saved, and override of the rest what they need."""
 
     options: Any  # the target's own option group
+    adapter: str | None  # what modelspec.* calls its files: "lora" and so on; None for whole models
+    trains_whole: frozenset[str] = frozenset()  # parts of the model whose own weights learn: "unet", "text_encoders"
     needs_autocast: bool = True  # False: what is trained casts by itself, which is cheaper than autocast
     skips_parameters: bool = False  # whether a step may leave out some of what is trained, and which ones by chance
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: Any) -> TrainTarget:
+        """The target of a run with this configuration (library.train.config.RunConfig)."""
 
     @abstractmethod
     def setup(self, family: ModelFamily, bundle: ModelBundle, *, gradient_checkpointing: bool) -> None:
@@ -39,7 +47,7 @@ class TrainTarget(ABC):
 
     @abstractmethod
     def trained_module(self) -> torch.nn.Module:
-        """The module whose parameters are trained: float32 masters; what resume stores."""
+        """The module whose parameters are trained, and only those; what resume stores."""
 
     @abstractmethod
     def param_groups(self, default_lr: float) -> list[ParamGroup]:
@@ -75,6 +83,10 @@ class TrainTarget(ABC):
     @abstractmethod
     def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the file users take away, atomically; the extension decides the format."""
+
+    def saved_tensors(self) -> Iterable[torch.Tensor]:
+        """What `save` writes, for its size."""
+        return self.trained_module().state_dict().values()
 
     def prompt_tag(self, name: str) -> str:
         """What asks for the file `name` (without extension) in a prompt of web user interfaces; "" where none does."""

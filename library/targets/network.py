@@ -23,6 +23,7 @@ from library.options import OptionError
 from library.targets.adapter import Adapted, Models, NetworkFactory, blamed_on, read_tensors, skips_parameters
 from library.targets.base import ParamGroup, TrainTarget
 from library.targets.options import NetworkOptions
+from library.targets.reach import reached_by_text
 from library.text.network_tag import network_tag
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class PartSummary:
 class NetworkTarget(TrainTarget):
     """A network module, found by name, trained on a frozen model of any family."""
 
+    adapter = "lora"
+
     def __init__(self, options: NetworkOptions, text: TextOptions | None = None) -> None:
         """A wrong module and wrong arguments are refused here; wrong files by `options.check_before_start`."""
         self.options = options
@@ -57,6 +60,10 @@ class NetworkTarget(TrainTarget):
         self.skips_parameters = skips_parameters(options.arguments)
         self._trains_text = False
         self._strength = 1.0
+
+    @classmethod
+    def of(cls, config: Any) -> NetworkTarget:
+        return cls(config.target, config.text)
 
     # ------------------------------------------------------------------ setting up
 
@@ -142,18 +149,10 @@ class NetworkTarget(TrainTarget):
             return
         was_training = module.training
         module.eval()  # no dropout: every module takes part
-        device = next(bundle.text_encoders[0].parameters()).device
-        token_ids = [ids.to(device) for ids in family.tokenize(bundle.tokenizers, [""], 1).ids]
-        with torch.enable_grad():
-            said = family.encode_text(bundle.text_encoders, token_ids, self.text)
-            states = [states for states in said.tensors if states.requires_grad]
-            total = sum((part.float().sum() for part in states), torch.zeros((), device=device))
-        reached = (
-            torch.autograd.grad(total, [p for _, p in named], allow_unused=True) if states else [None] * len(named)
-        )
+        reached = reached_by_text(family, bundle, self.text, [parameter for _, parameter in named])
         module.train(was_training)
-        for (_, parameter), gradient in zip(named, reached, strict=True):
-            parameter.requires_grad_(gradient is not None)
+        for (_, parameter), is_reached in zip(named, reached, strict=True):
+            parameter.requires_grad_(is_reached)
 
     # ------------------------------------------------------------------ what is trained
 

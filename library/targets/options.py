@@ -42,6 +42,9 @@ class NetworkOptions:
     )
     training_comment: str | None = opt(help="text written into the file's metadata")
 
+    usual_rate = "1e-4 is usual for a LoRA"
+    without_text = "add --network_train_unet_only"  # how to leave the text encoders untrained
+
     def __post_init__(self) -> None:
         require(
             bool(self.network_module), "--network_module", "no network module given", "use networks.lora for a LoRA"
@@ -74,6 +77,11 @@ class NetworkOptions:
         limit = self.scale_weight_norms
         require(limit is None or limit > 0, "--scale_weight_norms", f"{limit} must be above 0")
         named_values(self.network_args, "--network_args")  # checks their form
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether text encoders get a part of the network."""
+        return not self.network_train_unet_only
 
     @property
     def arguments(self) -> dict[str, str]:

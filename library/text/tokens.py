@@ -93,6 +93,13 @@ class ClipTokenizer:
         return window
 
 
+def without_padding(tokens: Tokens) -> Tokens:
+    """Captions of one window each, filled up only to the longest of them: (B, 1, L) with L up to 77."""
+    longest = max(int((ids_BNT == END_ID).int().argmax(dim=-1).max()) for ids_BNT in tokens.ids) + 1
+    weights = None if tokens.weights is None else tuple(part[..., :longest] for part in tokens.weights)
+    return Tokens(tuple(ids_BNT[..., :longest] for ids_BNT in tokens.ids), weights)
+
+
 @functools.cache
 def _bpe() -> Tokenizer:
     """CLIP's byte-pair encoding (Radford et al. 2021): lower case, words, bytes, merges."""

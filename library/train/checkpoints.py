@@ -115,7 +115,7 @@ class Checkpointer(Callback):
         for old in (self.names.state_of(file),) if is_state else (file, self.names.average_of(file)):
             if is_due and old.exists():
                 logger.info("removing %s", old)
-                shutil.rmtree(old) if is_state else old.unlink()
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def outdated_step(step: int, plan: TrainPlan, age: int | None) -> int:

@@ -91,10 +91,10 @@ class RunConfig:
         if self.training.max_train_epochs is None and not self.optimizer.has_no_schedule:
             self.schedule.check_length(self.training.max_train_steps)
         require(
-            not self.text_cache.enabled or getattr(self.target, "network_train_unet_only", False),
+            not (self.text_cache.enabled and self.target.trains_text),
             "--cache_text_encoder_outputs",
             "contradicts training the text encoders, whose outputs change with every step",
-            "add --network_train_unet_only",
+            self.target.without_text,
         )
         require(
             not (self.text_cache.enabled and self.source.dataset_class),
@@ -110,8 +110,14 @@ class RunConfig:
         self.distributed.check_beside(self.training, self.saving, self.memory, self.precision)
         if self.optimizer.picks_own_rate:
             warnings += [f"--{name} has no effect: {OWN_RATE}" for name in rates]
-        if self.optimizer == OptimizerOptions() and not rates:
-            warnings.append("--learning_rate: not given, 2e-06 is used; 1e-4 is usual for a LoRA")
+        if self.optimizer == OptimizerOptions() and not rates and self.target.usual_rate:
+            warnings.append(f"--learning_rate: not given, 2e-06 is used; {self.target.usual_rate}")
+        require(
+            self.text.pads or self.text.token_windows == 1,
+            "--no_token_padding",
+            f"contradicts --max_token_length {self.text.max_token_length}, which joins windows of full length",
+            "leave one of them out",
+        )
         if self.training.plan and self.source.debug_dataset:
             warnings.append("--debug_dataset has no effect beside --plan")
         if self.noise.zero_terminal_snr and not v_prediction:

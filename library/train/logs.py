@@ -121,14 +121,20 @@ class TrainLog:
 
 
 def rates_by_log_name(
-    groups: Sequence[str], rates: Sequence[float | None], factors: Sequence[float]
+    groups: Sequence[str],
+    rates: Sequence[float | None],
+    factors: Sequence[float],
+    own_names: Sequence[str | None] = (),
 ) -> dict[str, float]:
     """What the trade calls the rates of parameter groups: by part for up to two groups, else by number.
 
     Of more groups only those of text encoders that come first are called by their part. `factors` are those that an
     optimizer found for its rates (D-Adaptation's d), if it does: their products are logged of the first group or, of
-    more than two, of each that goes by its number. Groups without a rate are left out.
+    more than two, of each that goes by its number. Groups without a rate are left out. `own_names` are those of
+    targets that log otherwise: they take the place of all this, but for the products.
     """
+    if any(own_names):
+        return _rates_by_own_name([str(name) for name in own_names], rates, factors)
     are_parts = all(group in LOG_NAMES for group in groups) and len(set(groups)) == len(groups)
     are_many, names = len(groups) > 2 and not are_parts, []
     for index, group in enumerate(groups):
@@ -142,6 +148,15 @@ def rates_by_log_name(
             logged["lr/d*lr"] = factor * (rates[0] or 0.0)
         elif are_many and name == f"lr/group{index}":
             logged[f"lr/d*lr/group{index}"] = factor * (rates[index] or 0.0)
+    return logged
+
+
+def _rates_by_own_name(
+    names: Sequence[str], rates: Sequence[float | None], factors: Sequence[float]
+) -> dict[str, float]:
+    logged = {name: rate for name, rate in zip(names, rates, strict=True) if rate is not None}
+    for name, rate, factor in zip(names, rates, factors, strict=False):
+        logged[f"lr/d*{name}" if name == "lr" else f"lr/d*lr/{name.removeprefix('lr/')}"] = factor * (rate or 0.0)
     return logged
 
 

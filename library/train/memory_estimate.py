@@ -79,12 +79,14 @@ def known_parts(
     vae_stays = not config.cache.enabled or config.memory.highvram
     encoders = [parameter for encoder in bundle.text_encoders for parameter in encoder.parameters()]
     trained = [parameter for group in groups for parameter in group.parameters]
-    count, size = sum(parameter.numel() for parameter in trained), _size(trained)
+    count = sum(parameter.numel() for parameter in trained)
+    own = {id(parameter) for parameter in (*bundle.unet.parameters(), *encoders)}
+    added = [parameter for parameter in trained if id(parameter) not in own]
     parts = [
         _weights("U-Net", bundle.unet.parameters()),
         *([_weights("text encoder", encoders)] if text_encoders_stay(config) else []),
         *([_weights("VAE", bundle.vae.parameters())] if vae_stays else []),
-        MemoryPart("trained parameters", size, f"{count:,} parameters{_precision(trained)}"),
+        *([_added(added)] if added or not trained else []),
         _gradients(config, trained),
     ]
     per_parameter = 8 if state_bytes_per_parameter is None else state_bytes_per_parameter
@@ -99,6 +101,12 @@ def known_parts(
 def text_encoders_stay(config: RunConfig) -> bool:
     """Whether text encoders are on the device while training, and not only before it."""
     return not config.text_cache.enabled or config.memory.highvram
+
+
+def _added(parameters: Sequence[torch.Tensor]) -> MemoryPart:
+    """What is trained beside the model's own weights."""
+    count = sum(parameter.numel() for parameter in parameters)
+    return MemoryPart("trained parameters", _size(parameters), f"{count:,} parameters{_precision(parameters)}")
 
 
 def _gradients(config: RunConfig, trained: Sequence[torch.Tensor]) -> MemoryPart:

@@ -63,6 +63,7 @@ class FileFacts:
     optimizer: str
     lr_scheduler: str
     family: Mapping[str, Any]  # family.describe()
+    adapter: str | None  # target.adapter
     target: Mapping[str, Any]  # target.describe()
     data: Mapping[str, Any]  # TrainingData.metadata()
     resolution: tuple[int, int] | None  # (width, height) of most training images
@@ -127,7 +128,7 @@ def _model_spec(facts: FileFacts, ending: str) -> ModelSpec:
     return ModelSpec(
         kind=facts.family["kind"],
         v_prediction=facts.family["v_prediction"],
-        adapter="lora",
+        adapter=facts.adapter,
         title=f"{title}{ending}" if title else None,
         resolution=facts.resolution,
         author=texts.metadata_author,

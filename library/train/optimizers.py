@@ -43,6 +43,7 @@ class BuiltOptimizer:
     description: str  # "module.Class" or "module.Class(k=v,k=v)"
     group_names: tuple[str, ...]
     wide: WideUpdates  # works on float32 where parameters are of half precision
+    log_names: tuple[str | None, ...] = ()  # of the groups' rates, where targets name them
     chooses_own_rate: bool = False  # Adafactor with relative steps: no learning rate, no schedule
 
     @property
@@ -114,7 +115,8 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[ParamGroup]) -> 
     if callable(getattr(optimizer, "train", None)):
         optimizer.train()  # schedule-free ones refuse to step before
     wide = WideUpdates([parameter for group in groups for parameter in group.parameters])
-    return BuiltOptimizer(optimizer, f"{path}({listed})" if listed else path, names, wide, own_rate)
+    description, log_names = f"{path}({listed})" if listed else path, tuple(group.log_name for group in groups)
+    return BuiltOptimizer(optimizer, description, names, wide, log_names, own_rate)
 
 
 def check_adapted_rates(row: Row, rates: Sequence[float]) -> None:

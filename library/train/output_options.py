@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library.options import OptionError, not_one_of, opt, options_of, path_of, require
@@ -51,6 +51,28 @@ class SavingOptions:
         if self.save_state and self.save_state_on_train_end:
             notes.append("--save_state_on_train_end has no effect beside --save_state")
         return notes
+
+
+FOLDERS = ("diffusers", "diffusers_safetensors")  # forms of a model that are folders
+
+
+@dataclass(frozen=True)
+class ModelSavingOptions(SavingOptions):
+    """What is written, when and where."""
+
+    save_model_as: str | None = opt(  # type: ignore[assignment]
+        None,
+        choices=[None, "ckpt", "safetensors", *FOLDERS],
+        help="form of the saved model: a single file, or a Diffusers folder; that of the base model without this "
+        "option, with .ckpt for a single file",
+    )
+    use_safetensors: bool = opt(False, help="safetensors in place of ckpt and of the .bin files of Diffusers folders")
+
+    def for_source(self, *, is_single_file: bool) -> ModelSavingOptions:
+        """With the form decided for a base model that is a single file or a Diffusers folder."""
+        form = self.save_model_as or ("ckpt" if is_single_file else "diffusers")
+        safe = {"ckpt": "safetensors", "diffusers": "diffusers_safetensors"}
+        return replace(self, save_model_as=safe.get(form, form) if self.use_safetensors else form)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from datetime import datetime, timedelta
@@ -88,11 +88,18 @@ def logging_folder(logging: LoggingOptions) -> str | None:
     return str(Path(logging.logging_dir) / f"{logging.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}")
 
 
-def load_plan(config: RunConfig, device: torch.device) -> LoadPlan:
-    """The frozen model in the precision of activations."""
+def load_plan(config: RunConfig, device: torch.device, trains_whole: Collection[str] = ()) -> LoadPlan:
+    """The frozen model in the precision of activations, what `trains_whole` names of it in that of what is trained."""
     weight_dtype = WEIGHT_DTYPES[config.training.mixed_precision]
     vae_dtype = torch.float32 if config.model.no_half_vae else weight_dtype
-    return LoadPlan(unet=weight_dtype, text_encoders=weight_dtype, vae=vae_dtype, device=device)
+    unet, text = (master_dtype(config) if part in trains_whole else weight_dtype for part in ("unet", "text_encoders"))
+    return LoadPlan(unet=unet, text_encoders=text, vae=vae_dtype, device=device)
+
+
+def master_dtype(config: RunConfig) -> torch.dtype:
+    """The precision of what is trained: float32, or that of activations where the run asks for it."""
+    is_half = config.precision.full_fp16 or config.precision.full_bf16
+    return WEIGHT_DTYPES[config.training.mixed_precision] if is_half else torch.float32
 
 
 def enable_gradient_checkpointing(bundle: ModelBundle) -> None:
@@ -106,13 +113,18 @@ def enable_gradient_checkpointing(bundle: ModelBundle) -> None:
 
 def set_precision(config: RunConfig, bundle: ModelBundle, target: TrainTarget) -> None:
     """After the target is set up: what is trained in half precision, what is frozen in 8 bits, as asked."""
-    precision = config.precision
-    if precision.full_fp16 or precision.full_bf16:
-        dtype = WEIGHT_DTYPES[config.training.mixed_precision]
-        for parameter in target.trained_module().parameters():
+    precision, dtype = config.precision, master_dtype(config)
+    trained = {id(parameter) for parameter in target.trained_module().parameters()}
+    for parameter in target.trained_module().parameters():
+        if parameter.dtype != dtype and dtype != torch.float32:
             parameter.data = parameter.data.to(dtype)
-    frozen = [bundle.unet] if precision.stores_unet_in_8_bits else []
-    frozen += bundle.text_encoders if precision.stores_text_in_8_bits else ()
+    if "text_encoders" in target.trains_whole:  # some of them, the others were loaded alike
+        for encoder in bundle.text_encoders:
+            if not any(id(parameter) in trained for parameter in encoder.parameters()):
+                encoder.to(WEIGHT_DTYPES[config.training.mixed_precision])
+    frozen = [bundle.unet] if precision.stores_unet_in_8_bits and "unet" not in target.trains_whole else []
+    stores_text = precision.stores_text_in_8_bits and "text_encoders" not in target.trains_whole
+    frozen += bundle.text_encoders if stores_text else ()
     saved = sum(float8.store(module) for module in frozen)
     if frozen:
         logger.info("weights in 8 bits: %.0f MiB less", saved / 2**20)

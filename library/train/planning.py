@@ -113,7 +113,7 @@ def _trained_facts(checked: CheckedRun, trained: Trained, per_parameter: float |
     if trained.groups is None:
         return None
     dtype = placement.SAVE_DTYPES[checked.config.saving.save_precision]
-    tensors = trained.target.trained_module().state_dict().values()
+    tensors = trained.target.saved_tensors()
     parameters = [parameter for group in trained.groups for parameter in group.parameters]
     count = sum(parameter.numel() for parameter in parameters)
     return TrainedFacts(
@@ -163,7 +163,8 @@ def plan_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget)
     begun = begin(checked, accelerator, family)
     if not accelerator.is_main_process:
         return 0
-    bundle = family.outline(config.model, placement.load_plan(config, accelerator.device))
+    plan_of_parts = placement.load_plan(config, accelerator.device, target.trains_whole)
+    bundle = family.outline(config.model, plan_of_parts)
     if config.training.gradient_checkpointing:
         placement.enable_gradient_checkpointing(bundle)
     seed_global_generators(begun.seed, "initialisation")

@@ -28,7 +28,7 @@ from library.packages import is_installed
 from library.train.config import RunConfig
 from library.train.hub import check_hub, fetch_state
 from library.train.optimizer_table import check_package
-from library.train.output_options import TRACKERS, LoggingOptions
+from library.train.output_options import TRACKERS, LoggingOptions, ModelSavingOptions
 from library.train.preview_prompts import read_previews
 from library.train.resume import (
     FileNames,
@@ -55,10 +55,11 @@ class CheckedRun:
     previews: tuple[PromptLine, ...] = ()
 
 
-def check_before_start(config: RunConfig, other_script: str, family: str = "sd") -> CheckedRun:
+def check_before_start(config: RunConfig, other_script: str, family: str = "sd", only: str | None = None) -> CheckedRun:
     """Raise OptionError for whatever can't work.
 
     `family` is that of the script's models, "sd" or "sdxl"; `other_script` is named to those who bring another model.
+    `only` is the one kind of datasets that it trains on, if it does: "folders" or "metadata".
     """
     check_writable(config.saving.output_dir, "--output_dir")
     check_logging(config.logging)
@@ -75,8 +76,11 @@ def check_before_start(config: RunConfig, other_script: str, family: str = "sd")
     for warning in [*config.check(), *check_hub(config.hub)]:
         logger.warning(warning)
     previews = read_previews(config.preview) if config.preview.is_on else ()
+    if only == "metadata" and not any(config.source.given("in_json", "dataset_config", "dataset_class")):
+        raise _needs_metadata()
     datasets = load_configs(config.source, config.bucket, config.caption, config.augment, config.loader, config.split,
                             config.masks)  # fmt: skip
+    check_kind_of_data(datasets, only)
     datasets = settle_masks(datasets, masked_loss=config.loss.masked_loss)
     is_split = any(dataset.split.validation_split for dataset in datasets)
     for note in config.split.without_effect(is_split=is_split) + config.validation.check_split(is_split=is_split):
@@ -129,7 +133,26 @@ def as_found(config: RunConfig, source: ModelSource) -> RunConfig:
     if source.kind == "sdxl" and config.text.clip_skip is not None:
         logger.warning("--clip_skip has no effect: SDXL always takes the last layer but one of its text encoders")
         config = replace(config, text=replace(config.text, clip_skip=None))
+    if isinstance(config.saving, ModelSavingOptions):
+        config = replace(config, saving=config.saving.for_source(is_single_file=source.is_single_file))
     return replace(config, model=replace(config.model, v2=source.kind == "sd2", v_parameterization=v_prediction))
+
+
+def check_kind_of_data(datasets: Sequence[DatasetConfig], only: str | None) -> None:
+    """Raise OptionError for datasets of a kind that the script is not for; `only` is "folders", "metadata" or None."""
+    if only is None:
+        return
+    for dataset in datasets:
+        if only == "metadata" and not dataset.is_metadata:
+            raise _needs_metadata()
+        if only == "folders" and dataset.is_metadata:
+            problem = f"{dataset.subsets[0].source} is a metadata file, and this script trains on folders"
+            raise OptionError("metadata_file", problem, "use fine_tune.py")
+
+
+def _needs_metadata() -> OptionError:
+    way_out = "make one with finetune/merge_captions_to_metadata.py, or train on folders with train_db.py"
+    return OptionError("--in_json", "this script trains on the images of metadata files, and there is none", way_out)
 
 
 def check_bucket_steps(datasets: Sequence[DatasetConfig], step: int) -> None:

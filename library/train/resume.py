@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options import OptionError
-from library.train.output_options import SavingOptions
+from library.train.output_options import FOLDERS, SavingOptions
 
 STATE_FORMAT = 1
 STATE_FILE = "train_state.json"  # written last: where it is, the state is complete
@@ -26,6 +26,7 @@ PARTIAL, REPLACED = ".partial", ".old"  # endings of hidden folders while a stat
 FREE_ON_RESUME = frozenset(
     {
         "max_train_steps", "max_train_epochs", "output_dir", "output_name", "save_precision", "save_model_as",
+        "use_safetensors",
         "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs",
         "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state", "save_state", "resume",
         "save_state_on_train_end", "save_best", "early_stop_patience", "validate_every_n_steps",
@@ -53,12 +54,13 @@ class FileNames:
 
     folder: Path
     name: str | None
-    extension: str  # with dot
+    extension: str  # with dot; none for models that are folders
 
     @classmethod
     def of(cls, saving: SavingOptions) -> FileNames:
         assert saving.output_dir is not None
-        return cls(saving.output_dir, saving.output_name, f".{saving.save_model_as or 'safetensors'}")
+        form = saving.save_model_as or "safetensors"
+        return cls(saving.output_dir, saving.output_name, "" if form in FOLDERS else f".{form}")
 
     def epoch_file(self, epoch: int) -> Path:
         return self.folder / f"{self.name or 'epoch'}-{epoch:06d}{self.extension}"

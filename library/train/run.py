@@ -23,6 +23,7 @@ from library.diffusion.schedule import NoiseSchedule
 from library.families.base import ModelBundle, ModelFamily
 from library.options import OptionError
 from library.targets.base import ParamGroup, TrainTarget
+from library.text.tokens import Tokens, without_padding
 from library.train import checkpoints, metadata
 from library.train.callbacks import Callback
 from library.train.config import RunConfig
@@ -116,12 +117,14 @@ class Run:
     @cached_property
     def tokenize(self) -> Tokenize:
         """Captions to what the text encoders take; travels to worker processes."""
-        return partial(
+        text = self.config.text
+        tokenize = partial(
             self.family.tokenize,
             self.bundle.tokenizers,
-            windows=self.config.text.token_windows,
-            weighted=self.config.text.weighted_captions,
+            windows=text.token_windows,
+            weighted=text.weighted_captions,
         )
+        return tokenize if text.pads else partial(_tokenize_unpadded, tokenize)
 
     @cached_property
     def batches(self) -> Generator[Batch, None, None]:
@@ -146,7 +149,7 @@ class Run:
 
     def learning_rates(self) -> dict[str, float]:
         """The rates of the coming update by log name, as far as the optimizer has any."""
-        return rates_by_log_name(self.built.group_names, self.built.rates(), self.built.factors())
+        return rates_by_log_name(self.built.group_names, self.built.rates(), self.built.factors(), self.built.log_names)
 
     @property
     def is_complete(self) -> bool:
@@ -390,3 +393,7 @@ class Run:
             logger.warning("the work since the last save is lost: %s", error)
             return
         logger.warning('the work up to step %d is saved; to go on, add: --resume "%s"', self.step, folder)
+
+
+def _tokenize_unpadded(tokenize: Tokenize, captions: Sequence[str]) -> Tokens:
+    return without_padding(tokenize(captions))

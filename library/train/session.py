@@ -6,6 +6,7 @@ import logging
 import random
 import subprocess
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     config = checked.config
     begun = begin(checked, accelerator, family)
     seed, data, plan, digest = begun.seed, begun.data, begun.plan, begun.digest
-    bundle = family.load(config.model, config.attention, placement.load_plan(config, accelerator.device))
+    plan_of_parts = placement.load_plan(config, accelerator.device, target.trains_whole)
+    bundle = family.load(config.model, config.attention, plan_of_parts)
+    if target.trains_whole:
+        bundle.source = replace(bundle.source, zero_terminal_snr=config.noise.zero_terminal_snr)
     if config.training.gradient_checkpointing:
         placement.enable_gradient_checkpointing(bundle)
     seed_global_generators(seed, "initialisation")
@@ -176,6 +180,7 @@ def _facts(run: Run, started_at: float) -> metadata.FileFacts:
         optimizer=run.built.description,
         lr_scheduler=_schedule_name(run.config, run.built),
         family=run.family.describe(run.bundle),
+        adapter=run.target.adapter,
         target=run.target.describe(),
         data=run.data.metadata(num_processes=run.accelerator.num_processes, accumulation=run.plan.accumulation),
         resolution=_trained_size(run),

@@ -1,0 +1,23 @@
+"""Train a whole Stable Diffusion XL model. See docs/sdxl_train.md."""
+
+from library.cli.legacy import SdxlFullLegacyOptions
+from library.cli.training import Script, main
+from library.data.text_cache_options import TextCacheOptions
+from library.targets.full_options import SdxlFullOptions
+from library.train.output_options import ModelSavingOptions
+
+SCRIPT = Script(
+    description=__doc__,
+    family="library.families.sdxl:StableDiffusionXL",
+    models="sdxl",
+    target="library.targets.full:FullTarget",
+    target_options=SdxlFullOptions,
+    tracker_name="finetuning",
+    other_script="fine_tune.py",
+    omits=frozenset({"no_metadata"}),
+    more_groups={"text_cache": TextCacheOptions, "saving": ModelSavingOptions},
+    legacy_options=SdxlFullLegacyOptions,
+)
+
+if __name__ == "__main__":
+    main(SCRIPT)
