@@ -13,7 +13,7 @@ SCRIPT = Script(
     tracker_name="dreambooth",
     other_script="sdxl_train.py",
     datasets="folders",
-    omits=frozenset({"in_json", "dataset_repeats", "no_metadata", "no_half_vae"}),
+    omits=frozenset({"in_json", "dataset_repeats", "no_metadata", "fp8_base_unet"}),
     more_groups={"saving": ModelSavingOptions, "text": DreamBoothTextOptions},
 )
 

@@ -69,10 +69,13 @@ def as_meant(option: Option, value: Any) -> tuple[Any, str]:
     return value, ""
 
 
-def with_one_rate(argv: Sequence[str]) -> tuple[list[str], str]:
-    """(a command line with one rate after --text_encoder_lr, what to say of the others); see :func:`as_meant`."""
+def with_one_rate(argv: Sequence[str], options: Mapping[str, Option]) -> tuple[list[str], str]:
+    """(a command line with one rate after --text_encoder_lr, what to say of the others); see :func:`as_meant`.
+
+    Unchanged where the script's `options` take several rates, or none.
+    """
     words, flag = list(argv), f"--{RATES}"
-    if flag not in words:
+    if flag not in words or RATES not in options or options[RATES].many:
         return words, ""
     first = words.index(flag) + 1
     rates = list(takewhile(_is_number, words[first:]))

@@ -122,7 +122,8 @@ def make_updates(config: RunConfig, accelerator: Accelerator, built: BuiltOptimi
     """How gradients become an update: all together, or each inside the backward pass."""
     parameters = [parameter for group in built.optimizer.param_groups for parameter in group["params"]]
     settings: dict[str, Any] = {"max_grad_norm": config.optimizer.max_grad_norm, "wide": built.wide}
-    if config.memory.fused_backward_pass:
+    if flag := config.memory.fused_flag:
+        settings |= {"flag": flag, "num_groups": config.memory.num_fused_groups}
         return FusedUpdates(built, accelerator, optimizer, parameters, **settings)
     kind = DeepSpeedUpdates if config.distributed.deepspeed else Updates
     return kind(accelerator, optimizer, parameters, **settings)
