@@ -1,4 +1,4 @@
-"""Fine-tune a whole Stable Diffusion 1.x or 2.x model on the images of metadata files. See docs/fine_tune.md."""
+"""Fine-tune a whole Stable Diffusion 1.x or 2.x model on the images of metadata files. See docs/full_training.md."""
 
 from library.cli.legacy import FullLegacyOptions
 from library.cli.training import Script, main

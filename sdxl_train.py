@@ -1,4 +1,4 @@
-"""Train a whole Stable Diffusion XL model. See docs/sdxl_train.md."""
+"""Train a whole Stable Diffusion XL model. See docs/full_training.md."""
 
 from library.cli.legacy import SdxlFullLegacyOptions
 from library.cli.training import Script, main

@@ -1,4 +1,4 @@
-"""Train a whole Stable Diffusion 1.x or 2.x model on folders of images (DreamBooth). See docs/train_db.md."""
+"""Train a whole Stable Diffusion 1.x or 2.x model on folders of images (DreamBooth). See docs/full_training.md."""
 
 from library.cli.training import Script, main
 from library.families.options import DreamBoothTextOptions

@@ -1,6 +1,6 @@
 """What belongs to other programs: flags of the trade's other scripts, and the ways of a GUI that writes our files.
 
-foreign_flags.json lists, by script, the flags that train_network.py does not have; "other model families" are those
+foreign_flags.json lists, by script, the flags that not every training script has; "other model families" are those
 this program has no model for.
 """
 
