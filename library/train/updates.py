@@ -12,11 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from library.options import OptionError
-from library.train.guard import apply_if_finite
+from library.train.guard import apply_if_finite, decided_on_device
 from library.train.optimizers import BuiltOptimizer
 from library.train.rounding import WideUpdates
 
 FUSED = "--fused_backward_pass"
+PIECE = 2**26  # numbers that are wide at a time: 256 MiB, and as much for their gradients
+Member = tuple[int, Any]  # the number of the optimizer's group, a parameter
 
 
 class Updates:
@@ -55,11 +57,71 @@ class Updates:
             self.wide.narrow()
 
 
+class PieceUpdates(Updates):
+    """Updates half-precision parameters piece by piece, so that only one piece's float32 copies are there at a time.
+
+    For optimizers whose state belongs to single parameters, without a gradient scaler.
+    """
+
+    def __init__(self, built: BuiltOptimizer, *args: Any, piece: int = PIECE, **kwargs: Any) -> None:
+        """`piece`: numbers in a piece, about; a larger parameter is a piece of its own."""
+        super().__init__(*args, **kwargs)
+        self.bare = built.optimizer
+        members = members_of(self.bare)
+        total = sum(parameter.numel() for _, parameter in members)
+        self._pieces = divided(members, max(1, -(-total // piece)))
+
+    def clip(self) -> torch.Tensor:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        self._factor = (self.limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return norm
+
+    @torch.no_grad()
+    def apply(self, is_finite: torch.Tensor) -> None:
+        decides_on_device = getattr(self.bare, "_step_supports_amp_scaling", False)
+        if not (decides_on_device or bool(is_finite)):
+            return
+        for piece in self._pieces:
+            members = [(number, parameter) for number, parameter in piece if parameter.grad is not None]
+            if not members:
+                continue
+            self.wide.widen([parameter for _, parameter in members])
+            try:
+                torch._foreach_mul_([p.grad for _, p in members], self._factor)  # pyright: ignore
+                with decided_on_device(self.bare, is_finite) if decides_on_device else contextlib.nullcontext():
+                    step_alone(self.bare, members, "--full_bf16")
+            finally:
+                self.wide.narrow()
+
+
+def members_of(optimizer: torch.optim.Optimizer) -> list[Member]:
+    """The parameters of an optimizer in its order."""
+    return [(number, p) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
+
+
+def step_alone(optimizer: Any, members: Sequence[Member], flag: str) -> None:
+    """Let the optimizer update these parameters and no others."""
+    whole = optimizer.param_groups  # a state that is loaded brings groups of its own
+    numbers = sorted({number for number, _ in members})
+    alone = [{**whole[n], "params": [p for number, p in members if number == n]} for n in numbers]
+    optimizer.param_groups = alone
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = whole
+    for number, group in zip(numbers, alone, strict=True):
+        if any(value is not whole[number].get(name) for name, value in group.items() if name != "params"):
+            problem = f"{type(optimizer).__name__} keeps something for all parameters together"
+            raise OptionError(flag, problem, "use AdaFactor or AdamW")
+
+
 @dataclass
 class _Together:
     """Parameters that are updated at once, when the last of their gradients is there."""
 
-    members: list[tuple[int, Any]]  # (number of the optimizer's group, parameter)
+    members: list[Member]
     arrived: int = 0
 
 
@@ -85,8 +147,9 @@ class FusedUpdates(Updates):
             raise OptionError(flag, f"{type(built.optimizer).__name__} looks at all gradients together", "use AdamW")
         self.bare = built.optimizer
         self._norms: list[torch.Tensor] = []
-        members = [(number, p) for number, group in enumerate(self.bare.param_groups) for p in group["params"]]
-        self._together = [_Together(part) for part in _divided(members, num_groups)]
+        members = members_of(self.bare)
+        parts = [[member] for member in members] if num_groups is None else divided(members, num_groups)
+        self._together = [_Together(part) for part in parts]
         for together in self._together:
             for _, parameter in together.members:
                 parameter.register_post_accumulate_grad_hook(self._hook(together))
@@ -124,30 +187,16 @@ class FusedUpdates(Updates):
         factor = (self.limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         for parameter in parameters:
             parameter.grad = torch.where(norm.isfinite(), parameter.grad * factor, 0).to(parameter.grad.dtype)
-        whole = self.bare.param_groups  # a state that is loaded brings groups of its own
-        numbers = sorted({number for number, _ in members})
-        alone = [{**whole[n], "params": [p for number, p in members if number == n]} for n in numbers]
-        self.bare.param_groups = alone
-        try:
-            self.bare.step()
-        finally:
-            self.bare.param_groups = whole
-        for number, group in zip(numbers, alone, strict=True):
-            if any(value is not whole[number].get(name) for name, value in group.items() if name != "params"):
-                name = type(self.bare).__name__
-                problem = f"{name} keeps something for all parameters together"
-                raise OptionError(self.flag, problem, "use AdaFactor or AdamW")
+        step_alone(self.bare, members, self.flag)
         self.wide.narrow()
         for parameter in parameters:
             parameter.grad = None
 
 
-def _divided(members: Sequence[tuple[int, Any]], num_groups: int | None) -> list[list[tuple[int, Any]]]:
-    """The parameters one by one, or in up to `num_groups` runs of about as many numbers each, in their order."""
-    if num_groups is None:
-        return [[member] for member in members]
+def divided(members: Sequence[Member], num_groups: int) -> list[list[Member]]:
+    """The parameters in up to `num_groups` runs of about as many numbers each, in their order."""
     total = sum(parameter.numel() for _, parameter in members)
-    parts: list[list[tuple[int, Any]]] = [[] for _ in range(num_groups)]
+    parts: list[list[Member]] = [[] for _ in range(num_groups)]
     before = 0
     for member in members:
         parts[min(before * num_groups // max(total, 1), num_groups - 1)].append(member)
