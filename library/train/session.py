@@ -184,6 +184,7 @@ def _facts(run: Run, started_at: float) -> metadata.FileFacts:
         started_at=started_at,
         optimizer=run.built.description,
         lr_scheduler=_schedule_name(run.config, run.built),
+        source=run.bundle.source,
         family=run.family.describe(run.bundle),
         adapter=run.target.adapter,
         target=run.target.describe(),
