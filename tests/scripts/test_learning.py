@@ -44,7 +44,7 @@ def predictions(bundle: ModelBundle, noised_BCHW, timesteps_B, captions) -> torc
 
 @torch.no_grad()
 def held_out_batches(bundle: ModelBundle, photos: Sequence[Path] = PHOTOS, caption: str | None = None):
-    """Every photo at fixed timesteps with noise from a seed that training does not use; captions beside them, or one."""
+    """Every photo at fixed timesteps with noise that training does not use; captions beside them, or one for all."""
     generator, schedule = torch.Generator().manual_seed(987_654_321), NoiseSchedule.make()
     for path in photos:
         with Image.open(path) as photo:
@@ -104,7 +104,7 @@ def test_200_steps_lower_the_loss_on_held_out_noise(tmp_path):
 
 @pytest.mark.slow
 def test_regularisation_pictures_keep_the_class(tmp_path):
-    """DreamBooth of a cat as "sks raccoon": what the model knew of raccoons is kept with their picture, lost without."""
+    """DreamBooth of a cat as "sks raccoon": what was known of raccoons is kept with their picture, lost without."""
     data, reg = tmp_path / "data", tmp_path / "reg"
     shutil.copytree(PHOTOS[0].parent, data / "1_sks raccoon", ignore=shutil.ignore_patterns("*.txt"))
     (reg / "1_raccoon").mkdir(parents=True)
