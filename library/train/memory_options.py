@@ -217,9 +217,10 @@ class DistributedOptions:
             "--fp16_master_weights_and_gradients",
             f"needs --mixed_precision fp16, not {training.mixed_precision}",
         )
-        way_out = "leave one of them out; --network_weights starts from a trained file"
+        on_disk = self.offload_optimizer_device == "nvme"
         for name in ("save_state", "save_state_on_train_end", "resume"):
-            require(not getattr(saving, name), f"--{name}", "has no state of a run with --deepspeed", way_out)
+            problem = "has no state of a run with --offload_optimizer_device nvme"
+            require(not (on_disk and getattr(saving, name)), f"--{name}", problem, "use cpu")
 
     @property
     def given_for_several_processes(self) -> list[str]:

@@ -102,9 +102,9 @@ class Run:
             saving=self.config.saving,
             plan=self.plan,
             names=self.names,
-            write_model=self.write_model,
-            write_best=self.write_best,
-            write_state=self.write_state,
+            write_model=self.updates.together(self.write_model, whole=True),
+            write_best=self.updates.together(self.write_best, whole=True),
+            write_state=self.updates.together(self.write_state),
             is_healthy=self._is_healthy,
         )
 
@@ -274,10 +274,8 @@ class Run:
             callback.on_saved(path)
 
     def write_state(self, folder: Path, step: int) -> None:
+        shares = self.updates.write_shares(folder)
         if not self.accelerator.is_main_process:
-            return
-        if not self.updates.has_state:
-            logger.warning("no state of this run can be saved; --network_weights starts from its files")
             return
         state = RunState(
             step=step,
@@ -289,7 +287,7 @@ class Run:
             planned_steps=self.plan.steps,
         )
         parts = self._parts()
-        checkpoints.save_state(folder, state, trained=parts.pop("trained"), others=parts)
+        checkpoints.save_state(folder, state, trained=parts.pop("trained", None), others=parts, shares=shares)
         self._tell_saved(folder)
 
     def restore(self, folder: Path, state: RunState) -> None:
@@ -298,7 +296,7 @@ class Run:
         has_other_length = state.planned_steps not in (None, self.plan.steps)
         is_other_schedule = has_other_length and depends_on_length(self.config.schedule)
         with length_kept(self.lr_scheduler) if is_other_schedule else contextlib.nullcontext():
-            checkpoints.load_state(folder, trained=parts.pop("trained"), others=parts)
+            checkpoints.load_state(folder, trained=parts.pop("trained", None), others=parts)
         self.start_step = self.step = state.step
         self.recent_losses = state.recent_losses
         self.guard.total = state.skipped_steps
@@ -313,8 +311,7 @@ class Run:
     def _parts(self) -> dict[str, Any]:
         """Everything with a state that changes while training."""
         parts = {
-            "trained": checkpoints.RawTensors(self.target.trained_module()),
-            "optimizer": self.built,
+            **self.updates.parts(checkpoints.RawTensors(self.target.trained_module()), self.built),
             "lr_scheduler": self.lr_scheduler,
             "scaler": self.accelerator.scaler,
             **{callback.state_name: callback for callback in self.callbacks if callback.state_name},
@@ -386,6 +383,9 @@ class Run:
         """After an error: save model and state where that is possible, unless nothing new has been learned."""
         self.log.settle()
         if not self.guard.is_healthy or self.step in (self.start_step, self.last_good.restored_step):
+            return
+        if not self.updates.writes_alone:
+            logger.warning("the work since the last save is lost: it takes all processes to save it")
             return
         try:
             folder = self.checkpoints.interrupted(self.step)
