@@ -69,6 +69,9 @@ def _distributed(options: DistributedOptions, skips_parameters: bool = False) ->
     if skips_parameters and options.ddp_static_graph:
         problem = "does not go with a network that leaves modules out by chance (module_dropout, dylora)"
         raise OptionError("--ddp_static_graph", problem, "leave it out")
+    if skips_parameters and options.deepspeed:
+        problem = "updates every weight in every step, and this run leaves some out (--stop_text_encoder_training, "
+        raise OptionError("--deepspeed", problem + "module_dropout, dylora)", "start plain processes")
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
             broadcast_buffers=False,
