@@ -267,5 +267,5 @@ class DistributedOptions:
         if self.zero3_init_flag:
             notes.append("--zero3_init_flag has no effect: weights are read straight to their device")
         if self.zero3_save_16bit_model:
-            notes.append("--zero3_save_16bit_model has no effect: every process holds all that is trained and saved")
+            notes.append("--zero3_save_16bit_model has no effect: files are always whole")
         return notes
