@@ -29,13 +29,13 @@ from library.train.callbacks import Callback
 from library.train.config import RunConfig
 from library.train.ema import WeightAverage, given_out_by
 from library.train.guard import NonFiniteGuard, StopRequest
-from library.train.last_good import LastGood
+from library.train.last_good import LARGEST, LastGood
 from library.train.logs import TrainLog, rates_by_log_name
 from library.train.lr_schedulers import depends_on_length, length_kept, step_to
 from library.train.optimizers import BuiltOptimizer
 from library.train.placement import SAVE_DTYPES, reduced
 from library.train.plan import TrainPlan
-from library.train.resume import FileNames, RunState
+from library.train.resume import FileNames, RunState, find_state
 from library.train.updates import Updates
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,8 @@ class Run:
     def last_good(self) -> LastGood:
         stay = {callback.state_name for callback in self.callbacks if not callback.is_of_the_weights}
         parts = {name: part for name, part in self._parts().items() if name not in stay}
-        return LastGood(parts, self.start_step)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+        return LastGood(parts, self.start_step, keeps=size <= LARGEST)
 
     @cached_property
     def tokenize(self) -> Tokenize:
@@ -368,12 +369,19 @@ class Run:
         for callback in self.callbacks:
             callback.close()
 
-    def save_last_good(self) -> Path:
-        """Go back to the last weights known to be good, and save them with their state; returns the state's folder."""
+    def save_last_good(self) -> Path | None:
+        """Go back to the last weights known to be good, and save them with their state; returns the state's folder.
+
+        Of models too large to be kept in memory, the newest state that is on the disk, if there is one.
+        """
+        if not self.last_good.keeps:
+            return find_state("latest", self.names)
         return self.checkpoints.interrupted(self.go_back())
 
     def go_back(self) -> int:
-        """Go back to the last weights known to be good; returns their step."""
+        """Go back to the last weights known to be good, if they are kept in memory; returns the step they are of."""
+        if not self.last_good.keeps:
+            return self.step
         self.step = self.last_good.restore()
         self.guard.in_a_row = 0
         return self.step
