@@ -176,8 +176,9 @@ def _entry(key: str, tensors: list[torch.Tensor], dtype: torch.dtype | None) -> 
     def produce() -> torch.Tensor:
         import torch
 
-        joined = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-        return joined.detach().to(device="cpu", dtype=dtype).reshape(shape).contiguous()
+        here = [tensor.detach().to("cpu") for tensor in tensors]  # first: a busy device has no room for what follows
+        joined = torch.cat(here) if len(here) > 1 else here[0]
+        return joined.to(dtype).reshape(shape).contiguous()
 
     return Entry(key, header_dtype(dtype), shape, produce)
 

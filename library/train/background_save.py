@@ -70,6 +70,7 @@ class BackgroundSave:
         if moment is None:
             yield
             return
-        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)) as _:
-            torch.cuda.current_stream(self.device).wait_event(moment)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_event(moment)
+        with torch.cuda.stream(stream):
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +22,7 @@ class Updates:
     """Clips the gradients of `parameters` by their global norm and lets the optimizer apply them."""
 
     has_state = True  # whether the optimizer's state is all that a run needs to go on
+    before_change: Callable[[], None] = staticmethod(lambda: None)  # called before each change of the parameters
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class Updates:
 
     def clip(self) -> torch.Tensor:
         """The global gradient norm, a scalar tensor; gradients are scaled down to the limit. Once per update."""
+        self.before_change()
         self.wide.widen(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.limit)
         assert norm is not None
@@ -94,6 +96,7 @@ class FusedUpdates(Updates):
 
     @torch.no_grad()
     def _update(self, parameter: Any, group: dict[str, Any]) -> None:
+        self.before_change()
         self.wide.widen([parameter])
         norm = torch.linalg.vector_norm(parameter.grad.float())
         self._norms.append(norm)
