@@ -94,11 +94,12 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, _Tensor):
             return NotImplemented
         import torch
+        from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 
         place = (_Storage(obj), 0, obj.entry.shape, _contiguous_strides(obj.entry.shape), False, OrderedDict())
         if obj.entry.dtype in STORAGES:
-            return torch._utils._rebuild_tensor_v2, place
-        return torch._utils._rebuild_tensor_v3, (*place, getattr(torch, DTYPES[obj.entry.dtype][1]), None)
+            return _rebuild_tensor_v2, place
+        return _rebuild_tensor_v3, (*place, getattr(torch, DTYPES[obj.entry.dtype][1]), None)
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -55,7 +55,11 @@ class BackgroundSave:
 
     def _moment(self) -> torch.cuda.Event | None:
         """Where the device's queue is now: the weights to write are there once it has come that far."""
-        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        if self.device.type != "cuda":
+            return None
+        moment = torch.cuda.Event()
+        moment.record(torch.cuda.current_stream(self.device))
+        return moment
 
     def _run(self, write: Callable[[], None], moment: torch.cuda.Event | None) -> None:
         try:
