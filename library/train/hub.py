@@ -22,6 +22,7 @@ from typing import Any
 from library.options import OptionError
 from library.train.callbacks import Callback
 from library.train.output_options import HubOptions
+from library.train.resume import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class HubUploader(Callback):
         self._missing: list[str] = []
 
     def on_saved(self, path: Path) -> None:
-        if path.is_dir() and not self.options.save_state_to_huggingface:
+        if (path / STATE_FILE).is_file() and not self.options.save_state_to_huggingface:
             return
         self._pending.append(path.name)
         self._queue.put(_staged(path, self.name))

@@ -179,3 +179,13 @@ def test_as_users_start_it_with_a_hub_that_can_not_be_reached(options, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("training goes on") == 1 and "Traceback" not in done.stderr
     assert (tmp_path / "out" / "net.safetensors").exists()
+
+
+def test_a_model_that_is_a_folder_is_sent_and_a_state_only_if_asked(tmp_path, stand_in):
+    uploader = hub.HubUploader(hub.HubOptions(**REPO), "net", is_stopping=lambda: False)
+    for folder, file in (("net", "model_index.json"), ("net-state", "train_state.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+        uploader.on_saved(tmp_path / folder)
+    uploader.close()
+    assert stand_in.files == {"me/cats/net/model_index.json": b"{}"}
