@@ -64,7 +64,7 @@ family = StableDiffusionXL() if sys.argv[1] == "sdxl" else StableDiffusion()
 before, half = memory("VmRSS"), torch.float16
 bundle = family.load(ModelOptions(str(source)), AttentionOptions(), LoadPlan(half, half, half, torch.device("cpu")))
 assert bundle.source.kind == sys.argv[1]
-family.save(bundle, target, dtype=None, metadata={}, as_diffusers=not target.suffix)
+family.save(bundle, target, dtype=half, metadata={}, as_diffusers=not target.suffix)
 print(memory("VmHWM") - before)
 """
 # Loads a Diffusers folder as its users do and compares every tensor with the folder's files.
