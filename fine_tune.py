@@ -1,4 +1,4 @@
-"""Fine-tune a whole Stable Diffusion 1.x or 2.x model on the images of metadata files. See docs/fine_tune.md."""
+"""Fine-tune a whole Stable Diffusion 1.x or 2.x model on the images of metadata files. See docs/full_training.md."""
 
 from library.cli.legacy import FullLegacyOptions
 from library.cli.training import Script, main
@@ -13,7 +13,7 @@ SCRIPT = Script(
     tracker_name="finetuning",
     other_script="sdxl_train.py",
     datasets="metadata",
-    omits=frozenset({"reg_data_dir", "prior_loss_weight", "no_metadata", "no_half_vae"}),
+    omits=frozenset({"reg_data_dir", "prior_loss_weight", "no_metadata", "fp8_base_unet"}),
     more_groups={"saving": ModelSavingOptions},
     legacy_options=FullLegacyOptions,
 )

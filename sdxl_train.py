@@ -1,9 +1,10 @@
-"""Train a whole Stable Diffusion XL model. See docs/sdxl_train.md."""
+"""Train a whole Stable Diffusion XL model. See docs/full_training.md."""
 
 from library.cli.legacy import SdxlFullLegacyOptions
 from library.cli.training import Script, main
 from library.data.text_cache_options import TextCacheOptions
 from library.targets.full_options import SdxlFullOptions
+from library.train.memory_options import SdxlFullMemoryOptions
 from library.train.output_options import ModelSavingOptions
 
 SCRIPT = Script(
@@ -14,8 +15,12 @@ SCRIPT = Script(
     target_options=SdxlFullOptions,
     tracker_name="finetuning",
     other_script="fine_tune.py",
-    omits=frozenset({"no_metadata"}),
-    more_groups={"text_cache": TextCacheOptions, "saving": ModelSavingOptions},
+    omits=frozenset({"no_metadata", "fp8_base_unet"}),
+    more_groups={
+        "text_cache": TextCacheOptions,
+        "saving": ModelSavingOptions,
+        "memory": SdxlFullMemoryOptions,
+    },  # fmt: skip
     legacy_options=SdxlFullLegacyOptions,
 )
 

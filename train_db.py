@@ -1,4 +1,4 @@
-"""Train a whole Stable Diffusion 1.x or 2.x model on folders of images (DreamBooth). See docs/train_db.md."""
+"""Train a whole Stable Diffusion 1.x or 2.x model on folders of images (DreamBooth). See docs/full_training.md."""
 
 from library.cli.training import Script, main
 from library.families.options import DreamBoothTextOptions
@@ -13,7 +13,7 @@ SCRIPT = Script(
     tracker_name="dreambooth",
     other_script="sdxl_train.py",
     datasets="folders",
-    omits=frozenset({"in_json", "dataset_repeats", "no_metadata", "no_half_vae"}),
+    omits=frozenset({"in_json", "dataset_repeats", "no_metadata", "fp8_base_unet"}),
     more_groups={"saving": ModelSavingOptions, "text": DreamBoothTextOptions},
 )
 

@@ -1,6 +1,6 @@
 """What belongs to other programs: flags of the trade's other scripts, and the ways of a GUI that writes our files.
 
-foreign_flags.json lists, by script, the flags that train_network.py does not have; "other model families" are those
+foreign_flags.json lists, by script, the flags that not every training script has; "other model families" are those
 this program has no model for.
 """
 
@@ -69,10 +69,13 @@ def as_meant(option: Option, value: Any) -> tuple[Any, str]:
     return value, ""
 
 
-def with_one_rate(argv: Sequence[str]) -> tuple[list[str], str]:
-    """(a command line with one rate after --text_encoder_lr, what to say of the others); see :func:`as_meant`."""
+def with_one_rate(argv: Sequence[str], options: Mapping[str, Option]) -> tuple[list[str], str]:
+    """(a command line with one rate after --text_encoder_lr, what to say of the others); see :func:`as_meant`.
+
+    Unchanged where the script's `options` take several rates, or none.
+    """
     words, flag = list(argv), f"--{RATES}"
-    if flag not in words:
+    if flag not in words or RATES not in options or options[RATES].many:
         return words, ""
     first = words.index(flag) + 1
     rates = list(takewhile(_is_number, words[first:]))

@@ -113,9 +113,9 @@ def build_parser(script: Script) -> OptionParser:
 def parse(script: Script, argv: Sequence[str] | None = None) -> tuple[RunConfig | None, list[str]]:
     """(configuration, sentences to print); no configuration when --output_config was all that was asked for."""
     parser = build_parser(script)
-    argv, note_on_rates = foreign.with_one_rate(sys.argv[1:] if argv is None else argv)
-    namespace = parser.parse_strictly(argv)
     options = script.options()
+    argv, note_on_rates = foreign.with_one_rate(sys.argv[1:] if argv is None else argv, options)
+    namespace = parser.parse_strictly(argv)
     notes: list[str] = []
     if namespace.config_file and not namespace.output_config:
         file_values, notes = read_config_file(config_path(namespace.config_file), options, script.models)

@@ -20,6 +20,7 @@ from library.data.config import DatasetConfig, SubsetConfig
 from library.data.images import usable_cores
 from library.data.loading import TrainImage
 from library.data.lookalikes import alike, equal_files
+from library.data.options import BucketOptions
 from library.data.same_files import file_keys
 from library.data.scan import Scan
 from library.data.sources import ImageRecord
@@ -56,6 +57,7 @@ class DatasetUse:
 
     dataset: int  # from 1
     batch_size: int  # of one process
+    bucket: BucketOptions
     sizes: str  # in words
 
 
@@ -150,6 +152,11 @@ class Findings:
             found.setdefault(image.record.path, image)
         return found
 
+    def bucket_of(self, path: str) -> BucketOptions:
+        """The bucket options of the first dataset that uses an image."""
+        numbers = (folder.dataset for folder in self.folders if any(i.record.path == path for i in folder.images))
+        return self.datasets[next(numbers) - 1].bucket
+
     def cut_moves(self, image: TrainImage) -> bool:
         """Whether another part of the image is seen each time it is drawn."""
         return self.folders[image.subset].cut_moves
@@ -203,7 +210,7 @@ def find(
     equal = equal_files([(path, sizes[path]) for path in one_path.values()], usable_cores())
     looks = {path: scan.looks[path] for path in one_path.values() if path in scan.looks}
     uses = (
-        DatasetUse(number, dataset.config.batch_size, sizes_in_words(dataset.config))
+        DatasetUse(number, dataset.config.batch_size, dataset.config.bucket, sizes_in_words(dataset.config))
         for number, dataset in enumerate(datasets, 1)
     )
     return Findings(

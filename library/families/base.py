@@ -125,5 +125,5 @@ class ModelFamily(Protocol):
         ...
 
     def describe(self, bundle: ModelBundle) -> dict[str, Any]:
-        """Metadata of the model: ss_v2, ss_base_model_version and what modelspec needs."""
+        """Metadata (ss_*) of the model."""
         ...

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from library.checkpoints.probe import KIND_NAMES, probe, resolve_model
+from library.checkpoints.probe import probe, resolve_model
 from library.checkpoints.source import ModelSource
 from library.families.base import Conditioning, LoadPlan, ModelBundle, PictureSizes
 from library.families.options import ModelOptions, TextOptions
@@ -124,13 +124,8 @@ class StableDiffusion:
         )
 
     def describe(self, bundle: ModelBundle) -> dict[str, Any]:
-        """ss_v2 and ss_base_model_version, and the kind and prediction type that modelspec asks for."""
+        """ss_v2 and ss_base_model_version."""
         source = bundle.source
         version = "sd_v2" if source.kind == "sd2" else "sd_v1"
-        return {
-            "ss_v2": source.kind == "sd2",
-            "ss_base_model_version": version + ("_v" if source.v_prediction else ""),
-            "kind": source.kind,
-            "v_prediction": source.v_prediction,
-            "kind_name": KIND_NAMES[source.kind],
-        }
+        version += "_v" if source.v_prediction else ""
+        return {"ss_v2": source.kind == "sd2", "ss_base_model_version": version}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from library.checkpoints.probe import KIND_NAMES, probe, resolve_model
+from library.checkpoints.probe import probe, resolve_model
 from library.checkpoints.source import ModelSource
 from library.families.base import Conditioning, LoadPlan, ModelBundle, PictureSizes
 from library.families.options import SDXL_BUCKET_STEP, ModelOptions, TextOptions
@@ -134,15 +134,8 @@ class StableDiffusionXL:
         )
 
     def describe(self, bundle: ModelBundle) -> dict[str, Any]:
-        """ss_v2 and ss_base_model_version, and the kind and prediction type that modelspec asks for."""
-        source = bundle.source
-        return {
-            "ss_v2": False,
-            "ss_base_model_version": "sdxl_base_v1-0",
-            "kind": source.kind,
-            "v_prediction": source.v_prediction,
-            "kind_name": KIND_NAMES[source.kind],
-        }
+        """ss_v2 and ss_base_model_version."""
+        return {"ss_v2": False, "ss_base_model_version": "sdxl_base_v1-0"}
 
 
 def _without_overflow(plan: LoadPlan) -> LoadPlan:

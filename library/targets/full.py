@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from library.targets.reach import reached_by_text
 
 logger = logging.getLogger(__name__)
 
-UNET = "unet"
+UNET, TEXT = "unet", "text encoder"
 
 
 class FullTarget(TrainTarget):
@@ -43,14 +44,15 @@ class FullTarget(TrainTarget):
 
     def setup(self, family: ModelFamily, bundle: ModelBundle, *, gradient_checkpointing: bool) -> None:
         self.family, self.bundle = family, bundle
-        rates = self.options.text_rates(len(bundle.text_encoders))
+        encoders, count = bundle.text_encoders, len(bundle.text_encoders)
+        names = [TEXT] if count == 1 else [f"{TEXT} {number}" for number in range(1, count + 1)]
         self._encoders = {
-            _encoder_name(index, len(bundle.text_encoders)): encoder
-            for index, (encoder, rate) in enumerate(zip(bundle.text_encoders, rates, strict=True))
+            name: (encoder, rate)
+            for name, encoder, rate in zip(names, encoders, self.options.text_rates(count), strict=True)
             if self.options.trains_text and rate != 0
         }
         parts = {UNET: bundle.unet} if self._trains_unet else {}
-        parts |= {name.replace(" ", "_"): encoder for name, encoder in self._encoders.items()}
+        parts |= {name.replace(" ", "_"): encoder for name, (encoder, _) in self._encoders.items()}
         self._module = torch.nn.ModuleDict(parts)
         self._module.requires_grad_(True)
         self._module.train()
@@ -63,10 +65,9 @@ class FullTarget(TrainTarget):
 
     def _freeze_unreached_text(self, family: ModelFamily, bundle: ModelBundle) -> None:
         """Freeze layers behind the one that conditions: no gradient ever reaches them."""
-        named = [item for encoder in self._encoders.values() for item in encoder.named_parameters()]
-        for (_, parameter), is_reached in zip(
-            named, reached_by_text(family, bundle, self.text, [p for _, p in named]), strict=True
-        ):
+        parameters = [parameter for encoder, _ in self._encoders.values() for parameter in encoder.parameters()]
+        reached = reached_by_text(family, bundle, self.text, parameters)
+        for parameter, is_reached in zip(parameters, reached, strict=True):
             parameter.requires_grad_(is_reached)
 
     # ------------------------------------------------------------------ what is trained
@@ -77,31 +78,24 @@ class FullTarget(TrainTarget):
     def param_groups(self, default_lr: float) -> list[ParamGroup]:
         """One group for all that shares the U-Net's rate, one per block and encoder that has its own.
 
-        Without rates of blocks, the first group is what the trade logs as `lr`. Groups with a rate of 0 are left out,
-        and whatever is in no group is frozen.
+        Groups with a rate of 0 are left out, and whatever is in no group is frozen.
         """
-        groups = list(self._unet_groups())
-        shared: list[torch.nn.Parameter] = []
-        rates = self.options.text_rates(len(self.bundle.text_encoders))
-        several = self.options.block_rates is not None
-        for index, encoder in enumerate(self.bundle.text_encoders):
-            name = _encoder_name(index, len(self.bundle.text_encoders))
-            if name not in self._encoders:
-                continue
-            parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-            if rates[index] is None and not several:
-                shared += parameters
+        first, *others = self._unet_groups()
+        joined = [UNET]
+        for name, (encoder, rate) in self._encoders.items():
+            parameters = tuple(parameter for parameter in encoder.parameters() if parameter.requires_grad)
+            if rate is None and self.options.block_rates is None:
+                joined.append(name)
+                first = replace(first, parameters=(*first.parameters, *parameters))
             else:
-                groups.append(ParamGroup(name, tuple(parameters), rates[index], f"lr/{name.replace(' ', '_', 1)}"))
-        if shared and groups and groups[0].log_name == "lr":
-            first = groups[0]
-            names = "unet and text encoders" if len(self._encoders) > 1 else "unet and text encoder"
-            groups[0] = ParamGroup(names, (*first.parameters, *shared), first.lr, first.log_name)
-        groups = [group for group in groups if group.parameters and (default_lr if group.lr is None else group.lr) != 0]
+                others.append(ParamGroup(name, parameters, rate, f"lr/text_encoder{name[len(TEXT) :].strip()}"))
+        if len(joined) > 1:
+            first = replace(first, name=" and ".join(joined))
+        groups = [group for group in (first, *others) if (default_lr if group.lr is None else group.lr) != 0]
         trained = {id(parameter) for group in groups for parameter in group.parameters}
         for parameter in self._module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        return groups
+        return [group for group in groups if group.parameters]
 
     def _unet_groups(self) -> Iterator[ParamGroup]:
         rates = self.options.block_rates
@@ -137,7 +131,3 @@ class FullTarget(TrainTarget):
             as_diffusers=self.as_diffusers,
             safe_serialization=self.safe_serialization,
         )
-
-
-def _encoder_name(index: int, count: int) -> str:
-    return "text encoder" if count == 1 else f"text encoder {index + 1}"

@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -25,11 +26,20 @@ def apply_if_finite(optimizer: AcceleratedOptimizer, is_finite: torch.Tensor) ->
     if optimizer.scaler is not None:
         optimizer.step()
     elif getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
-        optimizer.optimizer.grad_scale, optimizer.optimizer.found_inf = None, (~is_finite).float()
-        optimizer.step()
-        del optimizer.optimizer.grad_scale, optimizer.optimizer.found_inf
+        with decided_on_device(optimizer.optimizer, is_finite):
+            optimizer.step()
     elif bool(is_finite):
         optimizer.step()
+
+
+@contextlib.contextmanager
+def decided_on_device(optimizer: Any, is_finite: torch.Tensor) -> Iterator[None]:
+    """Inside the block a fused optimizer's step changes nothing where `is_finite` is False."""
+    optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
+    try:
+        yield
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 class NonFiniteGuard:

@@ -59,7 +59,8 @@ class HubUploader(Callback):
         self._missing: list[str] = []
 
     def on_saved(self, path: Path) -> None:
-        if (path / STATE_FILE).is_file() and not self.options.save_state_to_huggingface:
+        is_state = (path / STATE_FILE).is_file()  # else, where it is a folder, a model in the Diffusers form
+        if is_state and not self.options.save_state_to_huggingface:
             return
         self._pending.append(path.name)
         self._queue.put(_staged(path, self.name))

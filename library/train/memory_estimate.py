@@ -110,9 +110,12 @@ def _added(parameters: Sequence[torch.Tensor]) -> MemoryPart:
 
 
 def _gradients(config: RunConfig, trained: Sequence[torch.Tensor]) -> MemoryPart:
-    if config.memory.fused_backward_pass:
+    if flag := config.memory.fused_flag:
         largest = max((parameter.numel() * parameter.element_size() for parameter in trained), default=0)
-        return MemoryPart("gradients", largest, "one tensor at a time, --fused_backward_pass")
+        num_groups = config.memory.num_fused_groups
+        if num_groups is None:
+            return MemoryPart("gradients", largest, f"one tensor at a time, {flag}")
+        return MemoryPart("gradients", largest + _size(trained) // num_groups, f"a group at a time, {flag}")
     return MemoryPart("gradients", _size(trained), "one number for each trained parameter")
 
 

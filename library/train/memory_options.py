@@ -72,6 +72,16 @@ class MemoryOptions:
     torch_compile: bool = opt(False, help="compile the U-Net (torch.compile): slow first steps, faster ones later")
     dynamo_backend: str = opt("inductor", choices=DYNAMO_BACKENDS, help="what compiles for --torch_compile")
 
+    @property
+    def fused_flag(self) -> str:
+        """The flag that has parameters updated inside the backward pass; empty where none does."""
+        return "--fused_backward_pass" if self.fused_backward_pass else ""
+
+    @property
+    def num_fused_groups(self) -> int | None:
+        """In how many groups they are then updated; None for each parameter alone."""
+        return None
+
     def notes(self) -> list[str]:
         """A sentence for each setting that has no effect."""
         why = "weights are always read straight to their device, one copy at a time"
@@ -84,9 +94,9 @@ class MemoryOptions:
             notes.append("--cpu_offload_checkpointing has no effect without --gradient_checkpointing")
         if self.dynamo_backend != "inductor" and not self.torch_compile:
             notes.append("--dynamo_backend has no effect without --torch_compile")
-        if not self.fused_backward_pass:
+        flag, batches = self.fused_flag, training.gradient_accumulation_steps
+        if not flag:
             return notes
-        flag, batches = "--fused_backward_pass", training.gradient_accumulation_steps
         require(
             batches == 1,
             flag,
@@ -107,10 +117,35 @@ class MemoryOptions:
         )
         if optimizer.max_grad_norm:
             notes.append(
-                f"--max_grad_norm {optimizer.max_grad_norm:g}: with --fused_backward_pass each gradient is clipped by "
+                f"--max_grad_norm {optimizer.max_grad_norm:g}: with {flag} each "
+                f"{'gradient' if self.num_fused_groups is None else 'group of gradients'} is clipped by "
                 "its own norm, not by that of all; 0 switches clipping off"
             )
         return notes
+
+
+@dataclass(frozen=True)
+class SdxlFullMemoryOptions(MemoryOptions):
+    """Memory against time."""
+
+    fused_optimizer_groups: int | None = opt(
+        help="update parameters inside the backward pass in this many groups (4 to 10 is usual): more memory and less "
+        "time than --fused_backward_pass, which does it one by one"
+    )
+
+    def __post_init__(self) -> None:
+        flag, count = "--fused_optimizer_groups", self.fused_optimizer_groups
+        require(count is None or count >= 1, flag, f"{count} is no number of groups", "use 4 to 10")
+        is_one = not (self.fused_backward_pass and count)
+        require(is_one, flag, "contradicts --fused_backward_pass, which updates parameters one by one", "give one")
+
+    @property
+    def fused_flag(self) -> str:
+        return "--fused_optimizer_groups" if self.fused_optimizer_groups else super().fused_flag
+
+    @property
+    def num_fused_groups(self) -> int | None:
+        return self.fused_optimizer_groups
 
 
 @dataclass(frozen=True)
@@ -171,7 +206,7 @@ class DistributedOptions:
         if not self.deepspeed:
             return
         contradictions = {
-            "fused_backward_pass": (memory.fused_backward_pass, "which updates by itself"),
+            memory.fused_flag.removeprefix("--"): (bool(memory.fused_flag), "which updates by itself"),
             "fp8_base": (precision.fp8_base, "which keeps weights in 16 bits"),
             "fp8_base_unet": (precision.fp8_base_unet, "which keeps weights in 16 bits"),
         }

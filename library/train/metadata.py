@@ -18,6 +18,7 @@ from PIL import ImageOps
 
 from library.checkpoints.model_spec import ModelSpec, model_spec_metadata
 from library.checkpoints.safetensors_io import file_sha256, legacy_model_hash
+from library.checkpoints.source import ModelSource
 from library.data.headers import BadImage, open_image
 from library.data.images import to_rgb
 from library.options import OptionError
@@ -62,6 +63,7 @@ class FileFacts:
     started_at: float  # unix time
     optimizer: str
     lr_scheduler: str
+    source: ModelSource  # of the base model
     family: Mapping[str, Any]  # family.describe()
     adapter: str | None  # target.adapter
     target: Mapping[str, Any]  # target.describe()
@@ -88,7 +90,7 @@ def constant_metadata(facts: FileFacts) -> dict[str, str]:
         **_rates_as_list(options),
         **(dict.fromkeys(RATES) if facts.config.optimizer.picks_own_rate else {}),
         "ss_debiased_estimation": options["debiased_estimation_loss"],
-        **{name: value for name, value in facts.family.items() if name.startswith("ss_")},
+        **facts.family,
         **facts.target,
         **facts.data,
         **_file_keys(
@@ -126,8 +128,8 @@ def _model_spec(facts: FileFacts, ending: str) -> ModelSpec:
     low, high = options["min_timestep"], options["max_timestep"]
     given = low is not None or high is not None
     return ModelSpec(
-        kind=facts.family["kind"],
-        v_prediction=facts.family["v_prediction"],
+        kind=facts.source.kind,
+        v_prediction=facts.source.v_prediction,
         adapter=facts.adapter,
         title=f"{title}{ending}" if title else None,
         resolution=facts.resolution,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from library.checkpoints.model_spec import default_resolution
 from library.data.dataset import TrainingData
@@ -41,7 +41,7 @@ from library.train.preview_prompts import preview_defaults
 from library.train.resume import settings_that_matter
 from library.train.run import Run
 from library.train.text_caching import cache_texts
-from library.train.updates import FusedUpdates, Updates
+from library.train.updates import PIECE, FusedUpdates, PieceUpdates, Updates
 from library.train.validation import Validation
 from library.train.zero import DeepSpeedUpdates, keep_whole
 
@@ -122,8 +122,13 @@ def make_updates(config: RunConfig, accelerator: Accelerator, built: BuiltOptimi
     """How gradients become an update: all together, or each inside the backward pass."""
     parameters = [parameter for group in built.optimizer.param_groups for parameter in group["params"]]
     settings: dict[str, Any] = {"max_grad_norm": config.optimizer.max_grad_norm, "wide": built.wide}
-    if config.memory.fused_backward_pass:
+    if flag := config.memory.fused_flag:
+        settings |= {"flag": flag, "num_groups": config.memory.num_fused_groups}
         return FusedUpdates(built, accelerator, optimizer, parameters, **settings)
+    is_large = placement.master_dtype(config) != torch.float32 and sum(p.numel() for p in parameters) > PIECE
+    shares_weights = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if is_large and not (shares_weights or built.needs_all_gradients or accelerator.scaler is not None):
+        return PieceUpdates(built, accelerator, optimizer, parameters, **settings)
     kind = DeepSpeedUpdates if config.distributed.deepspeed else Updates
     return kind(accelerator, optimizer, parameters, **settings)
 
@@ -179,6 +184,7 @@ def _facts(run: Run, started_at: float) -> metadata.FileFacts:
         started_at=started_at,
         optimizer=run.built.description,
         lr_scheduler=_schedule_name(run.config, run.built),
+        source=run.bundle.source,
         family=run.family.describe(run.bundle),
         adapter=run.target.adapter,
         target=run.target.describe(),

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from library.options import OptionError
-from library.train.guard import apply_if_finite
+from library.train.guard import apply_if_finite, decided_on_device
 from library.train.optimizers import BuiltOptimizer
 from library.train.rounding import WideUpdates
 
 FUSED = "--fused_backward_pass"
+PIECE = 2**26  # numbers that are wide at a time: 256 MiB, and as much for their gradients
+Member = tuple[int, Any]  # the number of the optimizer's group, a parameter
 
 
 class Updates:
@@ -56,30 +59,109 @@ class Updates:
             self.wide.narrow()
 
 
-class FusedUpdates(Updates):
-    """Updates each parameter inside the backward pass, as soon as its gradient is complete, and frees the gradient.
+class PieceUpdates(Updates):
+    """Updates half-precision parameters piece by piece, so that only one piece's float32 copies are there at a time.
 
-    No two gradients are there at the same time, so there is no norm of all of them to clip by: each is clipped by its
-    own. One that is not finite counts as 0, so nothing waits for the device. Only for one batch per update, one
-    process, and an optimizer whose state belongs to single parameters.
+    For optimizers whose state belongs to single parameters, without a gradient scaler.
     """
 
-    def __init__(self, built: BuiltOptimizer, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, built: BuiltOptimizer, *args: Any, piece: int = PIECE, **kwargs: Any) -> None:
+        """`piece`: numbers in a piece, about; a larger parameter is a piece of its own."""
         super().__init__(*args, **kwargs)
+        self.bare = built.optimizer
+        members = members_of(self.bare)
+        total = sum(parameter.numel() for _, parameter in members)
+        self._pieces = divided(members, max(1, -(-total // piece)))
+
+    def clip(self) -> torch.Tensor:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        self._factor = (self.limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return norm
+
+    @torch.no_grad()
+    def apply(self, is_finite: torch.Tensor) -> None:
+        decides_on_device = getattr(self.bare, "_step_supports_amp_scaling", False)
+        if not (decides_on_device or bool(is_finite)):
+            return
+        self.before_change()
+        for piece in self._pieces:
+            members = [(number, parameter) for number, parameter in piece if parameter.grad is not None]
+            if not members:
+                continue
+            self.wide.widen([parameter for _, parameter in members])
+            try:
+                torch._foreach_mul_([p.grad for _, p in members], self._factor)  # pyright: ignore
+                with decided_on_device(self.bare, is_finite) if decides_on_device else contextlib.nullcontext():
+                    step_alone(self.bare, members, "--full_bf16")
+            finally:
+                self.wide.narrow()
+
+
+def members_of(optimizer: torch.optim.Optimizer) -> list[Member]:
+    """The parameters of an optimizer in its order."""
+    return [(number, p) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
+
+
+def step_alone(optimizer: Any, members: Sequence[Member], flag: str) -> None:
+    """Let the optimizer update these parameters and no others."""
+    whole = optimizer.param_groups  # a state that is loaded brings groups of its own
+    numbers = sorted({number for number, _ in members})
+    alone = [{**whole[n], "params": [p for number, p in members if number == n]} for n in numbers]
+    optimizer.param_groups = alone
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = whole
+    for number, group in zip(numbers, alone, strict=True):
+        if any(value is not whole[number].get(name) for name, value in group.items() if name != "params"):
+            problem = f"{type(optimizer).__name__} keeps something for all parameters together"
+            raise OptionError(flag, problem, "use AdaFactor or AdamW")
+
+
+@dataclass
+class _Together:
+    """Parameters that are updated at once, when the last of their gradients is there."""
+
+    members: list[Member]
+    arrived: int = 0
+
+
+class FusedUpdates(Updates):
+    """Updates parameters inside the backward pass, as soon as their gradients are complete, and frees the gradients.
+
+    Each parameter alone, or all in `num_groups` groups of about one size. No two groups' gradients are there at the
+    same time, so there is no norm of all of them to clip by: those of a group are clipped by their own. Ones that are
+    not finite count as 0, so nothing waits for the device. Only for one batch per update, one process, and an optimizer
+    whose state belongs to single parameters.
+    """
+
+    def __init__(
+        self, built: BuiltOptimizer, *args: Any, flag: str = FUSED, num_groups: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.flag = flag
         if self.accelerator.num_processes > 1:
-            raise OptionError(FUSED, f"works on one process, not {self.accelerator.num_processes}", "leave it out")
+            raise OptionError(flag, f"works on one process, not {self.accelerator.num_processes}", "leave it out")
         if self.accelerator.scaler is not None:
-            raise OptionError(FUSED, "does not go with a gradient scaler", "use --mixed_precision bf16")
+            raise OptionError(flag, "does not go with a gradient scaler", "use --mixed_precision bf16")
         if built.needs_all_gradients:
-            raise OptionError(FUSED, f"{type(built.optimizer).__name__} looks at all gradients together", "use AdamW")
+            raise OptionError(flag, f"{type(built.optimizer).__name__} looks at all gradients together", "use AdamW")
         self.bare = built.optimizer
         self._norms: list[torch.Tensor] = []
-        for number, group in enumerate(self.bare.param_groups):
-            for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(self._hook(number))
+        members = members_of(self.bare)
+        parts = [[member] for member in members] if num_groups is None else divided(members, num_groups)
+        self._together = [_Together(part) for part in parts]
+        for together in self._together:
+            for _, parameter in together.members:
+                parameter.register_post_accumulate_grad_hook(self._hook(together))
 
     def clip(self) -> torch.Tensor:
         """The global norm of the gradients that have been applied, before they were clipped."""
+        for together in self._together:
+            if together.arrived:  # not all of its parameters had a part in this step
+                self._update(together)
         norms, self._norms = self._norms, []
         return (
             torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.accelerator.device)
@@ -88,28 +170,39 @@ class FusedUpdates(Updates):
     def apply(self, is_finite: torch.Tensor) -> None:
         """Nothing is left to do."""
 
-    def _hook(self, number: int) -> Any:
-        def update(parameter: torch.Tensor) -> None:
-            self._update(parameter, self.bare.param_groups[number])  # a state that is loaded brings groups of its own
+    def _hook(self, together: _Together) -> Any:
+        def arrived(parameter: torch.Tensor) -> None:
+            together.arrived += 1
+            if together.arrived == len(together.members):
+                self._update(together)
 
-        return update
+        return arrived
 
     @torch.no_grad()
-    def _update(self, parameter: Any, group: dict[str, Any]) -> None:
+    def _update(self, together: _Together) -> None:
         self.before_change()
-        self.wide.widen([parameter])
-        norm = torch.linalg.vector_norm(parameter.grad.float())
+        together.arrived = 0
+        members = [(number, parameter) for number, parameter in together.members if parameter.grad is not None]
+        parameters = [parameter for _, parameter in members]
+        self.wide.widen(parameters)
+        norms = [torch.linalg.vector_norm(parameter.grad.float()) for parameter in parameters]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
         self._norms.append(norm)
         factor = (self.limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        parameter.grad = torch.where(norm.isfinite(), parameter.grad * factor, 0).to(parameter.grad.dtype)
-        alone = {**group, "params": [parameter]}
-        whole, self.bare.param_groups = self.bare.param_groups, [alone]
-        try:
-            self.bare.step()
-        finally:
-            self.bare.param_groups = whole
-        if any(value is not group.get(name) for name, value in alone.items() if name != "params"):
-            name = type(self.bare).__name__
-            raise OptionError(FUSED, f"{name} keeps something for all parameters together", "use AdaFactor or AdamW")
+        for parameter in parameters:
+            parameter.grad = torch.where(norm.isfinite(), parameter.grad * factor, 0).to(parameter.grad.dtype)
+        step_alone(self.bare, members, self.flag)
         self.wide.narrow()
-        parameter.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def divided(members: Sequence[Member], num_groups: int) -> list[list[Member]]:
+    """The parameters in up to `num_groups` runs of about as many numbers each, in their order."""
+    total = sum(parameter.numel() for _, parameter in members)
+    parts: list[list[Member]] = [[] for _ in range(num_groups)]
+    before = 0
+    for member in members:
+        parts[min(before * num_groups // max(total, 1), num_groups - 1)].append(member)
+        before += member[1].numel()
+    return [part for part in parts if part]

@@ -6,12 +6,16 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+import fine_tune
+import sdxl_train
 import sdxl_train_network
+import train_db
 import train_network
 from library.cli import config_file, generation, training
 from library.cli.legacy import LegacyOptions
@@ -26,17 +30,24 @@ from library.train.preview_prompts import PREVIEW_LINE_OPTIONS, read_previews
 from networks.lora_settings import BLOCK_KEYS, LoRASettings
 from tests.runs import ROOT
 
+SCRIPTS = {
+    "train_network": train_network.SCRIPT, "sdxl_train_network": sdxl_train_network.SCRIPT,
+    "train_db": train_db.SCRIPT, "fine_tune": fine_tune.SCRIPT, "sdxl_train": sdxl_train.SCRIPT,
+}  # fmt: skip
+
+
+def options_of_script(name: str) -> str:
+    script = SCRIPTS[name]
+    return options_page(f"{name}.py", script.groups(), script.defaults, script.omits)
+
+
 PAGES = {
-    "train_network": lambda: options_page(
-        "train_network.py", train_network.SCRIPT.groups(), train_network.SCRIPT.defaults
-    ),
-    "sdxl_train_network": lambda: options_page(
-        "sdxl_train_network.py", sdxl_train_network.SCRIPT.groups(), sdxl_train_network.SCRIPT.defaults
-    ),
     "gen_img_diffusers": lambda: options_page("gen_img_diffusers.py", CONFIG_GROUPS.values()),
+    **{name: partial(options_of_script, name) for name in SCRIPTS},
 }
 WRITTEN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINING, DATA = ROOT / "docs" / "train_network.md", ROOT / "docs" / "datasets.md"
+WHOLE = ROOT / "docs" / "full_training.md"
 OPTIONS = train_network.SCRIPT.options()
 # flags of quickstart.py and of other people's programs
 OF_OTHERS = {"--torch-index-url", "--num_processes", "--use_deepspeed", "--logdir"}
@@ -81,7 +92,7 @@ def test_pictures_are_small_and_shown():
 
 
 def known_flags() -> set[str]:
-    parsers = (training.build_parser(train_network.SCRIPT), generation.build_parser(""))
+    parsers = [*map(training.build_parser, SCRIPTS.values()), generation.build_parser("")]
     in_prompts = {f"--{name}" for name in PREVIEW_LINE_OPTIONS}
     return OF_OTHERS.union(in_prompts, *(parser._option_string_actions for parser in parsers))
 
@@ -98,6 +109,13 @@ def test_every_flag_that_a_page_names_exists(page):
 def test_every_flag_is_explained_outside_the_reference():
     explained = flags_in(TRAINING.read_text(encoding="utf-8") + DATA.read_text(encoding="utf-8"))
     assert {f"--{name}" for name in OPTIONS} - explained == set()
+    whole = explained | flags_in(WHOLE.read_text(encoding="utf-8"))
+    for name in ("train_db", "fine_tune"):
+        assert {f"--{option}" for option in SCRIPTS[name].options()} - whole == set()
+    sdxl = (ROOT / "docs" / "sdxl_train_network.md").read_text(encoding="utf-8")
+    for name in ("sdxl_train_network", "sdxl_train"):
+        options = {f"--{option}" for option in SCRIPTS[name].options()}
+        assert options - whole - flags_in(sdxl) == set()
     assert {option.flag for option in options_of(LegacyOptions)} <= explained
 
 

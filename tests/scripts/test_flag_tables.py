@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import fine_tune
 import gen_img_diffusers
+import sdxl_train
 import sdxl_train_network
+import train_db
 import train_network
 from library.cli import generation, training
 
@@ -21,14 +24,26 @@ DATA = Path(__file__).parents[1] / "data"
 PARSERS = {
     "train_network": lambda: training.build_parser(train_network.SCRIPT),
     "sdxl_train_network": lambda: training.build_parser(sdxl_train_network.SCRIPT),
+    "train_db": lambda: training.build_parser(train_db.SCRIPT),
+    "fine_tune": lambda: training.build_parser(fine_tune.SCRIPT),
+    "sdxl_train": lambda: training.build_parser(sdxl_train.SCRIPT),
     "gen_img_diffusers": lambda: generation.build_parser(gen_img_diffusers.__doc__ or ""),
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
 }  # fmt: skip
+# flags that the trade gave to its scripts for networks alone
+OF_NETWORKS = {
+    "--validation_split", "--validation_seed", "--validate_every_n_steps", "--validate_every_n_epochs",
+    "--max_validation_steps", "--initial_step", "--initial_epoch", "--skip_until_initial_step",
+    "--cpu_offload_checkpointing",
+}  # fmt: skip
 OWN = {
     "train_network": OF_TRAINING,
     "sdxl_train_network": OF_TRAINING | {"--text_variations"},
+    "train_db": OF_TRAINING | OF_NETWORKS,
+    "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
+    "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
     "gen_img_diffusers": {"--no_half_vae"},  # in later versions of the trade's generator
 }
 

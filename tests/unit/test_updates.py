@@ -8,7 +8,7 @@ from library.options import OptionError
 from library.targets.base import ParamGroup
 from library.train.optimizers import build_optimizer
 from library.train.options import OptimizerOptions
-from library.train.updates import FusedUpdates, Updates
+from library.train.updates import FusedUpdates, PieceUpdates, Updates
 
 
 class Net(torch.nn.Module):
@@ -55,6 +55,40 @@ def test_one_by_one_is_the_same_as_all_together(name):
     together, one_by_one = make(name, fused=False), make(name, fused=True)
     assert torch.allclose(train(*together), train(*one_by_one))
     assert all(torch.equal(a, b) for a, b in zip(weights(together[0]), weights(one_by_one[0]), strict=True))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Lion", "SGDNesterov", "AdaFactor"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
+def test_piece_by_piece_is_the_same_as_all_together(name, max_grad_norm):
+    """In float32, where nothing is rounded at random: the same norms, clipping and weights."""
+    together = make(name, fused=False, max_grad_norm=max_grad_norm)
+    net, plain = make(name, fused=False, max_grad_norm=max_grad_norm)
+    built = type("Built", (), {"optimizer": plain.optimizer.optimizer})
+    settings = {"max_grad_norm": max_grad_norm, "wide": plain.wide, "piece": 100}
+    pieces = PieceUpdates(built, plain.accelerator, plain.optimizer, plain.parameters, **settings)
+    assert len(pieces._pieces) > 3
+    assert torch.allclose(train(*together), train(net, pieces))
+    assert all(torch.allclose(a, b) for a, b in zip(weights(together[0]), weights(net), strict=True))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdaFactor"])
+def test_only_one_piece_is_wide_at_a_time(name, monkeypatch):
+    net, plain = make(name, fused=False, dtype=torch.bfloat16)
+    built = type("Built", (), {"optimizer": plain.optimizer.optimizer})
+    settings = {"max_grad_norm": 1.0, "wide": plain.wide, "piece": 100}
+    pieces = PieceUpdates(built, plain.accelerator, plain.optimizer, plain.parameters, **settings)
+    wide, step = [], plain.optimizer.optimizer.step
+
+    def counted(*args, **kwargs):
+        wide.append(sum(p.numel() for p in net.parameters() if p.dtype is torch.float32))
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(plain.optimizer.optimizer, "step", counted)
+    before = weights(net)
+    train(net, pieces, steps=1)
+    assert sum(wide) == sum(p.numel() for p in net.parameters()) and max(wide) <= 740
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
+    pieces.apply(torch.tensor(False))
 
 
 def test_no_two_gradients_are_there_at_the_same_time():
