@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from library.options import OptionError
+from library.targets.base import ParamGroup
 from library.train.background_save import BackgroundSave
+from library.train.optimizers import build_optimizer
+from library.train.options import OptimizerOptions
+from library.train.updates import PieceUpdates
 from tests.unit.test_plan import checkpointer, names_in
 from tests.unit.test_updates import make
 
@@ -58,10 +62,15 @@ def test_what_a_user_can_mend_is_told_and_the_rest_is_raised():
     save.wait()
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_an_update_waits_until_the_weights_are_written(fused: bool):
+@pytest.mark.parametrize("kind", ["together", "piece by piece", "fused"])
+def test_an_update_waits_until_the_weights_are_written(kind: str):
     """As they were: the thread reads them while the forward and, but for fused updates, the backward pass run."""
-    net, updates = make(fused=fused)
+    net, updates = make(fused=kind == "fused")
+    if kind == "piece by piece":
+        built = build_optimizer(OptimizerOptions(learning_rate=1e-2), [ParamGroup("", tuple(net.parameters()), None)])
+        optimizer = updates.accelerator.prepare_optimizer(built.optimizer)
+        given = updates.accelerator, optimizer, list(net.parameters())
+        updates = PieceUpdates(built, *given, max_grad_norm=1.0, wide=built.wide, piece=100)
     before = [parameter.detach().clone() for parameter in net.parameters()]
     read: list[torch.Tensor] = []
     save, forward_is_done = BackgroundSave(CPU), threading.Event()
