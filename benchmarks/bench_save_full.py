@@ -1,6 +1,6 @@
 """How long training waits while a full-size SD 1.5 is saved, at once and beside the next update; what saving takes.
 
-    python benchmarks/bench_save_full.py [--repeats 3] [--seconds 8]
+    python benchmarks/bench_save_full.py [--repeats 3] [--seconds 8] [--tables forms updates]
 
 One update is made of batches that either compute here (the U-Net at 128 x 128, on the cores that also write) or wait
 for another device, as with a GPU (`--seconds` of nothing). "blocked" is how long the loop stood still for the file,
@@ -103,7 +103,7 @@ def compute(bundle: ModelBundle) -> None:
 def blocked_rows(bundle: ModelBundle, folder: Path, repeats: int, seconds: float) -> list[list[str]]:
     rows = []
     batches = {"here": partial(compute, bundle), "elsewhere": partial(time.sleep, seconds / BATCHES)}
-    for place, batch in batches.items():
+    for place, batch in reversed(batches.items()):
         loop = Loop(bundle, batch)
         loop.update()
         for form in ("safetensors, fp16", "safetensors, as trained"):
@@ -147,17 +147,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--tables", nargs="+", choices=["forms", "updates"], default=["forms", "updates"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bundle = load(write_full_size(folder / "model.safetensors", "sd1"))
-        rows = memory_rows(bundle, folder)
-        header = ["form", "size", "time", "memory beside the model"]
-        print_table("Saving a full-size SD 1.5 held in float32", header, rows)
-        rows = blocked_rows(bundle, folder, options.repeats, options.seconds)
-        header = ["batches compute", "file", "update alone", "blocked at once", "blocked beside"]
-        header += ["longer at once", "longer beside"]
-        print_table("An update with a file", header, rows)
+        if "forms" in options.tables:
+            header = ["form", "size", "time", "memory beside the model"]
+            print_table("Saving a full-size SD 1.5 held in float32", header, memory_rows(bundle, folder))
+        if "updates" in options.tables:
+            header = ["batches compute", "file", "update alone", "blocked at once", "blocked beside"]
+            header += ["longer at once", "longer beside"]
+            rows = blocked_rows(bundle, folder, options.repeats, options.seconds)
+            print_table("An update with a file", header, rows)
 
 
 if __name__ == "__main__":
