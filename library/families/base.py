@@ -116,8 +116,12 @@ class ModelFamily(Protocol):
         dtype: torch.dtype | None,
         metadata: Mapping[str, str],
         as_diffusers: bool,
+        safe_serialization: bool = True,
     ) -> None:
-        """Write a single file (.safetensors or .ckpt by extension) or a Diffusers folder, atomically."""
+        """Write a single file (.safetensors or .ckpt by extension) or a Diffusers folder, atomically.
+
+        The files of a folder are .safetensors, or .bin without `safe_serialization`. The weights are only read.
+        """
         ...
 
     def describe(self, bundle: ModelBundle) -> dict[str, Any]:

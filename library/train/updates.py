@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ class Updates:
     """Clips the gradients of `parameters` by their global norm and lets the optimizer apply them."""
 
     has_state = True  # whether the optimizer's state is all that a run needs to go on
+    before_change: Callable[[], None] = staticmethod(lambda: None)  # called before each change of the parameters
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Updates:
 
     def clip(self) -> torch.Tensor:
         """The global gradient norm, a scalar tensor; gradients are scaled down to the limit. Once per update."""
+        self.before_change()
         self.wide.widen(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.limit)
         assert norm is not None
@@ -83,6 +85,7 @@ class PieceUpdates(Updates):
         decides_on_device = getattr(self.bare, "_step_supports_amp_scaling", False)
         if not (decides_on_device or bool(is_finite)):
             return
+        self.before_change()
         for piece in self._pieces:
             members = [(number, parameter) for number, parameter in piece if parameter.grad is not None]
             if not members:
@@ -177,6 +180,7 @@ class FusedUpdates(Updates):
 
     @torch.no_grad()
     def _update(self, together: _Together) -> None:
+        self.before_change()
         together.arrived = 0
         members = [(number, parameter) for number, parameter in together.members if parameter.grad is not None]
         parameters = [parameter for _, parameter in members]
