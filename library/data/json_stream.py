@@ -36,6 +36,7 @@ def object_entries(file: TextIO) -> Iterator[tuple[str, Any, int]]:
         raise NoObject
     text.at += 1
     if text.next_character() == "}":
+        text.at += 1
         return text.expect_end()
     while True:
         if text.next_character() != '"':
