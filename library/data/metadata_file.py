@@ -16,7 +16,7 @@ from typing import Any
 from library.data.listing import is_utf8
 from library.data.metadata_tables import TRAIN_SIZE, image_tables
 from library.data.options import LATENT_STRIDE, MAX_SIDE
-from library.options import OptionError, require
+from library.options import OptionError
 
 CAPTION_NAMES = ("caption", "text")
 
@@ -71,9 +71,13 @@ def _entry(key: str, table: Any, place: str) -> MetadataEntry:
 
 def _text(table: Mapping[str, Any], name: str, place: str) -> str:
     value = table.get(name)
-    require(value is None or isinstance(value, str), place, f"{name} {value!r} is not a text")
-    require(is_utf8(value or ""), place, f"{name} {value!r} has half a character", "write it anew")
-    return value or ""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise OptionError(place, f"{name} {value!r} is not a text")
+    if not is_utf8(value):
+        raise OptionError(place, f"{name} {value!r} has half a character", "write it anew")
+    return value
 
 
 def _train_size(value: Any, place: str) -> Size | None:
