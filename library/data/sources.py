@@ -10,11 +10,9 @@ import functools
 import logging
 import os
 import re
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from library.data.headers import BadImage, Header, read_header
 from library.data.info_cache import read_with_notes
 from library.data.listing import image_extensions, is_hidden, is_image, listing
 from library.data.progress import progress
+from library.data.slow_files import FileCalls
 from library.options import OptionError
 from library.wording import counted
 
@@ -32,8 +31,6 @@ CAPTION_FALLBACKS = (".txt", ".caption")  # what people have when nothing has th
 FACE_PIECES = 4  # "name_cx_cy_w_h": a face position in the file name, which the caption's name may lack
 NAMES_SHOWN = 5
 READ_TOGETHER = 256  # images between two looks at how slow the disk is
-SLOW_SECONDS = 0.0005  # of waiting per image, not of work: more means a slow disk
-SLOW_DISK_THREADS = 32
 
 ReadTask = tuple[str, str | None]  # image, caption file
 ReadResult = tuple[Header | BadImage, str | None | UnicodeDecodeError]
@@ -137,20 +134,12 @@ def scan_folder(
 
 
 def read_all(tasks: Sequence[ReadTask], name: str, all_lines: bool = False) -> Iterator[ReadResult]:
-    """Header and caption of each image; in threads where files answer slowly, as over a network.
-
-    From memory or a fast disk one thread is faster than many, which would take turns at the interpreter.
-    """
+    """Header and caption of each image."""
     read = functools.partial(_read, all_lines=all_lines)
-    with progress(f"reading {name}", len(tasks)) as bar, ThreadPoolExecutor(SLOW_DISK_THREADS) as pool:
-        waited = 0.0
+    with progress(f"reading {name}", len(tasks)) as bar, FileCalls() as calls:
         for start in range(0, len(tasks), READ_TOGETHER):
             chunk = tasks[start : start + READ_TOGETHER]
-            before = time.perf_counter() - time.thread_time()
-            is_slow = waited > SLOW_SECONDS * READ_TOGETHER
-            yield from [*(pool.map if is_slow else map)(read, chunk)]
-            if not is_slow:
-                waited = time.perf_counter() - time.thread_time() - before
+            yield from calls.results(read, chunk)
             bar.update(len(chunk))
 
 
@@ -167,7 +156,13 @@ def _read(task: ReadTask, *, all_lines: bool) -> ReadResult:
 
 
 def read_caption(path: str, *, all_lines: bool = False) -> str:
-    """The first line with text in it, stripped, or all of them; byte-order marks (UTF-8, UTF-16) are understood.
+    """The first line with text in it, stripped, or all of them; see :func:`read_text_file`."""
+    lines = [line.strip() for line in read_text_file(path).split("\n") if line.strip()]
+    return "\n".join(lines if all_lines else lines[:1])
+
+
+def read_text_file(path: str) -> str:
+    """The text of a file with "\\n" at the ends of lines; byte-order marks (UTF-8, UTF-16) are understood.
 
     Raises UnicodeDecodeError for text in other encodings, and OptionError where the file can't be read.
     """
@@ -180,8 +175,13 @@ def read_caption(path: str, *, all_lines: bool = False) -> str:
     text = raw.decode(encoding)
     if "\0" in text:  # UTF-16 without its mark, or UTF-32
         raise UnicodeDecodeError(encoding, raw, 0, len(raw), "holds NUL characters")
-    lines = [line.strip() for line in LINE_ENDS.split(text) if line.strip()]
-    return "\n".join(lines if all_lines else lines[:1])
+    return LINE_ENDS.sub("\n", text)
+
+
+def caption_files(names: Iterable[str], files: Sequence[str], extension: str) -> dict[str, str | None]:
+    """Image name -> name of its caption file among the `files` of the same folder; None where there is none."""
+    by_name = _by_caption_name(files)
+    return {name: _caption_name(name, by_name, extension) for name in names}
 
 
 def _by_caption_name(files: Sequence[str]) -> dict[str, str]:

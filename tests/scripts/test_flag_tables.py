@@ -15,13 +15,17 @@ import pytest
 import gen_img_diffusers
 import sdxl_train_network
 import train_network
-from library.cli import generation, training
+from finetune import merge_captions_to_metadata, merge_dd_tags_to_metadata
+from library.cli import generation, metadata_tools, training
 
 DATA = Path(__file__).parents[1] / "data"
 PARSERS = {
     "train_network": lambda: training.build_parser(train_network.SCRIPT),
     "sdxl_train_network": lambda: training.build_parser(sdxl_train_network.SCRIPT),
     "gen_img_diffusers": lambda: generation.build_parser(gen_img_diffusers.__doc__ or ""),
+    "merge_captions_to_metadata": merge_captions_to_metadata.TOOL.parser,
+    "merge_dd_tags_to_metadata": merge_dd_tags_to_metadata.TOOL.parser,
+    "clean_captions_and_tags": lambda: metadata_tools.clean_parser(None),
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
@@ -30,6 +34,9 @@ OWN = {
     "train_network": OF_TRAINING,
     "sdxl_train_network": OF_TRAINING | {"--text_variations"},
     "gen_img_diffusers": {"--no_half_vae"},  # in later versions of the trade's generator
+    "merge_captions_to_metadata": {"--on_missing_text"},
+    "merge_dd_tags_to_metadata": {"--on_missing_text"},
+    "clean_captions_and_tags": set(),
 }
 
 MORE_CHOICES = {  # values that the trade's scripts don't know, or only know in files
