@@ -129,7 +129,8 @@ class _Window:
             except RecursionError:
                 raise NotJSON("nested too deeply", self.line(), key) from None
             else:
-                if end < len(self.text) or not self._read_on():
+                enough = end + NEAR if isinstance(value, (int, float)) else end + 1  # "1." may become 1.5
+                if enough <= len(self.text) or not self._read_on():
                     self.at = end
                     return value
 

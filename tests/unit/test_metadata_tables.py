@@ -107,6 +107,12 @@ def test_pieces_of_any_size_make_the_same_object(content, chunk, indent):
         assert text.split("\n")[line - 1].lstrip(" {").startswith(json.dumps(key)) or indent is None
 
 
+def test_a_number_may_be_cut_anywhere(monkeypatch):
+    for chunk in range(1, 16):
+        monkeypatch.setattr(json_stream, "CHUNK", chunk)
+        assert [value for _, value, _ in object_entries(io.StringIO('{"a": -1.5e+10}'))] == [-1.5e10]
+
+
 @given(text=st.text('{}[]",:a1\\u \n-', max_size=20), chunk=st.integers(1, 25))
 @settings(deadline=None, max_examples=300)
 def test_the_stream_refuses_what_json_refuses(text, chunk):
