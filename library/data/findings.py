@@ -200,7 +200,7 @@ def find(
     tokens, longest = _captions(datasets, count_tokens)
     sizes = {image.record.path: image.record.num_bytes for folder in folders for image in folder.images}
     one_path = {key: path for path, key in reversed(file_keys(sizes).items())}  # a file under two names is no copy
-    equal = equal_files([(path, sizes[path]) for path in one_path.values()], usable_cores())
+    equal = equal_files([(path, sizes[path]) for path in one_path.values()], usable_cores(), scan.index)
     looks = {path: scan.looks[path] for path in one_path.values() if path in scan.looks}
     uses = (
         DatasetUse(number, dataset.config.batch_size, sizes_in_words(dataset.config))

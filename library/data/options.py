@@ -243,7 +243,13 @@ class CaptionOptions:
     shuffle_caption: bool = opt(False, help="shuffle the comma-separated parts of the caption")
     caption_extension: str = opt(".caption", parse=parse_extension, help="extension of caption files")
     cache_info: bool = opt(
-        False, help="note the images' sizes and captions in metadata_cache.json of their folder: quicker next time"
+        False, help="write the images' sizes and captions into metadata_cache.json of their folder, for other programs"
+    )
+    data_index: str = opt(
+        "auto",
+        choices=("auto", "on", "off"),
+        help="note what was read of images and captions in a hidden file of their folder, so that the next start is "
+        "quick; auto: in folders of 1000 files and more",
     )
     keep_tokens: int = opt(0, help="how many parts at the beginning are neither shuffled nor dropped")
     caption_prefix: str | None = opt(help="text put before every caption, with a blank")

@@ -15,6 +15,7 @@ Result = TypeVar("Result")
 
 SLOW_SECONDS = 0.0005  # of waiting per call, not of work: more means a slow disk
 SLOW_DISK_THREADS = 32
+BETWEEN_LOOKS = 256  # calls between two looks at how slow the files are
 
 
 class FileCalls(ThreadPoolExecutor):
@@ -25,10 +26,11 @@ class FileCalls(ThreadPoolExecutor):
         self.is_slow = False
 
     def results(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """The function's results, in the order of the items; a few hundred items at a time are best."""
-        if self.is_slow:
-            return list(self.map(function, items))
-        before = time.perf_counter() - time.thread_time()
-        results = list(map(function, items))
-        self.is_slow = time.perf_counter() - time.thread_time() - before > SLOW_SECONDS * len(items)
-        return results
+        """The function's results, in the order of the items."""
+        results: list[Result] = []
+        while not self.is_slow and len(results) < len(items):
+            chunk = items[len(results) : len(results) + BETWEEN_LOOKS]
+            before = time.perf_counter() - time.thread_time()
+            results += map(function, chunk)
+            self.is_slow = time.perf_counter() - time.thread_time() - before > SLOW_SECONDS * len(chunk)
+        return [*results, *self.map(function, items[len(results) :])]

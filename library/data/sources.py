@@ -6,7 +6,6 @@ per caption file.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from library.data.headers import BadImage, Header, read_header
-from library.data.info_cache import read_with_notes
+from library.data.index import DataIndex, Fact, now, stamp_of
 from library.data.listing import image_extensions, is_hidden, is_image, listing
 from library.data.progress import progress
 from library.data.slow_files import FileCalls
@@ -85,7 +84,8 @@ class FolderContents:
 
     def without(self, paths: Collection[str]) -> FolderContents:
         """The same, less these images."""
-        return replace(self, images=tuple(image for image in self.images if not _files_of(image) & set(paths)))
+        gone = frozenset(paths)
+        return replace(self, images=tuple(image for image in self.images if not _files_of(image) & gone))
 
 
 def _files_of(image: ImageRecord) -> set[str]:
@@ -98,24 +98,29 @@ def scan_folder(
     caption_extension: str,
     class_tokens: str | None,
     all_lines: bool = False,
-    cache_info: bool = False,
+    index: DataIndex | None = None,
+    index_policy: str = "auto",
 ) -> FolderContents:
     """The images directly in `folder`, sorted by name, with sizes and captions.
 
     Captions are the first line with text of their files, or, with `all_lines`, all those lines. An image without a
     caption file gets `class_tokens`, or the empty caption. When no image has a caption file of `caption_extension` but
-    there are .txt or .caption files, those are used. With `cache_info`, what was read before and has not changed since
-    comes from the folder's metadata_cache.json. Raises OptionError for a folder that can't be looked into.
+    there are .txt or .caption files, those are used. What the `index` knows of the folder's files is not read again;
+    `index_policy` says whether it takes up the folder (--data_index). Raises OptionError for a folder that can't be
+    looked into.
     """
     files, broken, passed_over = listing(folder)
     names = [name for name in files if is_image(name)]
     by_name = _by_caption_name(files)
     extension = _extension_in_use(names, by_name, caption_extension)
     base = os.path.join(folder, "")
-    files_of = [(base + name, _caption_name(name, by_name, extension)) for name in names]
-    tasks = [(path, base + caption if caption else None) for path, caption in files_of]
-    read = functools.partial(read_all, name=folder.name, all_lines=all_lines)
-    results = read_with_notes(folder, tasks, read, all_lines=all_lines) if cache_info else read(tasks)
+    captions = (_caption_name(name, by_name, extension) for name in names)
+    tasks = [(base + name, base + caption if caption else None) for name, caption in zip(names, captions, strict=True)]
+    del by_name
+    if index is not None:
+        index.use(folder, index_policy, len(files))
+        index.keep_only(folder, files)
+    results = read_all(tasks, folder.name, all_lines, index)
     images, uncaptioned, unreadable = [], [], []
     for (path, caption_path), (header, caption) in zip(tasks, results, strict=True):
         if isinstance(header, BadImage):
@@ -133,24 +138,61 @@ def scan_folder(
     return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable), passed_over)
 
 
-def read_all(tasks: Sequence[ReadTask], name: str, all_lines: bool = False) -> Iterator[ReadResult]:
-    """Header and caption of each image."""
-    read = functools.partial(_read, all_lines=all_lines)
+def read_all(
+    tasks: Sequence[ReadTask], name: str, all_lines: bool = False, index: DataIndex | None = None
+) -> Iterator[ReadResult]:
+    """Header and caption of each image; what the `index` knows comes from there, what it doesn't is noted in it."""
+    index = index or DataIndex()
     with progress(f"reading {name}", len(tasks)) as bar, FileCalls() as calls:
         for start in range(0, len(tasks), READ_TOGETHER):
             chunk = tasks[start : start + READ_TOGETHER]
-            yield from calls.results(read, chunk)
+            for header, text in known_or_read(chunk, index, calls):
+                yield header, text.split("\n", 1)[0] if isinstance(text, str) and not all_lines else text
             bar.update(len(chunk))
+    index.flush()
 
 
-def _read(task: ReadTask, *, all_lines: bool) -> ReadResult:
+def known_or_read(tasks: Sequence[ReadTask], index: DataIndex, calls: FileCalls) -> Iterator[ReadResult]:
+    """Headers and whole captions of a few hundred or thousand images; see :func:`read_all`."""
+    if not any(index.has(image) for image, _ in tasks):
+        yield from calls.results(_read, tasks)
+        return
+    files = [file for task in tasks for file in task if file is not None and index.has(file)]
+    stamps = dict(zip(files, calls.results(stamp_of, files), strict=True))
+    headers = index.known(Fact.HEADER, {image: stamps.get(image) for image, _ in tasks})
+    texts = index.known(Fact.CAPTION, {text: stamps.get(text) for _, text in tasks if text is not None})
+    known = {task: result for task in tasks if (result := _from_facts(task, headers, texts)) is not None}
+    since = now()
+    fresh = [task for task in tasks if task not in known]
+    for task, result in zip(fresh, calls.results(_read, fresh), strict=True):
+        known[task] = result
+        (image, text_path), (header, text) = task, result
+        if isinstance(header, Header):
+            index.note(Fact.HEADER, image, header.packed(), since, stamps.get(image))
+        if text_path is not None and isinstance(text, str):
+            index.note(Fact.CAPTION, text_path, text.encode(), since, stamps.get(text_path))
+    yield from (known[task] for task in tasks)
+
+
+def _from_facts(task: ReadTask, headers: Mapping[str, bytes], texts: Mapping[str, bytes]) -> ReadResult | None:
+    image, text_path = task
+    if image not in headers or not (text_path is None or text_path in texts):
+        return None
+    header = Header.unpacked(headers[image])
+    try:
+        return None if header is None else (header, None if text_path is None else texts[text_path].decode())
+    except UnicodeDecodeError:
+        return None
+
+
+def _read(task: ReadTask) -> ReadResult:
     image_path, caption_path = task
     try:
         header = read_header(image_path)
     except BadImage as error:
         return error, None
     try:
-        return header, read_caption(caption_path, all_lines=all_lines) if caption_path else None
+        return header, read_caption(caption_path, all_lines=True) if caption_path else None
     except UnicodeDecodeError as error:
         return header, error
 
@@ -186,11 +228,16 @@ def caption_files(names: Iterable[str], files: Sequence[str], extension: str) ->
 
 def _by_caption_name(files: Sequence[str]) -> dict[str, str]:
     """Name -> file, for names as they are, composed, and with their extension in lower case."""
-    by_name: dict[str, str] = {}
-    for name in files:
-        stem, extension = os.path.splitext(composed(name))
-        by_name.setdefault(stem + extension.lower(), name)
-    return by_name | {composed(name): name for name in files} | {name: name for name in files}
+    by_name = {name: name for name in files}
+    for spelling in (composed, _with_small_extension):
+        for name in files:
+            by_name.setdefault(spelling(name), name)
+    return by_name
+
+
+def _with_small_extension(name: str) -> str:
+    stem, extension = os.path.splitext(composed(name))
+    return stem + extension.lower()
 
 
 def composed(name: str) -> str:
