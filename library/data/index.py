@@ -69,26 +69,14 @@ class FolderIndex:
 
     def known(self, fact: Fact, stamps: Mapping[str, Stamp]) -> dict[str, bytes]:
         """The facts that hold of the files of these names."""
-        found: dict[str, bytes] = {}
         if not os.path.exists(self.path):
-            return found
-        names = list(stamps)
+            return {}
         try:
             with closing(self._connected("ro")) as connection:
-                if _version(connection) != VERSION:
-                    return found
-                for start in range(0, len(names), ASKED_TOGETHER):
-                    chunk = names[start : start + ASKED_TOGETHER]
-                    marks = ",".join("?" * len(chunk))
-                    query = (
-                        f"SELECT name, bytes, modified, changed, value FROM facts WHERE kind=? AND name IN ({marks})"
-                    )
-                    for name, *stamp, value in connection.execute(query, (int(fact), *chunk)):
-                        if tuple(stamp) == stamps[name] and isinstance(value, bytes):
-                            found[name] = value
+                return dict(_holding(connection, fact, stamps)) if _version(connection) == VERSION else {}
         except sqlite3.Error as error:
             logger.debug("%s can't be read (%s)", self.path, error)
-        return found
+            return {}
 
     def note(self, fact: Fact, name: str, stamp: Stamp | None, value: bytes, since: int) -> None:
         """Keep a fact that was read after `since` (time.time_ns()), if its file had come to rest by then."""
@@ -144,6 +132,17 @@ class FolderIndex:
     def _connected(self, mode: str) -> sqlite3.Connection:
         address = f"{Path(self.path).absolute().as_uri()}?mode={mode}"
         return sqlite3.connect(address, timeout=WAIT_SECONDS, isolation_level=None, uri=True)
+
+
+def _holding(connection: sqlite3.Connection, fact: Fact, stamps: Mapping[str, Stamp]) -> Iterator[tuple[str, bytes]]:
+    names = list(stamps)
+    for start in range(0, len(names), ASKED_TOGETHER):
+        chunk = names[start : start + ASKED_TOGETHER]
+        marks = ",".join("?" * len(chunk))
+        query = f"SELECT name, bytes, modified, changed, value FROM facts WHERE kind=? AND name IN ({marks})"
+        for name, *stamp, value in connection.execute(query, (int(fact), *chunk)):
+            if tuple(stamp) == stamps[name] and isinstance(value, bytes):
+                yield name, value
 
 
 def _version(connection: sqlite3.Connection) -> int:
