@@ -1,7 +1,8 @@
 """A large folder of images: how long a start takes until the data are ready, and how much memory, with an index.
 
-Tiny PNGs with captions in one folder (hard links to a hundred pictures; every tenth caption has an image of its own
-content). Each start is a process of its own; the file system is warm, as it is when a run is started again.
+Tiny PNGs with captions in one folder: a thousand pictures; of the others every tenth is a file of its own content, the
+rest are hard links to these. Each start is a process of its own; the file system is warm, as it is when a run is started
+again.
 
 Run: python benchmarks/bench_index.py [number of images]
 """
@@ -27,7 +28,7 @@ from tests.tiny_data import tiny_image
 
 BUCKETS = BucketOptions((512, 512), enable_bucket=True)
 SIZES = ((64, 64), (96, 64), (64, 96))
-PICTURES = 100
+PICTURES = 1000
 STAGES = ("list, sizes, captions, check, samples", "equal files, look-alikes, lengths", "both", "memory")
 
 

@@ -158,6 +158,8 @@ def _joined(pairs: Iterable[tuple[int, int]]) -> list[set[int]]:
     """Groups of numbers that are connected by pairs."""
     group_of: dict[int, set[int]] = {}
     for a, b in pairs:
+        if a in group_of and group_of[a] is group_of.get(b):
+            continue
         small, large = sorted((group_of.get(a, {a}), group_of.get(b, {b})), key=len)
         large |= small
         for member in (*small, a, b):
