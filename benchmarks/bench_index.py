@@ -1,8 +1,8 @@
 """A large folder of images: how long a start takes until the data are ready, and how much memory, with an index.
 
 Tiny PNGs with captions in one folder: a thousand pictures; of the others every tenth is a file of its own content, the
-rest are hard links to these. Each start is a process of its own; the file system is warm, as it is when a run is started
-again.
+rest are hard links to these. Each start is a process of its own; the file system is warm, as it is when a run is
+started again.
 
 Run: python benchmarks/bench_index.py [number of images]
 """

@@ -68,7 +68,7 @@ class SourceOptions:
     reg_data_dir: str | None = opt(help="regularisation images, in sub-folders named <repeats>_<class>")
     dataset_config: Path | None = opt(help="dataset file (.toml or .json) in place of --train_data_dir")
     in_json: str | None = opt(
-        help="metadata file (.json or .jsonl) with captions and tags; its images are in --train_data_dir"
+        help="metadata file (.json, .jsonl or .parquet) with captions and tags; its images are in --train_data_dir"
     )
     dataset_repeats: int = opt(
         1, help="how often every image is shown per epoch, where neither a folder's name nor the dataset file says it"
@@ -107,7 +107,8 @@ class FolderOptions:
     class_tokens: str | None = opt(help="caption of images that have no caption file")
     is_reg: bool = opt(False, help="regularisation images")
     metadata_file: Path | None = opt(
-        parse=path_of, help="metadata file (.json or .jsonl): its entries name images and give captions and tags"
+        parse=path_of,
+        help="metadata file (.json, .jsonl or .parquet): its entries name images and give captions and tags",
     )
     custom_attributes: dict[str, Any] | None = opt(
         parse=parse_table, help="a table of your own; kept with the subset, changes nothing"

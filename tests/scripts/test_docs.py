@@ -13,7 +13,8 @@ import pytest
 
 import sdxl_train_network
 import train_network
-from library.cli import config_file, generation, training
+from finetune import merge_captions_to_metadata
+from library.cli import config_file, generation, metadata_tools, training
 from library.cli.legacy import LegacyOptions
 from library.cli.reference import options_page
 from library.data import dataset_file
@@ -81,7 +82,9 @@ def test_pictures_are_small_and_shown():
 
 
 def known_flags() -> set[str]:
-    parsers = (training.build_parser(train_network.SCRIPT), generation.build_parser(""))
+    tools = (merge_captions_to_metadata.TOOL.parser(), metadata_tools.clean_parser(None))
+    trainers = map(training.build_parser, (train_network.SCRIPT, sdxl_train_network.SCRIPT))
+    parsers = (*trainers, generation.build_parser(""), *tools)
     in_prompts = {f"--{name}" for name in PREVIEW_LINE_OPTIONS}
     return OF_OTHERS.union(in_prompts, *(parser._option_string_actions for parser in parsers))
 
