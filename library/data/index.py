@@ -105,6 +105,7 @@ class FolderIndex:
                 if _version(connection) == VERSION:
                     rows = connection.execute("SELECT DISTINCT name FROM facts WHERE kind IN (1, 2)")
                     gone = [(name,) for (name,) in rows if name not in there]
+                    connection.execute("BEGIN IMMEDIATE")
                     with connection:
                         connection.executemany("DELETE FROM facts WHERE name=? AND kind IN (1, 2, 3, 4)", gone)
         except sqlite3.Error as error:

@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.data import json_stream
+from library.data.config import load_configs
+from library.data.dataset import TrainingData
 from library.data.json_stream import NoObject, NotJSON, object_entries
 from library.data.metadata_tables import image_tables, write_tables
+from library.data.options import AugmentOptions, BucketOptions, CaptionOptions, LoaderOptions, SourceOptions
 from library.options import OptionError
+from tests.tiny_data import tiny_images
 
 TABLES = {
     "a": {"caption": 'größe "x"\n\u2028', "tags": "x, y"},
@@ -141,3 +145,22 @@ def test_memory_stays_flat(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert path.stat().st_size > 10_000_000 > peak
+
+
+@pytest.mark.parametrize("extension", [".jsonl", ".parquet"])
+def test_every_form_gives_the_same_training_data(tmp_path, extension):
+    if extension == ".parquet":
+        pytest.importorskip("pyarrow")
+    tiny_images(tmp_path / "images", 3, captions=[])
+    tables = {
+        "image_000": {"caption": "größe", "tags": "x"},
+        "image_002": {"train_resolution": [64, 128]},
+        "image_001": {},
+    }
+    digests = []
+    for path in (tmp_path / "m.json", tmp_path / f"m{extension}"):
+        write_tables(path, tables.items(), "out_json")
+        source = SourceOptions(str(tmp_path / "images"), in_json=str(path))
+        configs = load_configs(source, BucketOptions((64, 64)), CaptionOptions(), AugmentOptions(), LoaderOptions(2))
+        digests.append(TrainingData.build(configs, seed=0, on_bad_image="stop").digest())
+    assert digests[0] == digests[1]
