@@ -174,16 +174,15 @@ class DataIndex:
 
     def known(self, fact: Fact, stamps: Mapping[str, Stamp | None]) -> dict[str, bytes]:
         """By path: the facts that hold."""
-        if not self._folders:
-            return {}
-        by_folder: dict[str, dict[str, Stamp]] = {}
+        by_folder: dict[str, tuple[dict[str, Stamp], dict[str, str]]] = {}  # stamps and paths by name
         for path, stamp in stamps.items():
             folder, name = os.path.split(path)
             if stamp is not None and folder in self._folders:
-                by_folder.setdefault(folder, {})[name] = stamp
+                of_names, paths = by_folder.setdefault(folder, ({}, {}))
+                of_names[name], paths[name] = stamp, path
         return {
-            os.path.join(folder, name): value
-            for folder, of_names in by_folder.items()
+            paths[name]: value
+            for folder, (of_names, paths) in by_folder.items()
             for name, value in self._folders[folder].known(fact, of_names).items()
         }
 

@@ -157,7 +157,7 @@ def known_or_read(tasks: Sequence[ReadTask], index: DataIndex, calls: FileCalls)
     if not any(index.has(image) for image, _ in tasks):
         yield from calls.results(_read, tasks)
         return
-    files = [file for task in tasks for file in task if file is not None and index.has(file)]
+    files = [file for task in tasks for file in task if file is not None]
     stamps = dict(zip(files, calls.results(stamp_of, files), strict=True))
     headers = index.known(Fact.HEADER, {image: stamps.get(image) for image, _ in tasks})
     texts = index.known(Fact.CAPTION, {text: stamps.get(text) for _, text in tasks if text is not None})
@@ -229,8 +229,9 @@ def caption_files(names: Iterable[str], files: Sequence[str], extension: str) ->
 def _by_caption_name(files: Sequence[str]) -> dict[str, str]:
     """Name -> file, for names as they are, composed, and with their extension in lower case."""
     by_name = {name: name for name in files}
+    odd = [name for name in files if not name.isascii() or name != name.lower()]  # others have one spelling
     for spelling in (composed, _with_small_extension):
-        for name in files:
+        for name in odd:
             by_name.setdefault(spelling(name), name)
     return by_name
 
@@ -255,6 +256,8 @@ def _extension_in_use(names: Sequence[str], files: Mapping[str, str], asked: str
 def _caption_name(image_name: str, files: Mapping[str, str], extension: str) -> str | None:
     """The caption file of an image, whose extension may be in capitals; `files` as of :func:`_by_caption_name`."""
     stem = os.path.splitext(image_name)[0]
+    if (usual := stem + extension) in files:
+        return files[usual]
     pieces = stem.split("_")
     stems = [stem, "_".join(pieces[:-FACE_PIECES])] if len(pieces) > FACE_PIECES else [stem]
     tries = [stem + ending for stem in stems for ending in (extension, extension.lower())]
