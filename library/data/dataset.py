@@ -15,10 +15,13 @@ from library.data.assembly import Assembly
 from library.data.batch import Batch, Position
 from library.data.cache import Encode, JoinedLatents, LatentStore, fill_disk, fill_memory
 from library.data.cache_files import CacheItem, decoded_before
+from library.data.checked_images import find_broken_images, known_whole
 from library.data.config import DatasetConfig, SubsetConfig, check_cacheable
 from library.data.face_crop import report_faces
 from library.data.given_latents import datasets_with_latents, given_latents
-from library.data.images import find_broken, usable_cores
+from library.data.images import usable_cores
+from library.data.index import DataIndex
+from library.data.info_cache import write_info
 from library.data.inspect import ShownSample, shown_samples
 from library.data.loading import RunFacts, Samples, load_batches
 from library.data.lookalikes import Looks
@@ -73,7 +76,8 @@ class TrainingData:
         beside the images to train on is in `scan`.
         """
         subsets = [subset for config in configs for subset in config.subsets]
-        found = [_scan(subset) for subset in subsets]
+        index = DataIndex()
+        found = [_scan(subset, index) for subset in subsets]
         report_captions(zip(found, (subset.caption.caption_extension for subset in subsets), strict=True))
         found, broken_masks = with_mask_files(found, subsets)
         found = under_one_name(found)
@@ -81,10 +85,12 @@ class TrainingData:
         images, items = placed_images(configs, found, with_latents)
         broken = {path: reason for contents in found for path, reason in contents.broken.items()} | unusable
         broken |= broken_masks
-        unchecked = {item.path: None for item in items if _needs_a_look(item)}
-        unchecked |= {image.record.mask.path: None for image in images if image.record.mask}
         looks = Looks()
-        broken |= find_broken(unchecked, looks.note)
+        for path, look in known_whole((item.path for item in items if item.has_image), index):
+            looks.add(path, look)
+        unchecked = {item.path: None for item in items if item.path not in looks.by_path and _needs_a_look(item)}
+        unchecked |= {image.record.mask.path: None for image in images if image.record.mask}
+        broken |= find_broken_images(unchecked, looks, index)
         if on_bad_image == "stop":
             refuse_broken(broken)
         if broken:
@@ -110,7 +116,7 @@ class TrainingData:
             raise OptionError("training images", f"none left to train on in {looked_at}", way_out)
         _report_unused(datasets)
         data = cls(datasets, items, assembly.samples(seed), validation)
-        data.scan = Scan(tuple(found), broken, looks.by_path)
+        data.scan = Scan(tuple(found), broken, looks.by_path, index)
         return data
 
     # ------------------------------------------------------------------------------------------ facts
@@ -277,7 +283,7 @@ def _without_place(config: DatasetConfig) -> DatasetConfig:
         replace(
             subset,
             folder=replace(subset.folder, image_dir=None, metadata_file=None, custom_attributes=None),
-            caption=replace(subset.caption, cache_info=False),
+            caption=replace(subset.caption, cache_info=False, data_index="auto"),
             masks=replace(subset.masks, conditioning_data_dir=None),
         )
         for subset in config.subsets
@@ -313,17 +319,27 @@ def _needs_a_look(item: CacheItem) -> bool:
     return item.has_image and item.given_with is None and not decoded_before(item.path, item.npz)
 
 
-def _scan(subset: SubsetConfig) -> FolderContents:
+def _scan(subset: SubsetConfig, index: DataIndex) -> FolderContents:
+    options = subset.caption
     if subset.is_metadata:
-        options = subset.caption
-        return scan_metadata(subset.source, subset.image_dir, between=options.joint, all_lines=options.enable_wildcard)
+        return scan_metadata(
+            subset.source,
+            subset.image_dir,
+            between=options.joint,
+            all_lines=options.enable_wildcard,
+            index=index,
+            index_policy=options.data_index,
+        )
     contents = scan_folder(
         subset.image_dir,
-        caption_extension=subset.caption.caption_extension,
+        caption_extension=options.caption_extension,
         class_tokens=subset.folder.class_tokens,
-        all_lines=subset.caption.enable_wildcard,
-        cache_info=subset.caption.cache_info,
+        all_lines=options.enable_wildcard,
+        index=index,
+        index_policy=options.data_index,
     )
+    if options.cache_info:
+        write_info(subset.image_dir, contents.images)
     if not (contents.images or contents.broken or contents.unreadable_captions):
         logger.warning("%s: no images, passed over", subset.image_dir)
     return contents

@@ -68,7 +68,7 @@ class SourceOptions:
     reg_data_dir: str | None = opt(help="regularisation images, in sub-folders named <repeats>_<class>")
     dataset_config: Path | None = opt(help="dataset file (.toml or .json) in place of --train_data_dir")
     in_json: str | None = opt(
-        help="metadata file (.json or .jsonl) with captions and tags; its images are in --train_data_dir"
+        help="metadata file (.json, .jsonl or .parquet) with captions and tags; its images are in --train_data_dir"
     )
     dataset_repeats: int = opt(
         1, help="how often every image is shown per epoch, where neither a folder's name nor the dataset file says it"
@@ -107,7 +107,8 @@ class FolderOptions:
     class_tokens: str | None = opt(help="caption of images that have no caption file")
     is_reg: bool = opt(False, help="regularisation images")
     metadata_file: Path | None = opt(
-        parse=path_of, help="metadata file (.json or .jsonl): its entries name images and give captions and tags"
+        parse=path_of,
+        help="metadata file (.json, .jsonl or .parquet): its entries name images and give captions and tags",
     )
     custom_attributes: dict[str, Any] | None = opt(
         parse=parse_table, help="a table of your own; kept with the subset, changes nothing"
@@ -243,7 +244,13 @@ class CaptionOptions:
     shuffle_caption: bool = opt(False, help="shuffle the comma-separated parts of the caption")
     caption_extension: str = opt(".caption", parse=parse_extension, help="extension of caption files")
     cache_info: bool = opt(
-        False, help="note the images' sizes and captions in metadata_cache.json of their folder: quicker next time"
+        False, help="write the images' sizes and captions into metadata_cache.json of their folder, for other programs"
+    )
+    data_index: str = opt(
+        "auto",
+        choices=("auto", "on", "off"),
+        help="note what was read of images and captions in a hidden file of their folder, so that the next start is "
+        "quick; auto: in folders of 1000 files and more",
     )
     keep_tokens: int = opt(0, help="how many parts at the beginning are neither shuffled nor dropped")
     caption_prefix: str | None = opt(help="text put before every caption, with a blank")

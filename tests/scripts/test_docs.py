@@ -17,7 +17,8 @@ import sdxl_train
 import sdxl_train_network
 import train_db
 import train_network
-from library.cli import config_file, generation, training
+from finetune import merge_captions_to_metadata
+from library.cli import config_file, generation, metadata_tools, training
 from library.cli.legacy import LegacyOptions
 from library.cli.reference import options_page
 from library.data import dataset_file
@@ -92,7 +93,8 @@ def test_pictures_are_small_and_shown():
 
 
 def known_flags() -> set[str]:
-    parsers = [*map(training.build_parser, SCRIPTS.values()), generation.build_parser("")]
+    tools = (merge_captions_to_metadata.TOOL.parser(), metadata_tools.clean_parser(None))
+    parsers = [*map(training.build_parser, SCRIPTS.values()), generation.build_parser(""), *tools]
     in_prompts = {f"--{name}" for name in PREVIEW_LINE_OPTIONS}
     return OF_OTHERS.union(in_prompts, *(parser._option_string_actions for parser in parsers))
 

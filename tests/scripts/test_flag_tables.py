@@ -18,7 +18,8 @@ import sdxl_train
 import sdxl_train_network
 import train_db
 import train_network
-from library.cli import generation, training
+from finetune import merge_captions_to_metadata, merge_dd_tags_to_metadata
+from library.cli import generation, metadata_tools, training
 
 DATA = Path(__file__).parents[1] / "data"
 PARSERS = {
@@ -28,9 +29,13 @@ PARSERS = {
     "fine_tune": lambda: training.build_parser(fine_tune.SCRIPT),
     "sdxl_train": lambda: training.build_parser(sdxl_train.SCRIPT),
     "gen_img_diffusers": lambda: generation.build_parser(gen_img_diffusers.__doc__ or ""),
+    "merge_captions_to_metadata": merge_captions_to_metadata.TOOL.parser,
+    "merge_dd_tags_to_metadata": merge_dd_tags_to_metadata.TOOL.parser,
+    "clean_captions_and_tags": lambda: metadata_tools.clean_parser(None),
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
+    "--data_index",
 }  # fmt: skip
 # flags that the trade gave to its scripts for networks alone
 OF_NETWORKS = {
@@ -45,6 +50,9 @@ OWN = {
     "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
     "gen_img_diffusers": {"--no_half_vae"},  # in later versions of the trade's generator
+    "merge_captions_to_metadata": {"--on_missing_text"},
+    "merge_dd_tags_to_metadata": {"--on_missing_text"},
+    "clean_captions_and_tags": set(),
 }
 
 MORE_CHOICES = {  # values that the trade's scripts don't know, or only know in files
