@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,16 +46,29 @@ def sdxl_train_network(**options) -> int:
     return run_script(entry, options)
 
 
+def caching_tool(name: str, **options) -> int:
+    """tools/<name>.py in this process; returns the exit code."""
+    from library.cli.caching import run
+
+    entry = importlib.import_module(f"tools.{name}")
+    return _alone(lambda: run(entry.TOOL, flags(**options)))
+
+
 def run_script(entry: ModuleType, options: Mapping[str, Any]) -> int:
     """A training script in this process; returns the exit code."""
     from library.cli.training import run
 
+    return _alone(lambda: run(entry.SCRIPT, flags(**options)))
+
+
+def _alone(action: Callable[[], int]) -> int:
+    """As if in a process of its own: what `action` returns, or the exit code that a parser ends it with."""
     PartialState._reset_state()
     AcceleratorState._reset_state(True)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        return run(entry.SCRIPT, flags(**options))
+        return action()
     except SystemExit as end:  # as the parser ends a program
         return int(end.code or 0)
     finally:

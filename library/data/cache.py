@@ -32,6 +32,7 @@ from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
+UNTRUSTED = "of another program, which does not say what made them"
 NOISE_SEED = 0  # the posterior's noise follows from the image alone, so that a cache serves every run
 
 Encode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # images_BCHW [-1, 1], noise_BCHW -> latents_BCHW
@@ -162,20 +163,23 @@ def fill_disk(
     *,
     vae_fingerprint: str,
     is_checked: bool = True,
+    trusts_others: bool = True,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> DiskLatents:
     """Encode what has no valid cache file, every process its own share of the groups.
 
     A group with one missing file is encoded whole, as it was the first time, but only that file is written. Without
-    `is_checked`, every file that is there counts as valid. The caller lets the processes wait for each other
-    afterwards.
+    `is_checked`, every file that is there counts as valid; without `trusts_others`, none that another program wrote.
+    The caller lets the processes wait for each other afterwards.
     """
     items = under_found_names(items, vae_fingerprint, is_checked=is_checked)
     imageless = [index for index, item in enumerate(items) if not item.has_image]
     groups = _groups(items, batch_size, imageless)[process_index::num_processes]
     share = sorted([*imageless, *(index for group in groups for index in group)])
     states = states_of(items, share, vae_fingerprint, is_checked=is_checked)
+    if not trusts_others:
+        states = {index: _if_ours(state) if items[index].has_image else state for index, state in states.items()}
     needed = {index for index in share if states[index].reason not in VALID}
     refuse_without_image({items[index].npz: states[index].reason for index in imageless if index in needed})
     _refuse_foreign_files([items[index].npz for index in share if states[index].reason == NOT_OURS])
@@ -216,6 +220,10 @@ def states_of(
             states[index] = state._replace(restamped=None)
             bar.update()
     return states
+
+
+def _if_ours(state: State) -> State:
+    return state._replace(reason=UNTRUSTED) if state.reason == "of another program" else state
 
 
 # ---------------------------------------------------------------------------------------------- encoding

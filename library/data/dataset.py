@@ -39,6 +39,7 @@ from library.data.sources import (
 from library.data.summary import LoadedDataset, metadata
 from library.data.text_cache import EncodeText, MemoryTexts, TextStore
 from library.data.text_cache_check import check_text_cacheable
+from library.data.text_cache_files import TextItem
 from library.data.text_cache_options import TextCacheOptions
 from library.data.text_items import text_items
 from library.data.validation_set import ValidationSet, split_images, with_own_items
@@ -66,11 +67,13 @@ class TrainingData:
         self._texts: TextStore | None = None
 
     @classmethod
-    def build(cls, configs: Sequence[DatasetConfig], *, seed: int, on_bad_image: str) -> TrainingData:
+    def build(
+        cls, configs: Sequence[DatasetConfig], *, seed: int, on_bad_image: str, checks_images: bool = True
+    ) -> TrainingData:
         """Find the images, read captions, check every image to its last byte, and sort them into buckets.
 
         `on_bad_image` "stop": all broken images in one OptionError; "skip": the run does without. What was found
-        beside the images to train on is in `scan`.
+        beside the images to train on is in `scan`. Without `checks_images` no image is decoded.
         """
         subsets = [subset for config in configs for subset in config.subsets]
         found = [_scan(subset) for subset in subsets]
@@ -84,7 +87,7 @@ class TrainingData:
         unchecked = {item.path: None for item in items if _needs_a_look(item)}
         unchecked |= {image.record.mask.path: None for image in images if image.record.mask}
         looks = Looks()
-        broken |= find_broken(unchecked, looks.note)
+        broken |= find_broken(unchecked if checks_images else (), looks.note)
         if on_bad_image == "stop":
             refuse_broken(broken)
         if broken:
@@ -180,7 +183,14 @@ class TrainingData:
     # ------------------------------------------------------------------------------------------ latents
 
     def cache_latents(
-        self, encode: Encode, fingerprint: str, cache: CacheOptions, *, process_index: int = 0, num_processes: int = 1
+        self,
+        encode: Encode,
+        fingerprint: str,
+        cache: CacheOptions,
+        *,
+        trusts_others: bool = True,
+        process_index: int = 0,
+        num_processes: int = 1,
     ) -> None:
         """Encode all images, or take latents from valid cache files; batches then hold latents.
 
@@ -188,7 +198,8 @@ class TrainingData:
 
         `encode` turns images (B, 3, H, W) in [-1, 1] and noise (B, 4, H/8, W/8) into unscaled latents, shaped like
         the noise; `fingerprint` identifies the VAE's weights. On disk every process encodes its own share: let them
-        wait for each other before the first batch. In memory every process encodes everything.
+        wait for each other before the first batch. In memory every process encodes everything. `trusts_others` as in
+        :func:`library.data.cache.fill_disk`.
         """
         check_cacheable([dataset.config for dataset in self.datasets], cache)
 
@@ -206,6 +217,7 @@ class TrainingData:
                 cache.vae_batch_size,
                 vae_fingerprint=fingerprint,
                 is_checked=is_checked,
+                trusts_others=trusts_others,
                 process_index=process_index,
                 num_processes=num_processes,
             )
@@ -214,7 +226,16 @@ class TrainingData:
         if self.validation is not None:
             self.validation.store = filled(self.validation.items)
 
+    def cache_items(self) -> list[CacheItem]:
+        """What each file of cached latents is of, those of validation among them."""
+        return [*self._items, *(self.validation.items if self.validation else ())]
+
     # ------------------------------------------------------------------------------------------ text
+
+    def text_items(self, num_versions: int | None) -> list[TextItem]:
+        """What each file of cached text is of, those of validation among them."""
+        parts = [self._samples, *([self.validation.samples] if self.validation else ())]
+        return [item for samples in parts for item in text_items(samples, num_versions)]
 
     def cache_texts(
         self,
@@ -223,6 +244,7 @@ class TrainingData:
         cache: TextCacheOptions,
         *,
         is_checked: bool = True,
+        trusts_others: bool = True,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -242,6 +264,7 @@ class TrainingData:
                 encode,
                 encoders,
                 is_checked=is_checked,
+                trusts_others=trusts_others,
                 process_index=process_index,
                 num_processes=num_processes,
             )
