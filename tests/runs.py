@@ -51,17 +51,17 @@ def caching_tool(name: str, **options) -> int:
     from library.cli.caching import run
 
     entry = importlib.import_module(f"tools.{name}")
-    return _alone(lambda: run(entry.TOOL, flags(**options)))
+    return alone(lambda: run(entry.TOOL, flags(**options)))
 
 
 def run_script(entry: ModuleType, options: Mapping[str, Any]) -> int:
     """A training script in this process; returns the exit code."""
     from library.cli.training import run
 
-    return _alone(lambda: run(entry.SCRIPT, flags(**options)))
+    return alone(lambda: run(entry.SCRIPT, flags(**options)))
 
 
-def _alone(action: Callable[[], int]) -> int:
+def alone(action: Callable[[], int]) -> int:
     """As if in a process of its own: what `action` returns, or the exit code that a parser ends it with."""
     PartialState._reset_state()
     AcceleratorState._reset_state(True)
@@ -83,11 +83,12 @@ def script(name: str, *words: str, **kwargs) -> subprocess.CompletedProcess[str]
     )
 
 
-def in_two_processes(name: str, **options) -> None:
+def in_two_processes(name: str, *words: object, **options) -> None:
     """A script as accelerate starts it on two processes of the CPU."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / name, *flags(**options),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / name,
+        *words, *flags(**options),
     ]  # fmt: skip
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)

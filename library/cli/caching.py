@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from library.cli import foreign, legacy
 from library.cli.config_file import config_path, read_config_file
 from library.cli.console import start_console
 from library.cli.ending import Ending
+from library.cli.stopping import stoppable
 from library.cli.training import FileOptions
 from library.data.options import (
     AugmentOptions,
@@ -49,7 +47,6 @@ from library.train.output_options import LoggingOptions, ModelSavingOptions, Sav
 
 logger = logging.getLogger(__name__)
 
-TERMINATED = 143  # exit code, 128 + SIGTERM
 # the options of training that decide what a cache holds, by field of RunConfig: whole groups, or these of them
 WHOLE: dict[str, type] = {
     "model": ModelOptions, "attention": AttentionOptions, "text": TextOptions, "source": SourceOptions,
@@ -73,12 +70,8 @@ OF_TRAINING: tuple[type, ...] = (
 class Tool:
     """What a caching tool is."""
 
-    description: str
+    description: str | None
     caches: str  # "latents" | "texts"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has arrived."""
 
 
 def main(tool: Tool, argv: Sequence[str] | None = None) -> None:
@@ -95,7 +88,7 @@ def run(tool: Tool, argv: Sequence[str] | None = None) -> int:
         start_console(config.logging.console_log_level, config.logging.console_log_file)
         for note in notes:
             logger.warning(note)
-        with _stoppable(ending):
+        with stoppable(ending):
             result = _work(tool, check_caching(config, options))
     return ending.code or result
 
@@ -104,25 +97,6 @@ def _work(tool: Tool, checked: CheckedCaching) -> int:
     from library.train import caching  # brings torch
 
     return (caching.cache_latents if tool.caches == "latents" else caching.cache_texts)(checked)
-
-
-@contextmanager
-def _stoppable(ending: Ending) -> Iterator[None]:
-    """Inside the block SIGTERM stops as Ctrl-C does, with its own exit code: files under way are written to the end."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        logger.warning("stopped: what has been cached stays, and the same command goes on from there")
-        if not isinstance(error, Terminated):
-            raise
-        ending.code = TERMINATED
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # ---------------------------------------------------------------------------------------------- options

@@ -11,7 +11,7 @@ from library.checkpoints.probe import VAE_FLAG, check_vae
 from library.cli.console import start_console
 from library.cli.ending import Ending
 from library.cli.stopping import stoppable
-from library.data.metadata_file import read_metadata
+from library.data.metadata_file import metadata_entries
 from library.options import OptionError, OptionParser, add_arguments, build, options_of
 from library.train.preparing_options import PreparedFiles, PreparingOptions
 
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 MODEL = "model_name_or_path"
 
 
-def main(description: str, argv: Sequence[str] | None = None) -> None:
+def main(description: str | None, argv: Sequence[str] | None = None) -> None:
     """Run the tool and end the program with its exit code."""
     sys.exit(run(description, argv))
 
 
-def run(description: str, argv: Sequence[str] | None = None) -> int:
+def run(description: str | None, argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 for a mistake of the user's, 128 + n when stopped by signal n, 1 for anything else."""
-    with Ending(Path(sys.argv[0]).name, renamed={VAE_FLAG: MODEL}) as ending:
+    with Ending(Path(sys.argv[0]).name, renamed={VAE_FLAG: MODEL, "--resolution": "--max_resolution"}) as ending:
         values = vars(build_parser(description).parse_strictly(argv))
         files, options = build(PreparedFiles, values, str), build(PreparingOptions, values)
         start_console()
@@ -41,7 +41,7 @@ def run(description: str, argv: Sequence[str] | None = None) -> int:
     return ending.code
 
 
-def build_parser(description: str) -> OptionParser:
+def build_parser(description: str | None) -> OptionParser:
     """A parser of four words and one flag per option."""
     parser = OptionParser(description=description)
     for option in options_of(PreparedFiles):
@@ -54,9 +54,9 @@ def _check(files: PreparedFiles) -> None:
     """Raise OptionError for what can't work."""
     if not files.train_data_dir.is_dir():
         raise OptionError("train_data_dir", f"{str(files.train_data_dir)!r} is not a folder", "name that of the images")
-    if not read_metadata(files.in_json, "in_json"):
+    if not any(metadata_entries(files.in_json, "in_json")):
         raise OptionError("in_json", f"{files.in_json} has no entries", "make them with merge_captions_to_metadata.py")
-    if files.out_json.suffix.lower() != files.in_json.suffix.lower():
-        problem = f"{files.out_json} is to be of another kind than {files.in_json}"
-        raise OptionError("out_json", problem, f"name a {files.in_json.suffix} file")
+    if files.out_json.is_dir() or not files.out_json.absolute().parent.is_dir():
+        problem = f"{str(files.out_json)!r} is a folder, or in one that is not there"
+        raise OptionError("out_json", problem, "name a file")
     check_vae(files.model_name_or_path)

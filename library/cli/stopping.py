@@ -1,4 +1,4 @@
-"""How work that goes on where it stopped is stopped: by Ctrl-C or SIGTERM, with what is under way written to its end."""
+"""How work that can go on later is stopped: by Ctrl-C or SIGTERM, with what is under way written to its end."""
 
 from __future__ import annotations
 

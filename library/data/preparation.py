@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from library.data.cache_files import CacheItem
 from library.data.cache_names import cache_file_names
 from library.data.entry_finder import EntryFinder
 from library.data.images import find_broken
-from library.data.metadata_file import read_metadata
+from library.data.metadata_file import metadata_entries
 from library.data.metadata_source import scan_metadata
-from library.data.npz_files import save_text
+from library.data.metadata_tables import TRAIN_SIZE, image_tables, write_tables
 from library.data.options import BucketOptions
 from library.data.sources import ImageRecord, listed, refuse_broken
 from library.options import OptionError
-from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def find_images(path: Path, image_dir: Path, bucket: BucketOptions, *, on_bad_im
     contents = scan_metadata(path, image_dir, between=", ")
     records = {image.path: image for image in contents.images if image.metadata and image.metadata.has_image}
     finder = EntryFinder(image_dir)
-    keys = {entry.key: finder.find(entry.key).image for entry in read_metadata(path, "in_json")}
+    keys = {entry.key: finder.find(entry.key).image for entry in metadata_entries(path, "in_json")}
     broken = {name: reason for name, reason in contents.broken.items() if name not in keys or keys[name]}
     broken |= find_broken(records)
     if on_bad_image == "stop":
@@ -90,7 +89,7 @@ def find_images(path: Path, image_dir: Path, bucket: BucketOptions, *, on_bad_im
     return Prepared(images, placements, sizes)
 
 
-def _tell(one: str, many: str, names: Any, noun: str = "image", plural: str = "images") -> None:
+def _tell(one: str, many: str, names: Sequence[str], noun: str = "image", plural: str = "images") -> None:
     if names:
         told = f"1 {noun} {one}" if len(names) == 1 else f"{len(names)} {plural} {many}"
         logger.warning("%s: %s", told, listed(names))
@@ -98,11 +97,9 @@ def _tell(one: str, many: str, names: Any, noun: str = "image", plural: str = "i
 
 def write_sizes(source: Path, target: Path, prepared: Prepared) -> None:
     """Write the metadata with `train_resolution` for the images; everything else in it stays as it is."""
-    text = source.read_text(encoding="utf-8-sig")
-    content = json.loads(text)
-    for key, (width, height) in prepared.sizes.items():
-        content[key]["train_resolution"] = [width, height]
-    try:
-        save_text(str(target), json.dumps(content, indent=2))
-    except OSError as error:
-        raise OptionError("out_json", f"{target} can't be written ({error.strerror})", "name another file") from None
+
+    def tables() -> Iterator[tuple[str, dict[str, Any]]]:
+        for key, table, _ in image_tables(source, "in_json"):
+            yield key, {**table, TRAIN_SIZE: list(prepared.sizes[key])} if key in prepared.sizes else table
+
+    write_tables(target, tables(), "out_json")

@@ -27,9 +27,9 @@ def prepare(files: PreparedFiles, options: PreparingOptions) -> None:
     state = PartialState()
     prepared = find_images(files.in_json, files.train_data_dir, options.bucket, on_bad_image=options.on_bad_image)
     _report(prepared)
-    model = _loaded(files.model_name_or_path, state.device)
+    model = _loaded(files.model_name_or_path, torch.device(state.device or "cpu"))
     others = tuple(vae.fingerprint(model, dtype) for dtype in WEIGHT_DTYPES.values())
-    model.to(_precision(files.model_name_or_path, options.mixed_precision))
+    torch.nn.Module.to(model, _precision(files.model_name_or_path, options.mixed_precision))
     fill_disk(
         prepared.items(flipped_too=options.flip_aug, alpha_too=bool(options.alpha_mask), other_precisions=others),
         partial(vae.encode, model),

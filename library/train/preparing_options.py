@@ -51,7 +51,7 @@ class PreparingOptions:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "--batch_size", f"{self.batch_size} is no batch size", "use 1 or more")
-        self.bucket.check({"resolution": "--max_resolution"}.get)  # type: ignore[arg-type]
+        self.bucket.check()
 
     @property
     def bucket(self) -> BucketOptions:
