@@ -104,7 +104,8 @@ def _work(tool: Tool, checked: CheckedCaching) -> int:
 
 def groups_that_count() -> tuple[type, ...]:
     """The option groups that a tool honours, in the order of its help; of some, only a part."""
-    return (CachingOptions, FileOptions, *WHOLE.values(), *(group for group, _ in IN_PART.values()))
+    in_part = (group for group, _ in IN_PART.values())
+    return (CachingOptions, FileOptions, *WHOLE.values(), *in_part, legacy.LegacyOptions)
 
 
 def names_that_count() -> frozenset[str]:
@@ -152,7 +153,8 @@ def parse(tool: Tool, argv: Sequence[str] | None = None) -> tuple[RunConfig, Cac
         parser.set_defaults(**values)
         namespace = parser.parse_strictly(argv)
     values = legacy.translate(vars(namespace))
-    return _config(tool, values), build(CachingOptions, values), notes
+    options = build(CachingOptions, values)
+    return _config(tool, values), options, [*notes, *options.notes()]
 
 
 def _config(tool: Tool, values: Mapping[str, Any]) -> RunConfig:

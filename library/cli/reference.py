@@ -10,13 +10,18 @@ from library.options import Option, options_of
 BAR = r"\|"  # a bar that does not end a cell
 
 
-def options_page(script: str, groups: Collection[type], defaults: Mapping[str, Any] | None = None) -> str:
-    """A table per option group: flag, value, default, meaning."""
+def options_page(
+    script: str,
+    groups: Collection[type],
+    defaults: Mapping[str, Any] | None = None,
+    only: Collection[str] | None = None,
+) -> str:
+    """A table per option group: flag, value, default, meaning; of the options of `only`, where that is given."""
     has_file = any(option.name == "config_file" for group in groups for option in options_of(group))
     also = " A flag is also the key in a `--config_file`." if has_file else ""
     lines = [f"# Options of {script}", "", f"Made from the code.{also}", ""]
     for group in groups:
-        options = options_of(group)
+        options = [option for option in options_of(group) if only is None or option.name in only]
         lines += [f"## {(group.__doc__ or '').strip().splitlines()[0].rstrip('.')}", ""]
         lines += ["| flag | value | default | meaning |", "|---|---|---|---|"]
         lines += [_row(option, (defaults or {}).get(option.name, option.default)) for option in options]

@@ -27,7 +27,16 @@ class CachingOptions:
         help="nothing is encoded: list cache files beside the images that belong to no image, caption or size any more",
     )
     yes: bool = opt(False, help="with --gc: remove the files that it lists")
+    text_encoder_batch_size: int | None = opt(
+        help="without effect: captions are always encoded 32 at a time, so that a cache does not depend on it"
+    )
 
     def __post_init__(self) -> None:
         require(not self.yes or self.gc, "--yes", "confirms nothing without --gc", "add --gc, or leave it out")
         require(not (self.verify and self.gc), "--verify", "contradicts --gc", "run one after the other")
+
+    def notes(self) -> list[str]:
+        """A sentence for each setting that has no effect."""
+        if self.text_encoder_batch_size is None:
+            return []
+        return ["--text_encoder_batch_size has no effect: captions are encoded 32 at a time, whatever it says"]
