@@ -122,12 +122,17 @@ def latents(name: str, encode: Encode, count: int, batch_size: int) -> None:
         ]
         for stage, cpu in stages.cpu.items()
     ]
-    alone = sum(stages.wall.values()) / len(few)
-    rows.append(["all, one after the other", f"{1000 * total / len(few):.1f} ms", "100%", f"{1000 * alone:.1f} ms"])
-    rows.append(["the pipeline", "", "", f"{1000 * seconds / count:.1f} ms ({count / seconds:,.1f} images/s)"])
-    rows.append(["once more, all valid", "", "", f"{1000 * again / count:.1f} ms ({count / again:,.0f} images/s)"])
+    rows.append(
+        ["all, one after the other", _each(total, len(few)), "100%", _each(sum(stages.wall.values()), len(few))]
+    )
+    rows.append(["the pipeline", "", "", f"{_each(seconds, count)} ({count / seconds:,.1f} images/s)"])
+    rows.append(["once more, all valid", "", "", f"{_each(again, count)} ({count / again:,.0f} images/s)"])
     title = f"{count} pictures of {SIZE[0]} x {SIZE[1]} at 512 x 512, {name} on {DEVICE}, {batch_size} at once"
     print_table(title, ["stage", "CPU per image", "share", "time per image"], rows)
+
+
+def _each(seconds: float, count: int) -> str:
+    return f"{1000 * seconds / count:.1f} ms"
 
 
 def texts(count: int) -> None:

@@ -304,6 +304,11 @@ def test_mistakes_are_one_sentence(options, capfd, name):
     assert sentence in last_line(capfd)
 
 
+def test_a_flag_of_later_tools_gets_a_sentence(sdxl_options, capfd):
+    assert caching_tool("cache_text_encoder_outputs", **sdxl_options, text_encoder_batch_size=8) == 0
+    assert "--text_encoder_batch_size has no effect" in said(capfd)
+
+
 def test_text_of_other_models(options, capfd):
     assert caching_tool("cache_text_encoder_outputs", **options) == 2
     assert "is an SD 1.x model, and only SDXL trains on cached text" in last_line(capfd)
