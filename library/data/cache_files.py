@@ -118,7 +118,7 @@ def _fingerprint_for(item: CacheItem, arrays: Mapping[str, np.ndarray], vae_fing
     found = fingerprint_in(arrays)
     if found is None:
         return None
-    others = found.pop(OTHER_PRECISIONS, [])
+    others = found.get(OTHER_PRECISIONS)
     if item.given_with is not None:
         found["resized"] = size_text(item.placement.resized_wh)
         if isinstance(others, list) and vae_fingerprint in others:
@@ -244,13 +244,14 @@ def _state_of_source(
         newer = os.stat(item.npz).st_mtime_ns >= status.st_mtime_ns
         return State("of another program" if newer else "image changed")
     image_hash = str(found.get("image"))
-    expected = fingerprint_of(item, SourceBytes.of(image_hash, status), vae_fingerprint)
+    noted = {name: value for name, value in found.items() if name == OTHER_PRECISIONS}
+    expected = fingerprint_of(item, SourceBytes.of(image_hash, status), vae_fingerprint) | noted
     if dict(found) == expected:
         return State("valid", image_hash)
     with open(item.path, "rb") as file:
         if hash_of(file.read()) != image_hash:
             return State("image changed")
-    if item.given_with is not None:  # what else its fingerprint says would be lost
+    if item.given_with is not None:  # its own VAE and scale would be lost
         return State("valid", image_hash)
     return State("valid", image_hash, {**arrays, "fingerprint": np.array(json.dumps(expected))})
 

@@ -323,6 +323,17 @@ def test_bad_files_are_named_before_anything_is_encoded(options, data, capfd):
     assert len(caches(data)) == 6
 
 
+def test_captions_of_any_kind(sdxl_options, data):
+    folder = data / "2_disc"
+    (folder / "image_000.txt").write_text("tag, " * 20_000)
+    (folder / "image_001.txt").write_bytes("\ufeffжираф, 日本 \U0001f600".encode())
+    (folder / "image_002.txt").unlink()
+    (folder / "image_003.txt").write_text("")
+    assert caching_tool("cache_text_encoder_outputs", **sdxl_options) == 0
+    assert caching_tool("cache_text_encoder_outputs", **sdxl_options, verify=True) == 0
+    assert len(caches(data)) == 6
+
+
 def test_names_of_any_kind(options, data):
     folder = data / "2_disc"
     for number, name in enumerate(["été 日本 [x] {y}.png", "two.dots.png", "a  b's.png"]):

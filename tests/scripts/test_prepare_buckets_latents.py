@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.runs import alone, in_two_processes, metadata_of, train_network
+from tests.runs import alone, in_two_processes, metadata_of, run_script, train_network
 from tests.scripts.conftest import short_run
 from tests.tiny_data import tiny_image, tiny_images
 from tests.tiny_models import tiny_sd_checkpoint
@@ -91,6 +91,21 @@ def test_training_takes_the_latents_up(folder, tiny_sd1_path, precision, capfd):
     assert "latents: 6 taken from the files beside the images" in told and "caching latents" not in told
     buckets = json.loads(metadata_of(folder.parent / "out" / "net.safetensors")["ss_bucket_info"])["buckets"]
     assert sorted(bucket["resolution"] for bucket in buckets.values()) == [[48, 80], [64, 64], [80, 48]]
+
+
+def test_fine_tuning_takes_the_latents_up(folder, tiny_sd1_path, capfd):
+    """Full weights, in a precision that asks for another VAE dtype than the tool's."""
+    import fine_tune
+
+    assert prepare(*places(folder), tiny_sd1_path) == 0
+    options = {
+        "pretrained_model_name_or_path": tiny_sd1_path, "train_data_dir": folder, "in_json": folder.parent / "out.json",
+        "output_dir": folder.parent / "full", "output_name": "full", "max_train_steps": 1, "train_batch_size": 2,
+        "mixed_precision": "bf16", "seed": 1,
+    }  # fmt: skip
+    capfd.readouterr()
+    assert run_script(fine_tune, options) == 0
+    assert "latents: 6 taken from the files beside the images" in said(capfd)
 
 
 def test_latents_of_another_model_are_not_taken_up(folder, tiny_sd1_path, tmp_path, capfd):
