@@ -178,6 +178,13 @@ def state_of(item: CacheItem, vae_fingerprint: str) -> State:
         return State(NOT_OURS)
     if (mirrored := _mirrored_beside(item, arrays)) is not None:
         arrays[KEYS[1]] = mirrored
+    return fitting_state(item, arrays, found, vae_fingerprint)
+
+
+def fitting_state(
+    item: CacheItem, arrays: dict[str, np.ndarray], found: Mapping[str, Any] | None, vae_fingerprint: str
+) -> State:
+    """Whether latents with the fingerprint `found` can be used for an item."""
     if misfit := _misfit(item, arrays, found, vae_fingerprint):
         return State(misfit)
     try:

@@ -25,6 +25,8 @@ from library.data.lookalikes import Looks
 from library.data.mask_files import report_masks, with_mask_files
 from library.data.metadata_source import scan_metadata
 from library.data.options import CacheOptions
+from library.data.packed_files import Packs
+from library.data.packed_latents import fill_packs
 from library.data.placed_images import placed_images
 from library.data.same_files import under_one_name
 from library.data.scan import Scan
@@ -84,7 +86,8 @@ class TrainingData:
         images, items = placed_images(configs, found, with_latents)
         broken = {path: reason for contents in found for path, reason in contents.broken.items()} | unusable
         broken |= broken_masks
-        unchecked = {item.path: None for item in items if _needs_a_look(item)}
+        packs = Packs()
+        unchecked = {item.path: None for item in items if _needs_a_look(item, packs)}
         unchecked |= {image.record.mask.path: None for image in images if image.record.mask}
         looks = Looks()
         broken |= find_broken(unchecked if checks_images else (), looks.note)
@@ -205,12 +208,23 @@ class TrainingData:
 
         def filled(items: Sequence[CacheItem]) -> LatentStore:
             is_checked = not cache.skip_cache_check
-            if not cache.cache_latents_to_disk:
+            if not cache.cache_latents_to_disk or cache.is_packed:
                 left_to = None if cache.enabled else "the images themselves are"
                 given = given_latents(items, fingerprint, left_to=left_to, is_checked=is_checked)
                 if not cache.enabled:
                     return given
-                return JoinedLatents(given, fill_memory(items, encode, cache.vae_batch_size, given.indices))
+                if not cache.is_packed:
+                    return JoinedLatents(given, fill_memory(items, encode, cache.vae_batch_size, given.indices))
+                packed = fill_packs(
+                    items,
+                    encode,
+                    cache.vae_batch_size,
+                    vae_fingerprint=fingerprint,
+                    left_out=given.indices,
+                    is_checked=is_checked,
+                    share=(process_index, num_processes),
+                )
+                return JoinedLatents(given, packed)
             return fill_disk(
                 items,
                 encode,
@@ -331,9 +345,11 @@ def _report_unused(datasets: Sequence[LoadedDataset]) -> None:
             )
 
 
-def _needs_a_look(item: CacheItem) -> bool:
+def _needs_a_look(item: CacheItem, packs: Packs) -> bool:
     """Whether nothing shows so far that the image can be decoded, and it will be."""
-    return item.has_image and item.given_with is None and not decoded_before(item.path, item.npz)
+    if not item.has_image or item.given_with is not None:
+        return False
+    return not (decoded_before(item.path, item.npz) or packs.decoded_before(item))
 
 
 def _scan(subset: SubsetConfig) -> FolderContents:

@@ -42,7 +42,7 @@ def cache_latents(checked: CheckedCaching) -> int:
     _, bundle = _loaded(checked, "vae", torch.device("cpu") if options.verify else accelerator.device)
     vae_fingerprint = vae.fingerprint(bundle.vae)
     if options.verify:
-        return _verified(latent_states(data.cache_items(), vae_fingerprint))
+        return _verified(latent_states(data.cache_items(), vae_fingerprint, packed=config.cache.is_packed))
     data.cache_latents(
         partial(vae.encode, bundle.vae),
         vae_fingerprint,

@@ -41,6 +41,9 @@ def check_caching(config: RunConfig, options: CachingOptions) -> CheckedCaching:
         raise OptionError(MODEL_FLAG, problem, "name an SDXL model, or train without a cache of text")
     config = as_found(config, source)
     config.precision.check_beside(config.training)
+    if options.gc and config.cache.is_packed:
+        way_out = "remove the .pack files to start anew, or leave the flag out to clean up .npz files"
+        raise OptionError("--cache_format", "packed contradicts --gc: packs are never thinned out", way_out)
     if model.vae:
         check_vae(model.vae)
     datasets = load_configs(config.source, config.bucket, config.caption, config.augment, config.loader, config.split,

@@ -282,12 +282,40 @@ def test_gc_leaves_images_outside_the_data_set_alone(options, data, tmp_path, ca
     assert "nothing to remove" in said(capfd), "the other five have images, only not in this data set"
 
 
+# ---------------------------------------------------------------------------------------------- packs
+
+
+def test_packs_of_the_tool_are_those_of_training(options, data, tmp_path, capfd):
+    """Made by the tool from files that are there; the run takes them up, and ends as one with files."""
+    options |= {"flip_aug": True, **ON_DISK}
+    assert train_network(**{**options, "output_dir": tmp_path / "files"}) == 0
+    capfd.readouterr()
+    assert caching_tool("cache_latents", **options, cache_format="packed") == 0
+    assert "caching latents" not in said(capfd)
+    packs = {path.name: path.read_bytes() for path in data.rglob("*.pack")}
+    assert set(packs) == {"latents_64x64.pack"} | {name for name in packs if name.startswith("latents_")}
+    for path in data.rglob("*.npz"):
+        path.unlink()
+    settings = {"cache_format": "packed", "max_data_loader_n_workers": 1, "output_dir": tmp_path / "packed"}
+    assert train_network(**{**options, **settings}) == 0
+    told = said(capfd)
+    assert "6 of 6 cached before, 0 new" in told and "checking images" not in told
+    assert {path.name: path.read_bytes() for path in data.rglob("*.pack")} == packs and not caches(data)
+    assert equal_files(tmp_path / "files" / "net.safetensors", tmp_path / "packed" / "net.safetensors")
+    assert caching_tool("cache_latents", **options, cache_format="packed", verify=True) == 0
+    tiny_image((64, 64), seed=99).save(data / "2_disc" / "image_000.png")
+    assert caching_tool("cache_latents", **options, cache_format="packed", verify=True) == 1
+    assert "image_000.png: stale (image changed)" in said(capfd)
+
+
 # ---------------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = {
     "sdxl": ({"sdxl": True}, "--sdxl: the model"),
     "yes": ({"yes": True}, "--yes: confirms nothing without --gc"),
     "both": ({"verify": True, "gc": True}, "--verify: contradicts --gc"),
+    "packs": ({"gc": True, "cache_format": "packed"}, "--cache_format: packed contradicts --gc"),
+    "alpha": ({"alpha_mask": True, "cache_format": "packed"}, "--cache_format: packed: packs hold no alpha masks"),
     "random crop": ({"random_crop": True}, "--cache_latents: contradicts random_crop"),
     "a class": ({"dataset_class": "json.Tool"}, "--cache_latents: contradicts --dataset_class"),
     "a typo": ({"vae_batchsize": 2}, "--vae_batchsize: unknown flag; did you mean --vae_batch_size?"),

@@ -29,6 +29,7 @@ PARSERS = {
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
+    "--cache_format",
 }  # fmt: skip
 OWN = {
     "train_network": OF_TRAINING,
