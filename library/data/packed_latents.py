@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,9 @@ from library.data.cache_files import KEYS, UNCHECKED, VALID, CacheItem, State
 from library.data.packed_files import Packs, PackWriter, Record, is_intact, pages_of, read_record
 from library.data.progress import progress
 from library.options import OptionError
+from library.wording import counted
+
+logger = logging.getLogger(__name__)
 
 FLAG = "--cache_format"
 
@@ -107,6 +111,8 @@ def fill_packs(
     packs = Packs()
     written = {index: packs.find(items[index]) for index in own if index not in places}
     places |= {index: record for index, record in written.items() if record is not None}
+    files = {record.file for record in places.values()}
+    logger.info("latents: those of %s are in %s", counted(len(places), "image"), counted(len(files), "pack"))
     return PackedLatents(items, vae_fingerprint, places, left_out)
 
 
