@@ -126,7 +126,7 @@ def _fingerprint_for(item: CacheItem, arrays: Mapping[str, np.ndarray], vae_fing
     return found
 
 
-def _difference(found: Mapping[str, Any], item: CacheItem, vae_fingerprint: str) -> str | None:
+def difference(found: Mapping[str, Any], item: CacheItem, vae_fingerprint: str) -> str | None:
     """What the latents were made with that would now be something else; the image apart."""
     expected = fingerprint_of(item, SourceBytes("", 0, 0, 0), vae_fingerprint)
     reasons = {
@@ -222,8 +222,8 @@ def _misfit(
         return "without alpha mask"
     if found is None and item.orientation != 1:
         return "not rotated"  # other programs take no notice of it
-    if found is not None and (difference := _difference(found, item, vae_fingerprint)):
-        return difference
+    if found is not None and (other := difference(found, item, vae_fingerprint)):
+        return other
     if found is None and tuple(arrays.get("original_size", np.empty(0)).ravel().tolist()) != item.size_wh:
         return "other size"
     for latents_CHW in (arrays[key] for key in item.keys):
@@ -282,7 +282,7 @@ def read_latents(
         found = _fingerprint_for(item, arrays, vae_fingerprint)
     except DAMAGE as error:
         raise _unreadable(item.npz, error, is_checked=is_checked) from None
-    misfit = None if found is None else _difference(found, item, vae_fingerprint)
+    misfit = None if found is None else difference(found, item, vae_fingerprint)
     if key not in arrays:
         misfit = "without mirrored latents" if flipped else "without latents"
     elif arrays[key].shape != latent_shape(item.placement.bucket_wh):

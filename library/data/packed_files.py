@@ -132,7 +132,7 @@ def is_intact(record: Record, pages: np.ndarray) -> bool:
     """Whether a record's checksum holds."""
     end = record.offset + HEADER + _payload(record.facts)
     _, checksum, _ = FIXED.unpack_from(pages[record.offset : record.offset + FIXED.size].tobytes())
-    return end <= len(pages) and zlib.crc32(pages[record.offset + FIXED.size : end]) == checksum
+    return end <= len(pages) and zlib.crc32(pages[record.offset + FIXED.size : end].data) == checksum
 
 
 def pages_of(file: str) -> np.ndarray:

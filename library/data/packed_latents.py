@@ -137,11 +137,18 @@ def _states(
                 if record.file not in pages:
                     pages[record.file] = _mapped(record.file)
                 check = partial(_state, item, record, pages[record.file], vae_fingerprint)
-                states[index] = check() if is_checked else State(UNCHECKED)
+                states[index] = check() if is_checked else _unchecked(item, record, vae_fingerprint)
                 if states[index].reason in VALID:
                     places[index] = record
             bar.update()
     return states, places
+
+
+def _unchecked(item: CacheItem, record: Record, vae_fingerprint: str) -> State:
+    """By what its header says alone."""
+    if item.flipped_too and not record.has_mirrored:
+        return State("without mirrored latents")
+    return State(cache_files.difference(record.facts["fingerprint"], item, vae_fingerprint) or UNCHECKED)
 
 
 def _state(item: CacheItem, record: Record, pages: np.ndarray, vae_fingerprint: str) -> State:

@@ -132,3 +132,11 @@ def test_reading_is_of_mapped_pages(items, tmp_path):
     assert isinstance(store._pages[str(tmp_path / PACK)], np.memmap) and loaded.dtype == torch.float32
     loaded.add_(1)
     assert not torch.equal(store.load(0, flipped=False), loaded), "what is drawn is a copy"
+
+
+def test_without_a_check_headers_still_count(items):
+    packed([replace(item, flipped_too=False) for item in items])
+    tiny_image((80, 65), seed=9).save(items[1].path)
+    _, num_encoded = packed(items, is_checked=False)
+    assert num_encoded == 6, "the two groups of images that are wanted mirrored as well"
+    assert packed(items, is_checked=False, vae="other")[1] == 7
