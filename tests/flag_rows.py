@@ -236,6 +236,11 @@ ROWS: dict[str, Row] = {
         both(learns_the_same, says("taken unchecked")),
         {"cache_latents_to_disk": True, "train_data_dir": "{disk}"},
     ),
+    "cache_format": Row(
+        "packed",
+        both(learns_the_same, says("of 4 images are in 1 pack")),
+        {"cache_latents_to_disk": True, "train_data_dir": "{disk}"},
+    ),
     "debug_dataset": Row(True, writes_no("net.safetensors")),
     "plan": Row(True, both(writes_no("net.safetensors"), writes("net-plan.txt"))),
     # of no effect here, and that is said

@@ -364,6 +364,9 @@ class CacheOptions:
     cache_latents_to_disk: bool = opt(False, help="keep the latents in .npz files next to the images")
     vae_batch_size: int = opt(1, help="images encoded at once while caching")
     skip_cache_check: bool = opt(False, help="take cache files as they are at the start, without reading them")
+    cache_format: str = opt(
+        "npz", choices=["npz", "packed"], help="on disk: a .npz file for each image, or a .pack file for each size"
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -378,10 +381,13 @@ class CacheOptions:
     def notes(self) -> list[str]:
         """A sentence for each setting that has no effect beside another."""
         idle = ["vae_batch_size"] if self.vae_batch_size != 1 and not self.enabled else []
-        idle += ["skip_cache_check"] if self.skip_cache_check and not self.cache_latents_to_disk else []
-        return [
-            f"--{name} has no effect without cached latents{' on disk' * (name == 'skip_cache_check')}" for name in idle
-        ]
+        if not self.cache_latents_to_disk:
+            idle += ["skip_cache_check"] * self.skip_cache_check + ["cache_format"] * self.is_packed
+        return [f"--{name} has no effect without cached latents{' on disk' * ('cache' in name)}" for name in idle]
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cache_format == "packed"
 
 
 @dataclass(frozen=True)

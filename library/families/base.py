@@ -54,14 +54,21 @@ class ModelBundle:
     source: ModelSource
 
 
+MODEL_PARTS = frozenset({"unet", "text_encoders", "vae"})
+
+
 @dataclass(frozen=True)
 class LoadPlan:
-    """dtype and device for each part, decided by train/placement.py or the generator; weights go there in one copy."""
+    """dtype and device for each part, decided by train/placement.py or the generator; weights go there in one copy.
+
+    What is not in `parts` stays an outline on the meta device: nothing of it is read but its sizes.
+    """
 
     unet: torch.dtype
     text_encoders: torch.dtype
     vae: torch.dtype
     device: torch.device
+    parts: frozenset[str] = MODEL_PARTS
 
 
 class ModelFamily(Protocol):
