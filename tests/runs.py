@@ -6,7 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,13 +86,23 @@ def script(name: str, *words: str, **kwargs) -> subprocess.CompletedProcess[str]
 def in_two_processes(name: str, *words: object, **options) -> None:
     """A script as accelerate starts it on two processes of the CPU."""
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / name,
-        *words, *flags(**options),
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / name, *words, *flags(**options),
     ]  # fmt: skip
-    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    done = _launched(command, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
+
+
+def with_deepspeed(name: str, num_processes: int = 2, **options) -> subprocess.CompletedProcess[str]:
+    """A script with --deepspeed on processes of the CPU, as torchrun starts it."""
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", num_processes, ROOT / name]
+    return _launched([*command, *flags(**options, deepspeed=True)])
+
+
+def _launched(command: Sequence[Any], **variables: str) -> subprocess.CompletedProcess[str]:
+    """What starts several processes and waits for them."""
+    words = [sys.executable, "-m", *map(str, command)]
+    return subprocess.run(words, env={**ENVIRONMENT, **variables}, capture_output=True, text=True, timeout=600)
 
 
 def equal_files(first: Path, second: Path) -> bool:

@@ -23,7 +23,7 @@ from library.train.lr_schedulers import depends_on_length
 from library.train.options import ScheduleOptions
 from library.train.plan import TrainPlan
 from library.train.preflight import CheckedRun
-from library.train.resume import RunState, check_same_data
+from library.train.resume import RunState, check_processes, check_same_data
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def begin(checked: CheckedRun, accelerator: Accelerator, family: ModelFamily) ->
     digest = {"batches per epoch": plan.batches_per_epoch, **data.digest(), **file_digests(config)}
     if checked.resume_folder is None or checked.resume_state is None:
         return Beginning(seed, data, plan, digest, plan.steps_before(config.start))
+    check_processes(checked.resume_folder, accelerator.num_processes)
     check_same_data(checked.resume_folder, checked.resume_state, digest)
     check_length(plan, checked.resume_state, config.schedule)
     return Beginning(seed, data, plan, digest, checked.resume_state.step)

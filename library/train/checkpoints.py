@@ -29,7 +29,8 @@ from library.train.background_save import Then
 from library.train.callbacks import Callback
 from library.train.output_options import SavingOptions
 from library.train.plan import TrainPlan
-from library.train.resume import PARTIAL, REPLACED, STATE_FILE, STATE_FORMAT, FileNames, RunState
+from library.train.resume import PARTIAL, REPLACED, SHARES, STATE_FILE, STATE_FORMAT, FileNames, RunState
+from library.train.zero_state import EngineState
 
 logger = logging.getLogger(__name__)
 
@@ -203,20 +204,25 @@ def save_state(
     folder: Path,
     state: RunState,
     *,
-    trained: RawTensors,
+    trained: RawTensors | None,
     others: Mapping[str, Any],
+    shares: Path | None = None,
 ) -> None:
     """Write a state folder; it appears under its name only when everything in it is on the disk.
 
-    `others` are further objects with a state_dict (optimizer, schedule, gradient scaler) by name.
+    `others` are further objects with a state_dict (optimizer, schedule, gradient scaler) by name. `shares` is the
+    folder of what each process has written of DeepSpeed's state; it is moved into the state.
     """
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
-        save_file(tensors, partial / "trained.safetensors", {"format": "pt"})
-        states = {name: part.state_dict() for name, part in others.items()}
+        if trained is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
+            save_file(tensors, partial / "trained.safetensors", {"format": "pt"})
+        if shares is not None:
+            shares.rename(partial / SHARES)
+        states = {name: part.state_dict() for name, part in others.items() if not isinstance(part, EngineState)}
         with open(partial / "optimizer.pt", "wb") as file:
             torch.save(states, file)
             file.flush()
@@ -245,14 +251,18 @@ def _replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(folder: Path, *, trained: RawTensors, others: Mapping[str, Any]) -> None:
+def load_state(folder: Path, *, trained: RawTensors | None, others: Mapping[str, Any]) -> None:
     """Put a state's weights and everything else in place; raises OptionError for a damaged state."""
     try:
-        tensors = load_file(folder / "trained.safetensors")
+        tensors = load_file(folder / "trained.safetensors") if trained is not None else {}
         states = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        trained.load_state_dict(tensors)
+        if trained is not None:
+            trained.load_state_dict(tensors)
         for name, part in others.items():
-            part.load_state_dict(states[name])
+            if isinstance(part, EngineState):
+                part.read(folder / SHARES)
+            else:
+                part.load_state_dict(states[name])
     except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OptionError("--resume", f"{folder} is damaged ({reason})", "resume from another state") from None

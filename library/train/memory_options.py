@@ -217,9 +217,35 @@ class DistributedOptions:
             "--fp16_master_weights_and_gradients",
             f"needs --mixed_precision fp16, not {training.mixed_precision}",
         )
-        way_out = "leave one of them out; --network_weights starts from a trained file"
+        on_disk = self.offload_optimizer_device == "nvme"
         for name in ("save_state", "save_state_on_train_end", "resume"):
-            require(not getattr(saving, name), f"--{name}", "has no state of a run with --deepspeed", way_out)
+            problem = "has no state of a run with --offload_optimizer_device nvme"
+            require(not (on_disk and getattr(saving, name)), f"--{name}", problem, "use cpu")
+
+    def check_engine(self, optimizer: OptimizerOptions, *, has_previews: bool, averages_model: bool) -> list[str]:
+        """Raise OptionError for what goes wrong where DeepSpeed splits optimizer or weights; returns notes.
+
+        `averages_model`: an average is kept of a whole model's weights.
+        """
+        if not self.deepspeed:
+            return []
+        name = optimizer.optimizer_type
+        for is_so, why in (
+            (optimizer.adapts_rate, "looks at all gradients together, and each process has a part of them"),
+            (optimizer.is_schedule_free, "gives out an average of the weights, which DeepSpeed does not ask for"),
+        ):
+            require(not is_so, "--optimizer_type", f"{name} {why}", "use AdamW, or leave --deepspeed out")
+        if self.zero_stage == 3:
+            way_out = "use --zero_stage 2"
+            problem = "are drawn by one process each, and with --zero_stage 3 none has the weights"
+            require(
+                not has_previews, "--sample_every_n_steps, --sample_every_n_epochs, --sample_at_first", problem, way_out
+            )
+            problem = "averages weights that --zero_stage 3 has split"
+            require(not averages_model, "--ema_decay", problem, way_out)
+        if name.lower() == "adafactor" and self.zero_stage:
+            return ["--optimizer_type AdaFactor: DeepSpeed gives it weights as flat pieces, which it can't factor"]
+        return []
 
     @property
     def given_for_several_processes(self) -> list[str]:

@@ -28,7 +28,7 @@ from library.train.config import RunConfig
 from library.train.memory_options import DistributedOptions
 from library.train.offload import ActivationOffload
 from library.train.output_options import LoggingOptions
-from library.train.zero import deepspeed_plugin
+from library.train.zero import check_engine, deepspeed_plugin
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def make_accelerator(config: RunConfig, *, autocast: bool, skips_parameters: boo
         deepspeed_plugin=deepspeed_plugin(config),
         kwargs_handlers=[AutocastKwargs(enabled=autocast), *_distributed(config.distributed, skips_parameters)],
     )
+    check_engine(config, accelerator)
     if accelerator.num_processes == 1:
         for name in config.distributed.given_for_several_processes:
             logger.warning("--%s has no effect: there is one process", name)
@@ -68,6 +69,9 @@ def _distributed(options: DistributedOptions, skips_parameters: bool = False) ->
     if skips_parameters and options.ddp_static_graph:
         problem = "does not go with a network that leaves modules out by chance (module_dropout, dylora)"
         raise OptionError("--ddp_static_graph", problem, "leave it out")
+    if skips_parameters and options.deepspeed:
+        problem = "updates every weight in every step, and this run leaves some out (--stop_text_encoder_training, "
+        raise OptionError("--deepspeed", problem + "module_dropout, dylora)", "start plain processes")
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
             broadcast_buffers=False,
@@ -76,9 +80,12 @@ def _distributed(options: DistributedOptions, skips_parameters: bool = False) ->
             find_unused_parameters=skips_parameters,
         )
     ]
+    group: dict[str, Any] = {}
     if options.ddp_timeout is not None:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
-    return handlers
+        group["timeout"] = timedelta(minutes=options.ddp_timeout)
+    if options.deepspeed and not torch.cuda.is_available():
+        group["backend"] = "gloo"  # accelerate chooses none for DeepSpeed on the CPU, and would count one process
+    return [*handlers, InitProcessGroupKwargs(**group)] if group else handlers
 
 
 def logging_folder(logging: LoggingOptions) -> str | None:

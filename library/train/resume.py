@@ -19,6 +19,7 @@ STATE_FORMAT = 1
 STATE_FILE = "train_state.json"  # written last: where it is, the state is complete
 OF_ANOTHER_PROGRAM = ("optimizer.bin", "random_states_0.pkl")  # accelerate's states, as the trade's tools keep them
 PLACE_OF_ANOTHER_PROGRAM = {"current_epoch", "current_step"}  # what such a program writes into the file of our name
+SHARES = "shares"  # folder of a state written with DeepSpeed: what each process keeps for itself
 PARTIAL, REPLACED = ".partial", ".old"  # endings of hidden folders while a state is written and put in place
 
 # options that may differ between a run and its continuation: they don't change what a step computes, or, for the
@@ -198,6 +199,19 @@ def check_same_settings(
         if was[name] != settings.get(name) and not (name == "seed" and settings.get(name) is None)
     ]
     _require_same(folder, differing, "give the same settings")
+
+
+def share_name(process_index: int) -> str:
+    """The file of one process in the folder of shares."""
+    return f"process-{process_index:05d}.pt"
+
+
+def check_processes(folder: Path, num_processes: int) -> None:
+    """Raise OptionError for a state whose shares were written by another number of processes."""
+    count = sum(1 for _ in (folder / SHARES).glob("process-*.pt"))
+    if count not in (0, num_processes):
+        problem = f"{folder} holds the shares of {count} processes with DeepSpeed, and this run has {num_processes}"
+        raise OptionError("--resume", problem, f"start {count}, or start a new run from its model")
 
 
 def check_same_data(folder: Path, state: RunState, data: Mapping[str, Any]) -> None:

@@ -103,9 +103,9 @@ class Run:
             saving=self.config.saving,
             plan=self.plan,
             names=self.names,
-            write_model=self.files.write,
-            write_best=self.files.write_best,
-            write_state=self.write_state,
+            write_model=self.updates.together(self.files.write, whole=True),
+            write_best=self.updates.together(self.files.write_best, whole=True),
+            write_state=self.updates.together(self.write_state),
             is_healthy=self._is_healthy,
             begin_model=self.files.begin,
             removes_old=self.accelerator.is_main_process,
@@ -246,10 +246,8 @@ class Run:
             callback.on_saved(path)
 
     def write_state(self, folder: Path, step: int) -> None:
+        shares = self.updates.write_shares(folder)
         if not self.accelerator.is_main_process:
-            return
-        if not self.updates.has_state:
-            logger.warning("no state of this run can be saved; --network_weights starts from its files")
             return
         state = RunState(
             step=step,
@@ -261,7 +259,7 @@ class Run:
             planned_steps=self.plan.steps,
         )
         parts = self._parts()
-        checkpoints.save_state(folder, state, trained=parts.pop("trained"), others=parts)
+        checkpoints.save_state(folder, state, trained=parts.pop("trained", None), others=parts, shares=shares)
         self.tell_saved(folder)
 
     def restore(self, folder: Path, state: RunState) -> None:
@@ -270,7 +268,7 @@ class Run:
         has_other_length = state.planned_steps not in (None, self.plan.steps)
         is_other_schedule = has_other_length and depends_on_length(self.config.schedule)
         with length_kept(self.lr_scheduler) if is_other_schedule else contextlib.nullcontext():
-            checkpoints.load_state(folder, trained=parts.pop("trained"), others=parts)
+            checkpoints.load_state(folder, trained=parts.pop("trained", None), others=parts)
         self.start_step = self.step = state.step
         self.recent_losses = state.recent_losses
         self.guard.total = state.skipped_steps
@@ -285,8 +283,7 @@ class Run:
     def _parts(self) -> dict[str, Any]:
         """Everything with a state that changes while training."""
         parts = {
-            "trained": checkpoints.RawTensors(self.target.trained_module()),
-            "optimizer": self.built,
+            **self.updates.parts(checkpoints.RawTensors(self.target.trained_module()), self.built),
             "lr_scheduler": self.lr_scheduler,
             "scaler": self.accelerator.scaler,
             **{callback.state_name: callback for callback in self.callbacks if callback.state_name},
@@ -369,6 +366,9 @@ class Run:
         self.files.background.wait()
         self.log.settle()
         if not self.guard.is_healthy or self.step in (self.start_step, self.last_good.restored_step):
+            return
+        if not self.updates.writes_alone:
+            logger.warning("the work since the last save is lost: it takes all processes to save it")
             return
         try:
             folder = self.checkpoints.interrupted(self.step)

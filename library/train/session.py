@@ -93,10 +93,10 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     try_out(config, groups, plan.steps, accelerator.device)
     built = build_optimizer(config.optimizer, groups)
     lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
-    keep_whole(accelerator.state.deepspeed_plugin, [p for group in groups for p in group.parameters])
-    model, optimizer = accelerator.prepare(placement.step_module(config, family, bundle, target), built.optimizer)
     if accelerator.is_main_process:
         announce(checked, begun, Trained(bundle, target, groups), accelerator.num_processes)
+    keep_whole(accelerator.state.deepspeed_plugin, [p for group in groups for p in group.parameters], target)
+    model, optimizer = accelerator.prepare(placement.step_module(config, family, bundle, target), built.optimizer)
     cache_latents(config, data, bundle, accelerator)  # last: it may take long, and everything else could have failed
     cache_texts(config, data, family, bundle, accelerator)
     run = Run(

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ Member = tuple[int, Any]  # the number of the optimizer's group, a parameter
 class Updates:
     """Clips the gradients of `parameters` by their global norm and lets the optimizer apply them."""
 
-    has_state = True  # whether the optimizer's state is all that a run needs to go on
+    writes_alone = True  # whether the main process can write files by itself; else all of them do it together
     before_change: Callable[[], None] = staticmethod(lambda: None)  # called before each change of the parameters
 
     def __init__(
@@ -57,6 +58,26 @@ class Updates:
             apply_if_finite(self.optimizer, is_finite)
         finally:
             self.wide.narrow()
+
+    # What sharing a run's weights and its optimizer between processes changes about states and files.
+
+    def parts(self, trained: Any, built: BuiltOptimizer) -> dict[str, Any]:
+        """What a run needs to go on, by name: objects with a state_dict, that of `trained` being tensors alone."""
+        return {"trained": trained, "optimizer": built}
+
+    def write_shares(self, folder: Path) -> Path | None:
+        """For a state that becomes `folder`: write what each process keeps for itself; where it is written, if it is.
+
+        All processes call it.
+        """
+        return None
+
+    def together(self, write: Callable[..., None], *, whole: bool = False) -> Callable[..., None]:
+        """`write`, a function of a path and more that all processes call, in a form in which none is left behind.
+
+        `whole`: inside, each process holds all weights.
+        """
+        return write
 
 
 class PieceUpdates(Updates):

@@ -6,17 +6,24 @@ DeepSpeed updates inside the backward pass and keeps masters and moments by itse
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DeepSpeedPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType
 
 from library.options import OptionError
+from library.targets.base import TrainTarget
 from library.train.config import RunConfig
+from library.train.optimizers import BuiltOptimizer
 from library.train.updates import Updates
+from library.train.zero_state import WHOLE, EngineState, together, write_shares
+
+logger = logging.getLogger(__name__)
 
 
 def deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin | None:
@@ -47,12 +54,27 @@ def deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin | None:
     return plugin
 
 
-def keep_whole(plugin: DeepSpeedPlugin | None, parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Let stage 3 split no parameter as small as the largest trained one; without DeepSpeed nothing is to be done.
+def check_engine(config: RunConfig, accelerator: Accelerator) -> None:
+    """Raise OptionError where accelerate's way of sharing work is not the one that the options ask for."""
+    kind, is_asked = accelerator.distributed_type, config.distributed.deepspeed
+    if kind == DistributedType.FSDP:
+        way_out = "start plain processes (accelerate launch --multi_gpu), or with --deepspeed and --zero_stage 2 or 3"
+        raise OptionError("accelerate launch --use_fsdp", "FSDP is not supported", way_out)
+    if is_asked and kind != DistributedType.DEEPSPEED:
+        problem = "accelerate leaves DeepSpeed out where it was told to use the CPU (ACCELERATE_USE_CPU, --cpu)"
+        raise OptionError("--deepspeed", problem, "start without that, or leave --deepspeed out")
+    if kind == DistributedType.DEEPSPEED and not is_asked:
+        problem = "the settings of DeepSpeed are those of this program's flags, and --deepspeed is not among them"
+        raise OptionError("accelerate launch --use_deepspeed", problem, "add --deepspeed, or leave --use_deepspeed out")
 
-    Networks read their weights outside the modules that own them, where DeepSpeed does not gather them.
+
+def keep_whole(plugin: DeepSpeedPlugin | None, parameters: Sequence[torch.nn.Parameter], target: TrainTarget) -> None:
+    """Let stage 3 split no parameter of a network as small as the largest trained one.
+
+    Networks read their weights outside the modules that own them, where DeepSpeed does not gather them. Without
+    DeepSpeed, or where a model's own weights are trained, nothing is to be done.
     """
-    if plugin is None:
+    if plugin is None or target.trains_whole:
         return
     largest = max(parameter.numel() for parameter in parameters)
     zero = plugin.deepspeed_config["zero_optimization"]
@@ -62,7 +84,11 @@ def keep_whole(plugin: DeepSpeedPlugin | None, parameters: Sequence[torch.nn.Par
 class DeepSpeedUpdates(Updates):
     """Hears of the updates that DeepSpeed makes."""
 
-    has_state = False  # masters and moments are spread over the processes
+    writes_alone = False
+
+    @property
+    def engine(self) -> Any:
+        return self.accelerator.deepspeed_engine_wrapped.engine
 
     @contextlib.contextmanager
     def _boundary(self, is_last: bool) -> Iterator[None]:
@@ -84,3 +110,32 @@ class DeepSpeedUpdates(Updates):
 
     def apply(self, is_finite: torch.Tensor) -> None:
         """Nothing is left to do."""
+
+    # ------------------------------------------------------------------ states and files
+
+    def parts(self, trained: Any, built: BuiltOptimizer) -> dict[str, Any]:
+        """With stage 3 the weights follow from the engine's state; the optimizer is the engine's in any case."""
+        state = EngineState(self.engine, self.accelerator.process_index)
+        return {"engine": state} if self._splits_weights else {"trained": trained, "engine": state}
+
+    def write_shares(self, folder: Path) -> Path:
+        return write_shares(EngineState(self.engine, self.accelerator.process_index), self.accelerator, folder)
+
+    def together(self, write: Callable[..., None], *, whole: bool = False) -> Callable[..., None]:
+        gathered = self._whole_weights if whole and self._splits_weights else contextlib.nullcontext
+
+        def write_whole(path: Path, *where: Any) -> None:
+            with gathered():
+                write(path, *where)
+
+        return together(write_whole, self.accelerator)
+
+    @property
+    def _splits_weights(self) -> bool:
+        return self.engine.zero_optimization_stage() == WHOLE
+
+    def _whole_weights(self) -> AbstractContextManager[None]:
+        """Inside the block each process holds all weights; they must not be changed there."""
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        return deepspeed.zero.GatheredParameters(list(self.engine.module.parameters()), modifier_rank=None)

@@ -8,9 +8,11 @@ from library.train.options import OptimizerOptions, TrainingOptions
 from library.train.output_options import SavingOptions
 
 FUSED = {"fused_backward_pass": True}
+ON_DISK = {"deepspeed": True, "offload_optimizer_device": "nvme", "offload_optimizer_nvme_path": "/x"}
 
 
-def check(precision=None, memory=None, distributed=None, training=None, optimizer=None, saving=None):
+def check(precision=None, memory=None, distributed=None, training=None, optimizer=None, saving=None, previews=False,
+          averages=False):  # fmt: skip
     """All notes; raises OptionError."""
     groups = [
         build(group, values or {})
@@ -24,7 +26,7 @@ def check(precision=None, memory=None, distributed=None, training=None, optimize
     precision.check_beside(training)
     notes = precision.notes() + memory.check_beside(training, optimizer) + distributed.notes()
     distributed.check_beside(training, saving, memory, precision)
-    return notes
+    return notes + distributed.check_engine(optimizer, has_previews=previews, averages_model=averages)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,13 @@ def check(precision=None, memory=None, distributed=None, training=None, optimize
          ["--fp16_master_weights_and_gradients", "--offload_optimizer_device cpu"]),
         ({"distributed": {"deepspeed": True, "fp16_master_weights_and_gradients": True,
                           "offload_optimizer_device": "cpu"}}, ["--mixed_precision fp16"]),
-        ({"distributed": {"deepspeed": True}, "saving": {"save_state": True}}, ["--save_state", "--deepspeed"]),
-        ({"distributed": {"deepspeed": True}, "saving": {"resume": "x"}}, ["--resume", "--deepspeed"]),
+        ({"distributed": ON_DISK, "saving": {"save_state": True}}, ["--save_state", "nvme", "use cpu"]),
+        ({"distributed": ON_DISK, "saving": {"resume": "x"}}, ["--resume", "nvme"]),
+        ({"distributed": {"deepspeed": True}, "optimizer": {"optimizer_type": "prodigy"}}, ["prodigy looks at all"]),
+        ({"distributed": {"deepspeed": True}, "optimizer": {"optimizer_type": "SGDScheduleFree"}},
+         ["SGDScheduleFree gives out an average", "--deepspeed"]),
+        ({"distributed": {"deepspeed": True, "zero_stage": 3}, "previews": True}, ["--sample_at_first", "stage 2"]),
+        ({"distributed": {"deepspeed": True, "zero_stage": 3}, "averages": True}, ["--ema_decay", "stage 2"]),
         ({"distributed": {"deepspeed": True}, "precision": {"fp8_base": True}, "training": {"mixed_precision": "bf16"}},
          ["--fp8_base", "--deepspeed"]),
     ],
@@ -74,6 +81,7 @@ def test_contradictions(settings, words):
         ({"distributed": {"deepspeed": True, "ddp_static_graph": True}}, ["--ddp_static_graph has no effect beside"]),
         ({"distributed": {"deepspeed": True, "zero3_save_16bit_model": True}}, ["--zero3_save_16bit_model has no eff"]),
         ({"distributed": {"deepspeed": True, "offload_param_nvme_path": "/x"}}, ["--offload_param_nvme_path has"]),
+        ({"distributed": {"deepspeed": True}, "optimizer": {"optimizer_type": "AdaFactor"}}, ["AdaFactor", "flat"]),
         ({"precision": {"fp8_base": True, "fp8_base_unet": True}, "training": {"mixed_precision": "bf16"}},
          ["only the U-Net"]),
     ],
