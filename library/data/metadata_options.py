@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.options import parse_extension
+from library.data.option_values import parse_extension
 from library.options import opt, path_of, require
 
 

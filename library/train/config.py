@@ -20,7 +20,6 @@ from library.diffusion.options import LossOptions, NoiseOptions
 from library.families.options import ModelOptions, TextOptions
 from library.models.options import AttentionOptions
 from library.options import options_of, require
-from library.targets.full_options import FullOptions
 from library.train.course_options import AverageOptions, StartOptions, ValidationOptions
 from library.train.memory_options import DistributedOptions, MemoryOptions, PrecisionOptions
 from library.train.options import OWN_RATE, OptimizerOptions, ScheduleOptions, TrainingOptions
@@ -110,9 +109,7 @@ class RunConfig:
         warnings += self.memory.check_beside(self.training, self.optimizer)
         self.distributed.check_beside(self.training, self.saving, self.memory, self.precision)
         warnings += self.distributed.check_engine(
-            self.optimizer,
-            has_previews=self.preview.is_on,
-            averages_model=self.average.ema_decay is not None and isinstance(self.target, FullOptions),
+            self.optimizer, has_previews=self.preview.is_on, has_average=self.average.ema_decay is not None
         )
         if self.optimizer.picks_own_rate:
             warnings += [f"--{name} has no effect: {OWN_RATE}" for name in rates]

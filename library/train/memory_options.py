@@ -222,11 +222,8 @@ class DistributedOptions:
             problem = "has no state of a run with --offload_optimizer_device nvme"
             require(not (on_disk and getattr(saving, name)), f"--{name}", problem, "use cpu")
 
-    def check_engine(self, optimizer: OptimizerOptions, *, has_previews: bool, averages_model: bool) -> list[str]:
-        """Raise OptionError for what goes wrong where DeepSpeed splits optimizer or weights; returns notes.
-
-        `averages_model`: an average is kept of a whole model's weights.
-        """
+    def check_engine(self, optimizer: OptimizerOptions, *, has_previews: bool, has_average: bool) -> list[str]:
+        """Raise OptionError for what goes wrong where DeepSpeed splits optimizer or weights; returns notes."""
         if not self.deepspeed:
             return []
         name = optimizer.optimizer_type
@@ -242,7 +239,7 @@ class DistributedOptions:
                 not has_previews, "--sample_every_n_steps, --sample_every_n_epochs, --sample_at_first", problem, way_out
             )
             problem = "averages weights that --zero_stage 3 has split"
-            require(not averages_model, "--ema_decay", problem, way_out)
+            require(not has_average, "--ema_decay", problem, way_out)
         if name.lower() == "adafactor" and self.zero_stage:
             return ["--optimizer_type AdaFactor: DeepSpeed gives it weights as flat pieces, which it can't factor"]
         return []
@@ -270,5 +267,5 @@ class DistributedOptions:
         if self.zero3_init_flag:
             notes.append("--zero3_init_flag has no effect: weights are read straight to their device")
         if self.zero3_save_16bit_model:
-            notes.append("--zero3_save_16bit_model has no effect: every process holds all that is trained and saved")
+            notes.append("--zero3_save_16bit_model has no effect: files are always whole")
         return notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
@@ -85,6 +86,8 @@ def _distributed(options: DistributedOptions, skips_parameters: bool = False) ->
         group["timeout"] = timedelta(minutes=options.ddp_timeout)
     if options.deepspeed and not torch.cuda.is_available():
         group["backend"] = "gloo"  # accelerate chooses none for DeepSpeed on the CPU, and would count one process
+    elif "LOCAL_RANK" in os.environ and torch.cuda.is_available() and not torch.distributed.is_nccl_available():
+        group["backend"] = "gloo"  # Windows; accelerate would ask for NCCL
     return [*handlers, InitProcessGroupKwargs(**group)] if group else handlers
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.options import BucketOptions, parse_resolution
+from library.data.option_values import parse_resolution
+from library.data.options import BucketOptions
 from library.options import opt, path_of, require
 
 

@@ -33,7 +33,7 @@ def deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin | None:
         return None
     if "RANK" not in os.environ:
         raise OptionError(
-            "--deepspeed", "needs processes that know of each other", "start with accelerate launch --use_deepspeed"
+            "--deepspeed", "needs processes that know of each other", "start with accelerate launch --multi_gpu"
         )
     plugin = DeepSpeedPlugin(
         gradient_accumulation_steps=1,  # the loop's own

@@ -56,7 +56,7 @@ def test_two_processes_equal_one_and_go_on_at_their_state(script, stage, setting
     assert distance(tmp_path / "one" / "net.safetensors", tmp_path / "two" / "net.safetensors") < 1e-5
 
     whole = settings(script, zero_stage=stage, save_state=True, save_every_n_steps=2, logging_dir=None)
-    if (script, stage) != ("train_db", 3):
+    if stage != 3:
         whole |= {"ema_decay": 0.9}
     succeeds(script, **whole)
     state = tmp_path / "out" / "net-step00000002-state"

@@ -61,7 +61,10 @@ TRAINING, DATA = ROOT / "docs" / "train_network.md", ROOT / "docs" / "datasets.m
 WHOLE = ROOT / "docs" / "full_training.md"
 OPTIONS = train_network.SCRIPT.options()
 # flags of quickstart.py and of other people's programs
-OF_OTHERS = {"--torch-index-url", "--num_processes", "--use_deepspeed", "--logdir"}
+OF_OTHERS = {
+    "--torch-index-url", "--logdir", "--num_processes", "--use_deepspeed", "--multi_gpu", "--num_machines",
+    "--machine_rank", "--main_process_ip", "--main_process_port", "--use_fsdp", "--nproc_per_node",
+}  # fmt: skip
 ENDINGS = {"\\\n": " ", "^\n": " "}
 
 

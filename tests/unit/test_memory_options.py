@@ -11,8 +11,16 @@ FUSED = {"fused_backward_pass": True}
 ON_DISK = {"deepspeed": True, "offload_optimizer_device": "nvme", "offload_optimizer_nvme_path": "/x"}
 
 
-def check(precision=None, memory=None, distributed=None, training=None, optimizer=None, saving=None, previews=False,
-          averages=False):  # fmt: skip
+def check(
+    precision=None,
+    memory=None,
+    distributed=None,
+    training=None,
+    optimizer=None,
+    saving=None,
+    previews=False,
+    average=False,
+):
     """All notes; raises OptionError."""
     groups = [
         build(group, values or {})
@@ -26,7 +34,7 @@ def check(precision=None, memory=None, distributed=None, training=None, optimize
     precision.check_beside(training)
     notes = precision.notes() + memory.check_beside(training, optimizer) + distributed.notes()
     distributed.check_beside(training, saving, memory, precision)
-    return notes + distributed.check_engine(optimizer, has_previews=previews, averages_model=averages)
+    return notes + distributed.check_engine(optimizer, has_previews=previews, has_average=average)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +67,7 @@ def check(precision=None, memory=None, distributed=None, training=None, optimize
         ({"distributed": {"deepspeed": True}, "optimizer": {"optimizer_type": "SGDScheduleFree"}},
          ["SGDScheduleFree gives out an average", "--deepspeed"]),
         ({"distributed": {"deepspeed": True, "zero_stage": 3}, "previews": True}, ["--sample_at_first", "stage 2"]),
-        ({"distributed": {"deepspeed": True, "zero_stage": 3}, "averages": True}, ["--ema_decay", "stage 2"]),
+        ({"distributed": {"deepspeed": True, "zero_stage": 3}, "average": True}, ["--ema_decay", "stage 2"]),
         ({"distributed": {"deepspeed": True}, "precision": {"fp8_base": True}, "training": {"mixed_precision": "bf16"}},
          ["--fp8_base", "--deepspeed"]),
     ],

@@ -147,3 +147,27 @@ def test_what_data_parallelism_is_told():
     assert skipping.find_unused_parameters
     with pytest.raises(OptionError, match="--ddp_static_graph.*module_dropout"):
         placement._distributed(config(ddp_static_graph=True).distributed, skips_parameters=True)
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "has_nccl", "options", "backend"),
+    [
+        (True, True, {}, None),
+        (True, False, {}, "gloo"),  # Windows
+        (False, False, {}, None),
+        (False, False, {"deepspeed": True}, "gloo"),
+        (True, True, {"deepspeed": True}, None),
+    ],
+)
+def test_what_processes_talk_by(has_gpu, has_nccl, options, backend, monkeypatch):
+    """None leaves the choice to accelerate."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
+    _, *group = placement._distributed(config(**options).distributed)
+    assert [handler.to_kwargs()["backend"] for handler in group] == ([backend] if backend else [])
+
+
+def test_deepspeed_leaves_no_weight_out():
+    with pytest.raises(OptionError, match="--deepspeed.*--stop_text_encoder_training"):
+        placement._distributed(config(deepspeed=True).distributed, skips_parameters=True)
