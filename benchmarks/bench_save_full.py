@@ -1,6 +1,6 @@
 """How long training waits while a full-size SD 1.5 is saved, at once and beside the next update; what saving takes.
 
-    python benchmarks/bench_save_full.py [--repeats 3] [--seconds 8] [--tables forms updates]
+    python benchmarks/bench_save_full.py [--repeats 3] [--seconds 8] [--tables forms updates] [--places elsewhere here]
 
 One update is made of batches that either compute here (the U-Net at 128 x 128, on the cores that also write) or wait
 for another device, as with a GPU (`--seconds` of nothing). "blocked" is how long the loop stood still for the file,
@@ -100,14 +100,15 @@ def compute(bundle: ModelBundle) -> None:
     bundle.unet(noised, torch.tensor([500]), context).sample.square().mean().backward()
 
 
-def blocked_rows(bundle: ModelBundle, folder: Path, repeats: int, seconds: float) -> list[list[str]]:
+def blocked_rows(
+    bundle: ModelBundle, folder: Path, repeats: int, batches: dict[str, Callable[[], None]]
+) -> list[list[str]]:
     rows = []
-    batches = {"here": partial(compute, bundle), "elsewhere": partial(time.sleep, seconds / BATCHES)}
-    for place, batch in reversed(batches.items()):
+    for place, batch in batches.items():
         loop = Loop(bundle, batch)
-        loop.update()
         for form in ("safetensors, fp16", "safetensors, as trained"):
             write = partial(save, bundle, folder, form)
+
             times = [(loop.update(), loop.update(write), loop.update(write, is_beside=True)) for _ in range(repeats)]
             alone, at_once, beside = (
                 [statistics.median(column) for column in zip(*way, strict=True)] for way in zip(*times, strict=True)
@@ -147,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--places", nargs="+", choices=["elsewhere", "here"], default=["elsewhere", "here"])
     parser.add_argument("--tables", nargs="+", choices=["forms", "updates"], default=["forms", "updates"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -158,7 +160,9 @@ def main() -> None:
         if "updates" in options.tables:
             header = ["batches compute", "file", "update alone", "blocked at once", "blocked beside"]
             header += ["longer at once", "longer beside"]
-            rows = blocked_rows(bundle, folder, options.repeats, options.seconds)
+            kinds = {"elsewhere": partial(time.sleep, options.seconds / BATCHES), "here": partial(compute, bundle)}
+            batches = {place: kinds[place] for place in options.places}
+            rows = blocked_rows(bundle, folder, options.repeats, batches)
             print_table("An update with a file", header, rows)
 
 
