@@ -52,7 +52,7 @@ def write_images(folder: Path, count: int) -> None:
         (folder / f"image_{index:06d}.txt").write_text(f"a picture, number {index}, small, with some more words")
 
 
-def cached_data(folder: Path, *, on_disk: bool) -> TrainingData:
+def cached_data(folder: Path, *, on_disk: bool, cache_format: str = "npz") -> TrainingData:
     configs = load_configs(
         SourceOptions(str(folder)),
         BucketOptions((512, 512)),
@@ -61,7 +61,7 @@ def cached_data(folder: Path, *, on_disk: bool) -> TrainingData:
         LoaderOptions(BATCH),
     )
     data = TrainingData.build(configs, seed=1, on_bad_image="stop")
-    cache = CacheOptions(cache_latents=True, cache_latents_to_disk=on_disk, vae_batch_size=8)
+    cache = CacheOptions(True, on_disk, vae_batch_size=8, cache_format=cache_format)
     data.cache_latents(lambda images, noise: avg_pool2d(images, 8).mean(1, keepdim=True) + noise, "bench", cache)
     return data
 
@@ -106,11 +106,15 @@ def main(count: int) -> None:
     with tempfile.TemporaryDirectory() as root:
         write_images(Path(root) / "1_picture", count)
         disk, memory = cached_data(Path(root), on_disk=True), cached_data(Path(root), on_disk=False)
+        packed = cached_data(Path(root), on_disk=True, cache_format="packed")
         plain = PlainFiles(Path(root))
         for workers in (0, 1, 2):
             plain_loader = DataLoader(plain, BATCH, shuffle=True, num_workers=workers)
             times = seconds(lambda w=workers: ours(disk, w)), seconds(lambda loader=plain_loader: loader)
             rows.append(["disk", workers, *(f"{count / t:,.0f}" for t in times), f"{times[0]:.1f} s"])
+        for workers in (0, 1, 2):
+            time_packed = seconds(lambda w=workers: ours(packed, w))
+            rows.append(["packed", workers, f"{count / time_packed:,.0f}", "", f"{time_packed:.1f} s"])
         time_in_memory = seconds(lambda: ours(memory, 0))
         rows.append(["memory", 0, f"{count / time_in_memory:,.0f}", "", f"{time_in_memory:.1f} s"])
     header = ["latents", "workers", "ours, images/s", "plain reading, images/s", "the epoch"]

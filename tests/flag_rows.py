@@ -236,6 +236,11 @@ ROWS: dict[str, Row] = {
         both(learns_the_same, says("taken unchecked")),
         {"cache_latents_to_disk": True, "train_data_dir": "{disk}"},
     ),
+    "cache_format": Row(
+        "packed",
+        both(learns_the_same, says("of 4 images are in 1 pack")),
+        {"cache_latents_to_disk": True, "train_data_dir": "{disk}"},
+    ),
     "debug_dataset": Row(True, writes_no("net.safetensors")),
     "plan": Row(True, both(writes_no("net.safetensors"), writes("net-plan.txt"))),
     # of no effect here, and that is said
@@ -270,7 +275,8 @@ ELSEWHERE = {
     "max_validation_steps": "tests/scripts/test_train_network_validation.py::"
     "test_the_number_depends_on_weights_and_validation_seed_alone",
     "dataset_class": "tests/scripts/test_train_network_datasets.py::test_a_class_of_ones_own",
-    "cache_info": "tests/unit/test_info_cache.py::test_the_second_scan_reads_nothing_and_finds_the_same",
+    "cache_info": "tests/unit/test_info_cache.py::test_the_file_is_that_of_the_trade",
+    "data_index": "tests/unit/test_index.py::test_when_an_index_is_kept",
     "config_file": "tests/scripts/test_train_network.py::test_config_file_is_the_same_as_flags",
     "output_config": "tests/scripts/test_train_network.py::test_output_config_round_trip_without_secrets",
     "resume": "tests/scripts/test_train_network_resume.py::test_resume_in_mid_epoch_ends_in_the_same_weights",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,16 +46,29 @@ def sdxl_train_network(**options) -> int:
     return run_script(entry, options)
 
 
+def caching_tool(name: str, **options) -> int:
+    """tools/<name>.py in this process; returns the exit code."""
+    from library.cli.caching import run
+
+    entry = importlib.import_module(f"tools.{name}")
+    return alone(lambda: run(entry.TOOL, flags(**options)))
+
+
 def run_script(entry: ModuleType, options: Mapping[str, Any]) -> int:
     """A training script in this process; returns the exit code."""
     from library.cli.training import run
 
+    return alone(lambda: run(entry.SCRIPT, flags(**options)))
+
+
+def alone(action: Callable[[], int]) -> int:
+    """As if in a process of its own: what `action` returns, or the exit code that a parser ends it with."""
     PartialState._reset_state()
     AcceleratorState._reset_state(True)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        return run(entry.SCRIPT, flags(**options))
+        return action()
     except SystemExit as end:  # as the parser ends a program
         return int(end.code or 0)
     finally:
@@ -69,11 +83,11 @@ def script(name: str, *words: str, **kwargs) -> subprocess.CompletedProcess[str]
     )
 
 
-def in_two_processes(name: str, **options) -> None:
+def in_two_processes(name: str, *words: object, **options) -> None:
     """A script as accelerate starts it on two processes of the CPU."""
     command = [
         "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / name, *flags(**options),
+        "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / name, *words, *flags(**options),
     ]  # fmt: skip
     done = _launched(command, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.safetensors_io import Entry, header_dtype, require_disk_space, write_entries
+from library.checkpoints.safetensors_io import Entry, flush_to_disk, header_dtype, require_disk_space, write_entries
 from library.checkpoints.sd import ModelState, copied_entry, owned_keys
+from library.checkpoints.torch_file import write_torch_file
 from library.checkpoints.weights import Weights
 from library.options import OptionError
 
@@ -30,6 +31,10 @@ PARTS = (  # folder, class, library, weights file
     ("text_encoder_2", "CLIPTextModelWithProjection", "transformers", "model.safetensors"),  # SDXL
     ("vae", "AutoencoderKL", "diffusers", "diffusion_pytorch_model.safetensors"),
 )
+BIN_FILES = {  # the older form of the weights files
+    "diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.bin",
+    "model.safetensors": "pytorch_model.bin",
+}
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY = Path(__file__).resolve().parent.parent / "text" / "clip_vocab"
 """The noise schedule Stable Diffusion was trained with."""
@@ -57,12 +62,16 @@ def save_diffusers_folder(
     source: Weights | None,
     dtype: torch.dtype | None,
     template: Path | None,
+    safe_serialization: bool = True,
 ) -> None:
-    """Write a complete folder beside `path` and put it in place of `path` at the end.
+    """Write a complete folder beside `path` and put it in place of `path` at the end, when it is on the disk.
 
     `configs` are the configurations of the modules by part (see PARTS); `template` is the Diffusers folder the model
-    came from, whose scheduler and tokenizers are kept. `dtype` None keeps each tensor's own.
+    came from, whose scheduler and tokenizers are kept. `dtype` None keeps each tensor's own. Without
+    `safe_serialization` the weights are in PyTorch's .bin files, as diffusers calls it and old programs read them.
     """
+    if path.is_file():
+        raise OptionError("", f"{path} is a file", "choose another output name for the Diffusers folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = _parts(model)
     entries = {folder: _entries(getattr(model, folder), dtype) for folder, *_ in parts}
@@ -71,7 +80,10 @@ def save_diffusers_folder(
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         for folder, class_name, _, file_name in parts:
-            write_entries(entries[folder], partial / folder / file_name, {"format": "pt"})
+            if safe_serialization:
+                write_entries(entries[folder], partial / folder / file_name, {"format": "pt"})
+            else:
+                write_torch_file(entries[folder], partial / folder / BIN_FILES[file_name])
             _write_json(partial / folder / "config.json", _config(configs[folder], class_name, entries[folder]))
         if extras:
             write_entries(extras, partial / EXTRAS, {"format": "pt"})
@@ -80,6 +92,8 @@ def save_diffusers_folder(
         if model.kind == "sdxl":
             _write_tokenizer(partial / "tokenizer_2", template, "!")
         _write_json(partial / "model_index.json", _model_index(model, scheduler))
+        for written in [*partial.rglob("*"), partial]:  # what is there already takes no time
+            flush_to_disk(written)
         _replace_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -172,12 +186,12 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _replace_folder(partial: Path, path: Path) -> None:
     """Put `partial` in place of `path`, which is gone only when the new folder is complete."""
-    if path.is_file():
-        raise OptionError("", f"{path} is a file", "choose another output name for the Diffusers folder")
     if not path.exists():
         partial.rename(path)
+        flush_to_disk(path.parent)
         return
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
     path.rename(old / path.name)
     partial.rename(path)
+    flush_to_disk(path.parent)
     shutil.rmtree(old, ignore_errors=True)

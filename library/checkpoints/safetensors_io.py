@@ -172,7 +172,7 @@ def write_entries(entries: Iterable[Entry], path: Path | str, metadata: Mapping[
     with atomic_file(path, total) as file:
         file.write(head)
         for entry in entries:
-            file.write(_checked_bytes(entry))
+            file.write(checked_bytes(entry))
 
 
 def in_layout_order(entries: Iterable[Entry]) -> list[Entry]:
@@ -196,18 +196,14 @@ def encode_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None) 
     return struct.pack("<Q", len(text)) + text
 
 
-def _checked_bytes(entry: Entry) -> memoryview:
+def checked_bytes(entry: Entry) -> memoryview:
+    """The bytes of an entry's tensor, produced now; raises NonFiniteError for NaN or infinity."""
     tensor = entry.produce()
-    require_finite(entry, tensor)
+    if not entry.is_trusted and not is_finite(tensor):
+        raise NonFiniteError(f"{entry.name} holds NaN or infinity; the file was not written")
     data = raw_bytes(tensor)
     assert data.nbytes == entry.nbytes, f"{entry.name}: {data.nbytes} bytes produced, {entry.nbytes} announced"
     return data
-
-
-def require_finite(entry: Entry, tensor: torch.Tensor) -> None:
-    """Raise NonFiniteError if `tensor`, the content of `entry`, holds NaN or infinity."""
-    if not entry.is_trusted and not is_finite(tensor):
-        raise NonFiniteError(f"{entry.name} holds NaN or infinity; the file was not written")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -258,7 +254,7 @@ def atomic_file(path: Path | str, size: int | None = None, *, at_least: int = 0)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    flush_to_disk(path.parent)
 
 
 def require_disk_space(folder: Path, size: int) -> None:
@@ -278,10 +274,10 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can (not on Windows)."""
+def flush_to_disk(place: Path) -> None:
+    """Make a file, or the names in a folder, last through a power cut, where the system can (not on Windows)."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

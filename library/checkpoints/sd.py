@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.checkpoints.architecture import vae_prefix
 from library.checkpoints.keymaps import (
@@ -26,12 +26,11 @@ from library.checkpoints.keymaps import (
 )
 from library.checkpoints.safetensors_io import (
     Entry,
-    atomic_file,
     entry_of,
     header_dtype,
-    require_finite,
     write_entries,
 )
+from library.checkpoints.torch_file import write_torch_file
 from library.checkpoints.weights import Weights
 from library.options import OptionError
 
@@ -140,19 +139,12 @@ def save_single_file(
     if path.suffix.lower() == ".safetensors":
         write_entries(entries, path, metadata)
         return
-    import torch
-
     known = getattr(source, "extra", {})
-    content: dict[str, Any] = {"state_dict": {}}
+    counts: dict[str, int] = {}
     for name, count in zip(("epoch", "global_step"), counters, strict=True):
         before = known.get(name)
-        content[name] = count + (before if isinstance(before, int) else 0)
-    for entry in entries:
-        tensor = entry.produce()
-        require_finite(entry, tensor)
-        content["state_dict"][entry.name] = tensor
-    with atomic_file(path, at_least=sum(entry.nbytes for entry in entries)) as file:
-        torch.save(content, file)
+        counts[name] = count + (before if isinstance(before, int) else 0)
+    write_torch_file(entries, path, lambda tensors: {"state_dict": tensors, **counts})
 
 
 def model_entries(model: ModelState, dtype: torch.dtype | None) -> list[Entry]:
@@ -184,8 +176,9 @@ def _entry(key: str, tensors: list[torch.Tensor], dtype: torch.dtype | None) -> 
     def produce() -> torch.Tensor:
         import torch
 
-        joined = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-        return joined.detach().to(device="cpu", dtype=dtype).reshape(shape).contiguous()
+        here = [tensor.detach().to("cpu") for tensor in tensors]  # first: a busy device has no room for what follows
+        joined = torch.cat(here) if len(here) > 1 else here[0]
+        return joined.to(dtype).reshape(shape).contiguous()
 
     return Entry(key, header_dtype(dtype), shape, produce)
 

@@ -14,14 +14,20 @@ def options_page(
     script: str,
     groups: Collection[type],
     defaults: Mapping[str, Any] | None = None,
+    *,
     omitted: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> str:
-    """A table per option group: flag, value, default, meaning."""
+    """A table per option group: flag, value, default, meaning; without `omitted`, and of `only` where that is given."""
     has_file = any(option.name == "config_file" for group in groups for option in options_of(group))
     also = " A flag is also the key in a `--config_file`." if has_file else ""
     lines = [f"# Options of {script}", "", f"Made from the code.{also}", ""]
     for group in groups:
-        options = [option for option in options_of(group) if option.name not in omitted]
+        options = [
+            option
+            for option in options_of(group)
+            if option.name not in omitted and (only is None or option.name in only)
+        ]
         lines += [f"## {(group.__doc__ or '').strip().splitlines()[0].rstrip('.')}", ""]
         lines += ["| flag | value | default | meaning |", "|---|---|---|---|"]
         lines += [_row(option, (defaults or {}).get(option.name, option.default)) for option in options]

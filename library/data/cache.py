@@ -13,7 +13,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,12 +32,30 @@ from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
+UNTRUSTED = "of another program, which does not say what made them"
 NOISE_SEED = 0  # the posterior's noise follows from the image alone, so that a cache serves every run
 
 Encode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # images_BCHW [-1, 1], noise_BCHW -> latents_BCHW
 
 
 # ---------------------------------------------------------------------------------------------- stores
+
+
+class LatentsByIndex(Protocol):
+    """Latents of the items of a run, wherever they are."""
+
+    @property
+    def in_memory(self) -> bool: ...
+
+    def holds(self, index: int) -> bool: ...
+
+    def load(self, index: int, *, flipped: bool) -> torch.Tensor:
+        """(C, H, W) float32."""
+        ...
+
+    def load_alpha(self, index: int) -> np.ndarray:
+        """The alpha channel, (h, w) in [0, 1], of an item that asks for it."""
+        ...
 
 
 class DiskLatents:
@@ -123,9 +141,9 @@ class MemoryLatents:
 class JoinedLatents:
     """Latents of two places."""
 
-    def __init__(self, first: DiskLatents, second: MemoryLatents) -> None:
+    def __init__(self, first: DiskLatents, second: LatentsByIndex) -> None:
         self.first, self.second = first, second
-        self.in_memory = not first.indices
+        self.in_memory = second.in_memory and not first.indices
 
     def holds(self, index: int) -> bool:
         return self.first.holds(index) or self.second.holds(index)
@@ -138,11 +156,11 @@ class JoinedLatents:
         """The alpha channel, (h, w) in [0, 1], of an item that asks for it."""
         return self._holder(index).load_alpha(index)
 
-    def _holder(self, index: int) -> DiskLatents | MemoryLatents:
+    def _holder(self, index: int) -> LatentsByIndex:
         return self.first if self.first.holds(index) else self.second
 
 
-LatentStore = DiskLatents | MemoryLatents | JoinedLatents
+LatentStore = LatentsByIndex
 
 
 def fill_memory(
@@ -150,7 +168,7 @@ def fill_memory(
 ) -> MemoryLatents:
     """Encode everything but what is `left_out`, and keep it."""
     store = MemoryLatents(items, left_out)
-    for index, latents, loaded in _encoded(items, _groups(items, batch_size, left_out), encode):
+    for index, latents, loaded in encoded_images(items, grouped(items, batch_size, left_out), encode):
         store.keep(index, latents, loaded.alpha_hw)
     return store
 
@@ -162,31 +180,34 @@ def fill_disk(
     *,
     vae_fingerprint: str,
     is_checked: bool = True,
+    trusts_others: bool = True,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> DiskLatents:
     """Encode what has no valid cache file, every process its own share of the groups.
 
     A group with one missing file is encoded whole, as it was the first time, but only that file is written. Without
-    `is_checked`, every file that is there counts as valid. The caller lets the processes wait for each other
-    afterwards.
+    `is_checked`, every file that is there counts as valid; without `trusts_others`, none that another program wrote.
+    The caller lets the processes wait for each other afterwards.
     """
     items = under_found_names(items, vae_fingerprint, is_checked=is_checked)
     imageless = [index for index, item in enumerate(items) if not item.has_image]
-    groups = _groups(items, batch_size, imageless)[process_index::num_processes]
+    groups = grouped(items, batch_size, imageless)[process_index::num_processes]
     share = sorted([*imageless, *(index for group in groups for index in group)])
     states = states_of(items, share, vae_fingerprint, is_checked=is_checked)
+    if not trusts_others:
+        states = {index: _if_ours(state) if items[index].has_image else state for index, state in states.items()}
     needed = {index for index in share if states[index].reason not in VALID}
     refuse_without_image({items[index].npz: states[index].reason for index in imageless if index in needed})
     _refuse_foreign_files([items[index].npz for index in share if states[index].reason == NOT_OURS])
-    _report(Counter(state.reason for state in states.values()))
+    report_states(Counter(state.reason for state in states.values()))
     _check_writable({os.path.dirname(items[index].npz) for index in needed})
     image_hashes = {
         index: states[index].image_hash for index in share if index not in needed and states[index].reason != UNCHECKED
     }
     with ThreadPoolExecutor(4) as pool:
         writing: deque[Future] = deque()
-        for index, latents, loaded in _encoded(items, [group for group in groups if needed & set(group)], encode):
+        for index, latents, loaded in encoded_images(items, [group for group in groups if needed & set(group)], encode):
             if index not in needed:
                 continue
             image_hashes[index] = loaded.source.hash
@@ -218,6 +239,10 @@ def states_of(
     return states
 
 
+def _if_ours(state: State) -> State:
+    return state._replace(reason=UNTRUSTED) if state.reason == "of another program" else state
+
+
 # ---------------------------------------------------------------------------------------------- encoding
 
 
@@ -227,7 +252,7 @@ class _Loaded(NamedTuple):
     alpha_hw: np.ndarray | None  # where the item asks for it
 
 
-def _encoded(
+def encoded_images(
     items: Sequence[CacheItem], groups: Sequence[Sequence[int]], encode: Encode
 ) -> Iterator[tuple[int, dict[bool, torch.Tensor], _Loaded]]:
     """(index, latents by flipped, what was loaded) of each item; images are decoded ahead while the VAE works."""
@@ -244,7 +269,7 @@ def _encoded(
             bar.update(len(group))
 
 
-def _groups(items: Sequence[CacheItem], size: int, left_out: Collection[int] = ()) -> list[list[int]]:
+def grouped(items: Sequence[CacheItem], size: int, left_out: Collection[int] = ()) -> list[list[int]]:
     """Indices of items of one bucket but those `left_out`, at most `size` together, small buckets first."""
     by_bucket: dict[Size, list[int]] = {}
     left_out = frozenset(left_out)
@@ -346,7 +371,8 @@ def _check_writable(folders: set[str]) -> None:
             raise cache_files.unwritable(folder, "no permission")
 
 
-def _report(states: Counter[str]) -> None:
+def report_states(states: Counter[str]) -> None:
+    """Say how many files, or records, of each state there are."""
     total, new, foreign = sum(states.values()), states["missing"], states["of another program"]
     if states[UNCHECKED]:
         count = counted(states[UNCHECKED], "cache file")

@@ -34,6 +34,7 @@ ALPHA = "alpha_mask"
 KEYS = ("latents", "latents_flipped", "original_size", "crop_ltrb", ALPHA, "fingerprint")
 FLAG = "--cache_latents_to_disk"
 
+OTHER_PRECISIONS = "vae_in_other_precisions"  # a list in the fingerprint
 UNCHECKED = "taken unchecked"
 VALID = {"valid", "of another program", UNCHECKED}
 NOT_OURS = "not a latent cache"
@@ -54,6 +55,7 @@ class CacheItem:
     has_image: bool = True  # False: there is only the npz, and `path` is its name
     alpha_too: bool = False  # the alpha channel is wanted as well
     given_with: int | None = None  # its dataset brings latents for all its images: used without being asked to cache
+    other_precisions: tuple[str, ...] = ()  # fingerprints of the VAE in others, noted in what is written
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -107,7 +109,24 @@ def fingerprint_of(item: CacheItem, source: SourceBytes, vae_fingerprint: str) -
     }
 
 
-def _difference(found: Mapping[str, Any], item: CacheItem, vae_fingerprint: str) -> str | None:
+def _fingerprint_for(item: CacheItem, arrays: Mapping[str, np.ndarray], vae_fingerprint: str) -> dict[str, Any] | None:
+    """What a file says of its making; raises ValueError where that can't be told.
+
+    Latents that a dataset brings along were made before its training was thought of: there it does not matter in which
+    precision the VAE was, nor how small the image was made before it was cut.
+    """
+    found = fingerprint_in(arrays)
+    if found is None:
+        return None
+    others = found.get(OTHER_PRECISIONS)
+    if item.given_with is not None:
+        found["resized"] = size_text(item.placement.resized_wh)
+        if isinstance(others, list) and vae_fingerprint in others:
+            found["vae"] = vae_fingerprint
+    return found
+
+
+def difference(found: Mapping[str, Any], item: CacheItem, vae_fingerprint: str) -> str | None:
     """What the latents were made with that would now be something else; the image apart."""
     expected = fingerprint_of(item, SourceBytes("", 0, 0, 0), vae_fingerprint)
     reasons = {
@@ -152,13 +171,20 @@ def state_of(item: CacheItem, vae_fingerprint: str) -> State:
         return State(NOT_OURS)
     try:
         arrays = read_arrays(io.BytesIO(content), KEYS)
-        found = fingerprint_in(arrays)
+        found = _fingerprint_for(item, arrays, vae_fingerprint)
     except DAMAGE:
         return State("unreadable" if _may_be_a_cache(content) else NOT_OURS)
     if "latents" not in arrays:
         return State(NOT_OURS)
     if (mirrored := _mirrored_beside(item, arrays)) is not None:
         arrays[KEYS[1]] = mirrored
+    return fitting_state(item, arrays, found, vae_fingerprint)
+
+
+def fitting_state(
+    item: CacheItem, arrays: dict[str, np.ndarray], found: Mapping[str, Any] | None, vae_fingerprint: str
+) -> State:
+    """Whether latents with the fingerprint `found` can be used for an item."""
     if misfit := _misfit(item, arrays, found, vae_fingerprint):
         return State(misfit)
     try:
@@ -196,8 +222,8 @@ def _misfit(
         return "without alpha mask"
     if found is None and item.orientation != 1:
         return "not rotated"  # other programs take no notice of it
-    if found is not None and (difference := _difference(found, item, vae_fingerprint)):
-        return difference
+    if found is not None and (other := difference(found, item, vae_fingerprint)):
+        return other
     if found is None and tuple(arrays.get("original_size", np.empty(0)).ravel().tolist()) != item.size_wh:
         return "other size"
     for latents_CHW in (arrays[key] for key in item.keys):
@@ -225,12 +251,15 @@ def _state_of_source(
         newer = os.stat(item.npz).st_mtime_ns >= status.st_mtime_ns
         return State("of another program" if newer else "image changed")
     image_hash = str(found.get("image"))
-    expected = fingerprint_of(item, SourceBytes.of(image_hash, status), vae_fingerprint)
+    noted = {name: value for name, value in found.items() if name == OTHER_PRECISIONS}
+    expected = fingerprint_of(item, SourceBytes.of(image_hash, status), vae_fingerprint) | noted
     if dict(found) == expected:
         return State("valid", image_hash)
     with open(item.path, "rb") as file:
         if hash_of(file.read()) != image_hash:
             return State("image changed")
+    if item.given_with is not None:  # its own VAE and scale would be lost
+        return State("valid", image_hash)
     return State("valid", image_hash, {**arrays, "fingerprint": np.array(json.dumps(expected))})
 
 
@@ -250,10 +279,10 @@ def read_latents(
         arrays = read_arrays(item.npz, (key, "fingerprint"))
         if flipped and (mirrored := _mirrored_beside(item, arrays)) is not None:
             arrays[key] = mirrored
-        found = fingerprint_in(arrays)
+        found = _fingerprint_for(item, arrays, vae_fingerprint)
     except DAMAGE as error:
         raise _unreadable(item.npz, error, is_checked=is_checked) from None
-    misfit = None if found is None else _difference(found, item, vae_fingerprint)
+    misfit = None if found is None else difference(found, item, vae_fingerprint)
     if key not in arrays:
         misfit = "without mirrored latents" if flipped else "without latents"
     elif arrays[key].shape != latent_shape(item.placement.bucket_wh):
@@ -317,10 +346,11 @@ def write(
 ) -> None:
     """Write a cache file, whole or not at all; `latents` (C, H, W) by whether they are of the mirrored image."""
     arrays = {} if alpha_hw is None else {ALPHA: alpha_hw}
+    noted = {OTHER_PRECISIONS: item.other_precisions} if item.other_precisions else {}
     arrays |= {
         "original_size": np.array(item.size_wh),
         "crop_ltrb": np.array(crop_ltrb(item.size_wh, item.placement.bucket_wh)),
-        "fingerprint": np.array(json.dumps(fingerprint)),
+        "fingerprint": np.array(json.dumps({**fingerprint, **noted})),
     }
     try:
         save_arrays(item.npz, arrays | {KEYS[flipped]: latents_CHW for flipped, latents_CHW in latents.items()})

@@ -17,7 +17,7 @@ from library.data import dataset_file
 from library.data.class_folders import class_folders, why_empty
 from library.data.dataset_file import Level
 from library.data.listing import count_images
-from library.data.metadata_file import Size, common_train_sizes, read_metadata
+from library.data.metadata_file import Size, common_train_sizes, metadata_entries
 from library.data.options import (
     AugmentOptions,
     BucketOptions,
@@ -231,11 +231,11 @@ def _dataset(level: dataset_file.DatasetLevel, general: Level, groups: Sequence[
             logger.info("%s: ignored, num_repeats is below 1", subset_level.place)
         elif path_key(subset.source) in subsets:
             logger.info("%s: ignored, %s is already part of this dataset", subset_level.place, subset.source)
-        elif subset.is_metadata and not (entries := read_metadata(subset.source, f"{subset_level.place}.{METADATA}")):
+        elif (sizes := _train_sizes(subset, f"{subset_level.place}.{METADATA}")) == ():
             logger.info("%s: ignored, %s has no entries", subset_level.place, subset.source)
         else:
             subsets[path_key(subset.source)] = subset
-            train_sizes.append(common_train_sizes(entries) if subset.is_metadata else None)
+            train_sizes.append(sizes)
     config = DatasetConfig(
         bucket,
         loader.train_batch_size,
@@ -350,7 +350,13 @@ def _from_metadata(source: SourceOptions, groups: Sequence[Any]) -> DatasetConfi
     if image_dir is not None:
         require(os.path.isdir(image_dir), "--train_data_dir", f"{str(image_dir)!r} is not a folder")
     folder = replace(folder, image_dir=image_dir, metadata_file=Path(source.in_json))
-    entries = read_metadata(Path(source.in_json), "--in_json")
-    require(bool(entries), "--in_json", f"{source.in_json} has no entries", "name the file with captions and tags")
-    config = DatasetConfig(bucket, loader.train_batch_size, (SubsetConfig(folder, caption, augment, masks),))
-    return _checked(config, [common_train_sizes(entries)], {})
+    subset = SubsetConfig(folder, caption, augment, masks)
+    sizes = _train_sizes(subset, "--in_json")
+    require(sizes != (), "--in_json", f"{source.in_json} has no entries", "name the file with captions and tags")
+    return _checked(DatasetConfig(bucket, loader.train_batch_size, (subset,)), [sizes], {})
+
+
+def _train_sizes(subset: SubsetConfig, where: str) -> tuple[Size, ...] | None:
+    """Those that a metadata file gives its images, none if it has no entries; None where images have no size of
+    their own."""
+    return common_train_sizes(metadata_entries(subset.source, where)) if subset.is_metadata else None

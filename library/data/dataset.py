@@ -15,16 +15,21 @@ from library.data.assembly import Assembly
 from library.data.batch import Batch, Position
 from library.data.cache import Encode, JoinedLatents, LatentStore, fill_disk, fill_memory
 from library.data.cache_files import CacheItem, decoded_before
+from library.data.checked_images import find_broken_images, known_whole
 from library.data.config import DatasetConfig, SubsetConfig, check_cacheable
 from library.data.face_crop import report_faces
 from library.data.given_latents import datasets_with_latents, given_latents
-from library.data.images import find_broken, usable_cores
+from library.data.images import usable_cores
+from library.data.index import DataIndex
+from library.data.info_cache import write_info
 from library.data.inspect import ShownSample, shown_samples
 from library.data.loading import RunFacts, Samples, load_batches
 from library.data.lookalikes import Looks
 from library.data.mask_files import report_masks, with_mask_files
 from library.data.metadata_source import scan_metadata
 from library.data.options import CacheOptions
+from library.data.packed_files import Packs
+from library.data.packed_latents import fill_packs
 from library.data.placed_images import placed_images
 from library.data.same_files import under_one_name
 from library.data.scan import Scan
@@ -39,6 +44,7 @@ from library.data.sources import (
 from library.data.summary import LoadedDataset, metadata
 from library.data.text_cache import EncodeText, MemoryTexts, TextStore
 from library.data.text_cache_check import check_text_cacheable
+from library.data.text_cache_files import TextItem
 from library.data.text_cache_options import TextCacheOptions
 from library.data.text_items import text_items
 from library.data.validation_set import ValidationSet, split_images, with_own_items
@@ -66,14 +72,17 @@ class TrainingData:
         self._texts: TextStore | None = None
 
     @classmethod
-    def build(cls, configs: Sequence[DatasetConfig], *, seed: int, on_bad_image: str) -> TrainingData:
+    def build(
+        cls, configs: Sequence[DatasetConfig], *, seed: int, on_bad_image: str, checks_images: bool = True
+    ) -> TrainingData:
         """Find the images, read captions, check every image to its last byte, and sort them into buckets.
 
         `on_bad_image` "stop": all broken images in one OptionError; "skip": the run does without. What was found
-        beside the images to train on is in `scan`.
+        beside the images to train on is in `scan`. Without `checks_images` no image is decoded.
         """
         subsets = [subset for config in configs for subset in config.subsets]
-        found = [_scan(subset) for subset in subsets]
+        index = DataIndex()
+        found = [_scan(subset, index) for subset in subsets]
         report_captions(zip(found, (subset.caption.caption_extension for subset in subsets), strict=True))
         found, broken_masks = with_mask_files(found, subsets)
         found = under_one_name(found)
@@ -81,10 +90,12 @@ class TrainingData:
         images, items = placed_images(configs, found, with_latents)
         broken = {path: reason for contents in found for path, reason in contents.broken.items()} | unusable
         broken |= broken_masks
-        unchecked = {item.path: None for item in items if _needs_a_look(item)}
+        packs, looks = Packs(), Looks()
+        for path, look in known_whole((item.path for item in items if item.has_image), index):
+            looks.add(path, look)
+        unchecked = {item.path: None for item in items if item.path not in looks.by_path and _needs_a_look(item, packs)}
         unchecked |= {image.record.mask.path: None for image in images if image.record.mask}
-        looks = Looks()
-        broken |= find_broken(unchecked, looks.note)
+        broken |= find_broken_images(unchecked if checks_images else (), looks, index)
         if on_bad_image == "stop":
             refuse_broken(broken)
         if broken:
@@ -110,7 +121,7 @@ class TrainingData:
             raise OptionError("training images", f"none left to train on in {looked_at}", way_out)
         _report_unused(datasets)
         data = cls(datasets, items, assembly.samples(seed), validation)
-        data.scan = Scan(tuple(found), broken, looks.by_path)
+        data.scan = Scan(tuple(found), broken, looks.by_path, index)
         return data
 
     # ------------------------------------------------------------------------------------------ facts
@@ -180,7 +191,14 @@ class TrainingData:
     # ------------------------------------------------------------------------------------------ latents
 
     def cache_latents(
-        self, encode: Encode, fingerprint: str, cache: CacheOptions, *, process_index: int = 0, num_processes: int = 1
+        self,
+        encode: Encode,
+        fingerprint: str,
+        cache: CacheOptions,
+        *,
+        trusts_others: bool = True,
+        process_index: int = 0,
+        num_processes: int = 1,
     ) -> None:
         """Encode all images, or take latents from valid cache files; batches then hold latents.
 
@@ -188,24 +206,37 @@ class TrainingData:
 
         `encode` turns images (B, 3, H, W) in [-1, 1] and noise (B, 4, H/8, W/8) into unscaled latents, shaped like
         the noise; `fingerprint` identifies the VAE's weights. On disk every process encodes its own share: let them
-        wait for each other before the first batch. In memory every process encodes everything.
+        wait for each other before the first batch. In memory every process encodes everything. `trusts_others` as in
+        :func:`library.data.cache.fill_disk`.
         """
         check_cacheable([dataset.config for dataset in self.datasets], cache)
 
         def filled(items: Sequence[CacheItem]) -> LatentStore:
             is_checked = not cache.skip_cache_check
-            if not cache.cache_latents_to_disk:
+            if not cache.cache_latents_to_disk or cache.is_packed:
                 left_to = None if cache.enabled else "the images themselves are"
                 given = given_latents(items, fingerprint, left_to=left_to, is_checked=is_checked)
                 if not cache.enabled:
                     return given
-                return JoinedLatents(given, fill_memory(items, encode, cache.vae_batch_size, given.indices))
+                if not cache.is_packed:
+                    return JoinedLatents(given, fill_memory(items, encode, cache.vae_batch_size, given.indices))
+                packed = fill_packs(
+                    items,
+                    encode,
+                    cache.vae_batch_size,
+                    vae_fingerprint=fingerprint,
+                    left_out=given.indices,
+                    is_checked=is_checked,
+                    share=(process_index, num_processes),
+                )
+                return JoinedLatents(given, packed)
             return fill_disk(
                 items,
                 encode,
                 cache.vae_batch_size,
                 vae_fingerprint=fingerprint,
                 is_checked=is_checked,
+                trusts_others=trusts_others,
                 process_index=process_index,
                 num_processes=num_processes,
             )
@@ -214,7 +245,16 @@ class TrainingData:
         if self.validation is not None:
             self.validation.store = filled(self.validation.items)
 
+    def cache_items(self) -> list[CacheItem]:
+        """What each file of cached latents is of, those of validation among them."""
+        return [*self._items, *(self.validation.items if self.validation else ())]
+
     # ------------------------------------------------------------------------------------------ text
+
+    def text_items(self, num_versions: int | None) -> list[TextItem]:
+        """What each file of cached text is of, those of validation among them."""
+        parts = [self._samples, *([self.validation.samples] if self.validation else ())]
+        return [item for samples in parts for item in text_items(samples, num_versions)]
 
     def cache_texts(
         self,
@@ -223,6 +263,7 @@ class TrainingData:
         cache: TextCacheOptions,
         *,
         is_checked: bool = True,
+        trusts_others: bool = True,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -242,6 +283,7 @@ class TrainingData:
                 encode,
                 encoders,
                 is_checked=is_checked,
+                trusts_others=trusts_others,
                 process_index=process_index,
                 num_processes=num_processes,
             )
@@ -277,7 +319,7 @@ def _without_place(config: DatasetConfig) -> DatasetConfig:
         replace(
             subset,
             folder=replace(subset.folder, image_dir=None, metadata_file=None, custom_attributes=None),
-            caption=replace(subset.caption, cache_info=False),
+            caption=replace(subset.caption, cache_info=False, data_index="auto"),
             masks=replace(subset.masks, conditioning_data_dir=None),
         )
         for subset in config.subsets
@@ -308,22 +350,34 @@ def _report_unused(datasets: Sequence[LoadedDataset]) -> None:
             )
 
 
-def _needs_a_look(item: CacheItem) -> bool:
+def _needs_a_look(item: CacheItem, packs: Packs) -> bool:
     """Whether nothing shows so far that the image can be decoded, and it will be."""
-    return item.has_image and item.given_with is None and not decoded_before(item.path, item.npz)
+    if not item.has_image or item.given_with is not None:
+        return False
+    return not (decoded_before(item.path, item.npz) or packs.decoded_before(item))
 
 
-def _scan(subset: SubsetConfig) -> FolderContents:
+def _scan(subset: SubsetConfig, index: DataIndex) -> FolderContents:
+    options = subset.caption
     if subset.is_metadata:
-        options = subset.caption
-        return scan_metadata(subset.source, subset.image_dir, between=options.joint, all_lines=options.enable_wildcard)
+        return scan_metadata(
+            subset.source,
+            subset.image_dir,
+            between=options.joint,
+            all_lines=options.enable_wildcard,
+            index=index,
+            index_policy=options.data_index,
+        )
     contents = scan_folder(
         subset.image_dir,
-        caption_extension=subset.caption.caption_extension,
+        caption_extension=options.caption_extension,
         class_tokens=subset.folder.class_tokens,
-        all_lines=subset.caption.enable_wildcard,
-        cache_info=subset.caption.cache_info,
+        all_lines=options.enable_wildcard,
+        index=index,
+        index_policy=options.data_index,
     )
+    if options.cache_info:
+        write_info(subset.image_dir, contents.images)
     if not (contents.images or contents.broken or contents.unreadable_captions):
         logger.warning("%s: no images, passed over", subset.image_dir)
     return contents

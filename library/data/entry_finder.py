@@ -37,6 +37,10 @@ class EntryFinder:
                 return found
         return EntryFiles(None, None, None)
 
+    def num_files(self, folder: str) -> int:
+        """How many files lie directly in a folder."""
+        return sum(map(len, self._listing(folder).values()))
+
     def _find(self, key: str) -> EntryFiles:
         inside = os.path.join(self.image_dir, key)
         image = self._image(inside) or next(filter(is_image, self._named(inside)), None) or self._image(key)

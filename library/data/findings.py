@@ -5,6 +5,7 @@ An image is named by its path; where the same file is part of several datasets i
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from library.data.config import DatasetConfig, SubsetConfig
 from library.data.images import usable_cores
 from library.data.loading import TrainImage
 from library.data.lookalikes import alike, equal_files
+from library.data.options import BucketOptions, CaptionOptions
 from library.data.same_files import file_keys
 from library.data.scan import Scan
 from library.data.sources import ImageRecord
@@ -56,6 +58,7 @@ class DatasetUse:
 
     dataset: int  # from 1
     batch_size: int  # of one process
+    bucket: BucketOptions
     sizes: str  # in words
 
 
@@ -150,6 +153,11 @@ class Findings:
             found.setdefault(image.record.path, image)
         return found
 
+    def bucket_of(self, path: str) -> BucketOptions:
+        """The bucket options of the first dataset that uses an image."""
+        numbers = (folder.dataset for folder in self.folders if any(i.record.path == path for i in folder.images))
+        return self.datasets[next(numbers) - 1].bucket
+
     def cut_moves(self, image: TrainImage) -> bool:
         """Whether another part of the image is seen each time it is drawn."""
         return self.folders[image.subset].cut_moves
@@ -200,10 +208,10 @@ def find(
     tokens, longest = _captions(datasets, count_tokens)
     sizes = {image.record.path: image.record.num_bytes for folder in folders for image in folder.images}
     one_path = {key: path for path, key in reversed(file_keys(sizes).items())}  # a file under two names is no copy
-    equal = equal_files([(path, sizes[path]) for path in one_path.values()], usable_cores())
+    equal = equal_files([(path, sizes[path]) for path in one_path.values()], usable_cores(), scan.index)
     looks = {path: scan.looks[path] for path in one_path.values() if path in scan.looks}
     uses = (
-        DatasetUse(number, dataset.config.batch_size, sizes_in_words(dataset.config))
+        DatasetUse(number, dataset.config.batch_size, dataset.config.bucket, sizes_in_words(dataset.config))
         for number, dataset in enumerate(datasets, 1)
     )
     return Findings(
@@ -296,17 +304,22 @@ def written_captions(caption: str, subset: SubsetConfig) -> tuple[str, ...]:
 
     Of alternatives ({a|b}) one is taken.
     """
-    whole = replace(
-        subset.caption,
+    whole = _undropped(subset.caption)
+    return tuple(
+        process_caption(line, whole, random.Random(0), epoch=1, step=0, max_train_steps=1)
+        for line in caption.split("\n")
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _undropped(options: CaptionOptions) -> CaptionOptions:
+    return replace(
+        options,
         shuffle_caption=False,
         caption_dropout_rate=0.0,
         caption_dropout_every_n_epochs=0,
         caption_tag_dropout_rate=0.0,
         token_warmup_step=0,
-    )
-    return tuple(
-        process_caption(line, whole, random.Random(0), epoch=1, step=0, max_train_steps=1)
-        for line in caption.split("\n")
     )
 
 

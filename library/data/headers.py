@@ -24,6 +24,7 @@ HEAD_BYTES = 4096  # covers nearly every header, and a page of the disk is read 
 MAX_SIDE = 20_000  # an image of this width and height is the largest that is read
 MAX_TEXT_BYTES = 64 * 2**20  # of one text in a PNG; image generators keep whole workflows there
 ORIENTATION_TAG = 0x0112
+PACKED = struct.Struct("<IIB?Q")
 PNG_ALPHA_TYPES = (4, 6)  # grey and colour with alpha; others may have a tRNS chunk
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:="|>)([1-8])""")
@@ -42,6 +43,18 @@ class Header(NamedTuple):
     orientation: int  # of Exif or XMP: 1 (upright) to 8
     num_bytes: int  # of the file
     has_alpha: bool = False  # whether it can have transparent parts
+
+    def packed(self) -> bytes:
+        """As an index keeps it."""
+        return PACKED.pack(*self.size_wh, self.orientation, self.has_alpha, self.num_bytes)
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> Header | None:
+        """None for what was not packed so."""
+        if len(packed) != PACKED.size:
+            return None
+        width, height, orientation, has_alpha, num_bytes = PACKED.unpack(packed)
+        return cls((width, height), orientation, num_bytes, has_alpha)
 
 
 Stored = tuple[tuple[int, int], int, bool]  # (width, height) as stored, orientation, whether it has alpha

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from library.data.index import DataIndex, Fact, now
+
 GRID = 10
 MAX_DIFFERENCE = 5.0  # of 255, root mean square over cells and colours
 MAX_RELATIVE_DIFFERENCE = 0.15  # of the pictures' contrast: a correlation above 1 - 0.15^2 / 2 = 0.99
@@ -28,8 +30,20 @@ READ_AT_ONCE = 1 << 20
 class Look:
     """What is kept of a picture that was decoded."""
 
-    colours: bytes  # RGB of GRID x GRID cells, row by row
+    colours: bytes  # RGB of GRID x GRID cells, row by row; empty where there are more pictures than are compared
     is_transparent: bool  # some pixel is
+
+    def packed(self) -> bytes:
+        """As an index keeps it."""
+        return bytes([self.is_transparent]) + self.colours
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> Look | None:
+        """None for what was not packed so."""
+        return cls(packed[1:], bool(packed[0])) if len(packed) == 1 + GRID * GRID * 3 else None
+
+
+BARE = (Look(b"", False), Look(b"", True))  # by transparency
 
 
 @dataclass
@@ -38,10 +52,16 @@ class Looks:
 
     by_path: dict[str, Look] = field(default_factory=dict)
 
-    def note(self, path: str, image: Image.Image) -> None:
-        """Keep the look of an image that is decoded, maybe at a part of its size."""
+    def note(self, path: str, image: Image.Image) -> Look:
+        """Keep the look of an image that is decoded, maybe at a part of its size; returns it."""
         cells = image.convert("RGB").resize((GRID, GRID), Image.Resampling.BILINEAR)
-        self.by_path[path] = Look(cells.tobytes(), _has_transparent_pixels(image))
+        look = Look(cells.tobytes(), _has_transparent_pixels(image))
+        self.add(path, look)
+        return look
+
+    def add(self, path: str, look: Look) -> None:
+        """Keep a look, without its colours where there are too many to compare."""
+        self.by_path[path] = look if len(self.by_path) < MOST_COMPARED else BARE[look.is_transparent]
 
 
 def _has_transparent_pixels(image: Image.Image) -> bool:
@@ -53,21 +73,30 @@ def _has_transparent_pixels(image: Image.Image) -> bool:
 # ---------------------------------------------------------------------------------------------- equal files
 
 
-def equal_files(files: Iterable[tuple[str, int]], threads: int) -> list[list[str]]:
-    """Groups of files with the same content, each sorted; `files` are (path, bytes). Only files of one size are read.
+def equal_files(files: Iterable[tuple[str, int]], threads: int, index: DataIndex | None = None) -> list[list[str]]:
+    """Groups of files with the same content, each sorted; `files` are (path, bytes). Only files of one size are read,
+    and only those of which the `index` doesn't know the hash.
 
     A file that can't be read any more is in no group.
     """
+    index = index or DataIndex()
     by_size: dict[int, list[str]] = {}
     for path, size in dict(files).items():
         by_size.setdefault(size, []).append(path)
     suspects = [path for paths in by_size.values() if len(paths) > 1 for path in paths]
+    hashes = dict(index.look_up(Fact.CONTENT, suspects))
+    unknown = [path for path in suspects if path not in hashes]
+    since = now()
     with ThreadPoolExecutor(threads) as pool:
-        hashes = list(pool.map(_content_hash, suspects))
+        for path, content in zip(unknown, pool.map(_content_hash, unknown), strict=True):
+            if content is not None:
+                hashes[path] = content
+                index.note(Fact.CONTENT, path, content, since)
+    index.flush()
     by_hash: dict[bytes, list[str]] = {}
-    for path, content in zip(suspects, hashes, strict=True):
-        if content is not None:
-            by_hash.setdefault(content, []).append(path)
+    for path in suspects:
+        if path in hashes:
+            by_hash.setdefault(hashes[path], []).append(path)
     return sorted(sorted(paths) for paths in by_hash.values() if len(paths) > 1)
 
 
@@ -92,7 +121,7 @@ def alike(looks: Mapping[str, Look], equal: Sequence[Sequence[str]] = ()) -> lis
     """
     copies = {path for group in equal for path in group[1:]}
     paths = [path for path in sorted(looks) if path not in copies]
-    if not 2 <= len(paths) <= MOST_COMPARED:
+    if not 2 <= len(paths) <= MOST_COMPARED or not all(looks[path].colours for path in paths):
         return []
     cells = np.frombuffer(b"".join(looks[path].colours for path in paths), np.uint8)
     cells_NC3 = cells.reshape(len(paths), GRID * GRID, 3).astype(np.float32)
@@ -129,6 +158,8 @@ def _joined(pairs: Iterable[tuple[int, int]]) -> list[set[int]]:
     """Groups of numbers that are connected by pairs."""
     group_of: dict[int, set[int]] = {}
     for a, b in pairs:
+        if a in group_of and group_of[a] is group_of.get(b):
+            continue
         small, large = sorted((group_of.get(a, {a}), group_of.get(b, {b})), key=len)
         large |= small
         for member in (*small, a, b):

@@ -6,33 +6,45 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from library.data.cache_files import DAMAGE, original_size
 from library.data.entry_finder import EntryFiles, EntryFinder
 from library.data.headers import BadImage, Header
+from library.data.index import NOTED_TOGETHER, DataIndex
 from library.data.listing import is_image, listing, why_closed
-from library.data.metadata_file import MetadataEntry, Size, read_metadata
+from library.data.metadata_file import MetadataEntry, Size, metadata_entries
+from library.data.progress import progress
 from library.data.same_files import file_keys
-from library.data.sources import FolderContents, FromMetadata, ImageRecord, listed, read_all
+from library.data.slow_files import FileCalls
+from library.data.sources import FolderContents, FromMetadata, ImageRecord, known_or_read, listed
 from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
 
-def scan_metadata(path: Path, image_dir: Path, *, between: str, all_lines: bool = False) -> FolderContents:
+def scan_metadata(
+    path: Path,
+    image_dir: Path,
+    *,
+    between: str,
+    all_lines: bool = False,
+    index: DataIndex | None = None,
+    index_policy: str = "auto",
+) -> FolderContents:
     """The images that the entries of a metadata file name, in its order; entries that lead nowhere are broken.
 
     An entry that has no image but latents in a .npz file is found by that. `between` stands between caption and tags,
-    with `all_lines` in each line of the caption.
+    with `all_lines` in each line of the caption. What the `index` knows of images is not read again; `index_policy`
+    says whether it takes up their folders (--data_index).
     """
-    entries = read_metadata(path, "metadata_file")
+    index = index or DataIndex()
     finder = EntryFinder(image_dir)
-    found = [(entry, finder.find(entry.key)) for entry in entries]
     images: list[ImageRecord] = []
     turned: list[str] = []
     broken: dict[str, str] = {}
-    for (entry, files), header in zip(found, _headers([files for _, files in found], path.name), strict=True):
+    for entry, files, header in _read(metadata_entries(path, "metadata_file"), finder, path.name, index, index_policy):
         file = files.image or files.npz
         if file is None:
             broken[entry.key] = f"is in {path}, but no image and no .npz file of that name is in {image_dir}"
@@ -48,6 +60,22 @@ def scan_metadata(path: Path, image_dir: Path, *, between: str, all_lines: bool 
     return FolderContents(tuple(images), broken, empty, passed_over=passed_over, unnamed=others)
 
 
+def _read(
+    entries: Iterator[MetadataEntry], finder: EntryFinder, name: str, index: DataIndex, index_policy: str
+) -> Iterator[tuple[MetadataEntry, EntryFiles, Header | BadImage]]:
+    """The entries with their files and headers, some thousand at a time, so that no more of them are in memory."""
+    folders: set[str] = set()
+    with progress(f"reading {name}", None) as bar, FileCalls() as calls:
+        while chunk := list(islice(entries, NOTED_TOGETHER)):
+            found = [finder.find(entry.key) for entry in chunk]
+            for folder in {os.path.dirname(each.image) for each in found if each.image} - folders:
+                folders.add(folder)
+                index.use(folder, index_policy, finder.num_files(folder))
+            yield from zip(chunk, found, _headers(found, index, calls), strict=True)
+            bar.update(len(chunk))
+    index.flush()
+
+
 def _beside(image_dir: Path, images: list[ImageRecord]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(images in the folder that no entry names, files that would be passed over in any folder of images)."""
     if why_closed(image_dir):
@@ -59,8 +87,8 @@ def _beside(image_dir: Path, images: list[ImageRecord]) -> tuple[tuple[str, ...]
     return tuple(path for path in paths if keys[path] not in named), found.passed_over
 
 
-def _headers(files: list[EntryFiles], name: str) -> Iterator[Header | BadImage]:
-    of_images = read_all([(each.image, None) for each in files if each.image], name)
+def _headers(files: list[EntryFiles], index: DataIndex, calls: FileCalls) -> Iterator[Header | BadImage]:
+    of_images = known_or_read([(each.image, None) for each in files if each.image], index, calls)
     for each in files:
         if each.image:
             yield next(of_images)[0]

@@ -33,9 +33,12 @@ def under_found_names(items: Sequence[CacheItem], vae_fingerprint: str, *, is_ch
 
 
 def newer_name(item: CacheItem) -> str | None:
-    """None for an image that shares its older name: whose the newer one would be can't be told."""
+    """None for an image that shares its older name: whose the newer one would be can't be told.
+
+    Nor for latents that a dataset is to bring along: metadata lead to the older name.
+    """
     base = os.path.splitext(item.path)[0]
-    if not item.has_image or item.npz != f"{base}.npz":
+    if not item.has_image or item.other_precisions or item.npz != f"{base}.npz":
         return None
     width, height = item.size_wh
     return f"{base}_{width:04d}x{height:04d}_sd.npz"

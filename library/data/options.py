@@ -13,49 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.data.option_values import parse_extension, parse_range, parse_resolution, parse_table
 from library.options import OptionError, opt, path_of, require
 
 LATENT_STRIDE = 8  # pixels per latent pixel: every trained size is a multiple of it
 MAX_SIDE = 16_384  # pixels: beyond any model, but a slip of the keyboard
 MOST_REPEATS = 10_000  # of an image in an epoch: beyond any use, but a date in the name of a folder
-
-
-def parse_resolution(value: Any) -> tuple[int, int]:
-    """ "512" or "512,768" on the command line, 512 or [512, 768] in TOML, as (width, height)."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    try:
-        sizes = [int(part) if isinstance(part, str) else part for part in parts]
-    except ValueError:
-        raise ValueError("is not a size; write one number (512) or width,height (512,768)") from None
-    if len(sizes) not in (1, 2) or any(type(size) is not int for size in sizes):
-        raise ValueError("is not a size; write one whole number or two, width and height")
-    return (sizes[0], sizes[-1])
-
-
-def parse_extension(value: Any) -> str:
-    """ ".txt" from ".txt" or "txt"."""
-    if not isinstance(value, str) or not value.strip("."):
-        raise ValueError("is not a file extension such as .txt")
-    return value if value.startswith(".") else f".{value}"
-
-
-def parse_range(value: Any) -> tuple[float, float]:
-    """Two numbers: "1.5,3" on the command line, [1.5, 3] in TOML."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    try:
-        numbers = [float(part) for part in parts if not isinstance(part, bool)]
-    except (TypeError, ValueError):
-        raise ValueError("is not two numbers, such as 1.5,3.0") from None
-    if len(numbers) != 2 or len(parts) != 2 or not all(map(math.isfinite, numbers)):
-        raise ValueError("is not two numbers, such as 1.5,3.0")
-    return (numbers[0], numbers[1])
-
-
-def parse_table(value: Any) -> dict[str, Any]:
-    """A TOML table as it is."""
-    if not isinstance(value, dict):
-        raise ValueError("is not a table")
-    return value
 
 
 @dataclass(frozen=True)
@@ -68,7 +31,7 @@ class SourceOptions:
     reg_data_dir: str | None = opt(help="regularisation images, in sub-folders named <repeats>_<class>")
     dataset_config: Path | None = opt(help="dataset file (.toml or .json) in place of --train_data_dir")
     in_json: str | None = opt(
-        help="metadata file (.json or .jsonl) with captions and tags; its images are in --train_data_dir"
+        help="metadata file (.json, .jsonl or .parquet) with captions and tags; its images are in --train_data_dir"
     )
     dataset_repeats: int = opt(
         1, help="how often every image is shown per epoch, where neither a folder's name nor the dataset file says it"
@@ -107,7 +70,8 @@ class FolderOptions:
     class_tokens: str | None = opt(help="caption of images that have no caption file")
     is_reg: bool = opt(False, help="regularisation images")
     metadata_file: Path | None = opt(
-        parse=path_of, help="metadata file (.json or .jsonl): its entries name images and give captions and tags"
+        parse=path_of,
+        help="metadata file (.json, .jsonl or .parquet): its entries name images and give captions and tags",
     )
     custom_attributes: dict[str, Any] | None = opt(
         parse=parse_table, help="a table of your own; kept with the subset, changes nothing"
@@ -243,7 +207,13 @@ class CaptionOptions:
     shuffle_caption: bool = opt(False, help="shuffle the comma-separated parts of the caption")
     caption_extension: str = opt(".caption", parse=parse_extension, help="extension of caption files")
     cache_info: bool = opt(
-        False, help="note the images' sizes and captions in metadata_cache.json of their folder: quicker next time"
+        False, help="write the images' sizes and captions into metadata_cache.json of their folder, for other programs"
+    )
+    data_index: str = opt(
+        "auto",
+        choices=("auto", "on", "off"),
+        help="note what was read of images and captions in a hidden file of their folder, so that the next start is "
+        "quick; auto: in folders of 1000 files and more",
     )
     keep_tokens: int = opt(0, help="how many parts at the beginning are neither shuffled nor dropped")
     caption_prefix: str | None = opt(help="text put before every caption, with a blank")
@@ -357,6 +327,9 @@ class CacheOptions:
     cache_latents_to_disk: bool = opt(False, help="keep the latents in .npz files next to the images")
     vae_batch_size: int = opt(1, help="images encoded at once while caching")
     skip_cache_check: bool = opt(False, help="take cache files as they are at the start, without reading them")
+    cache_format: str = opt(
+        "npz", choices=["npz", "packed"], help="on disk: a .npz file for each image, or a .pack file for each size"
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -371,10 +344,13 @@ class CacheOptions:
     def notes(self) -> list[str]:
         """A sentence for each setting that has no effect beside another."""
         idle = ["vae_batch_size"] if self.vae_batch_size != 1 and not self.enabled else []
-        idle += ["skip_cache_check"] if self.skip_cache_check and not self.cache_latents_to_disk else []
-        return [
-            f"--{name} has no effect without cached latents{' on disk' * (name == 'skip_cache_check')}" for name in idle
-        ]
+        if not self.cache_latents_to_disk:
+            idle += ["skip_cache_check"] * self.skip_cache_check + ["cache_format"] * self.is_packed
+        return [f"--{name} has no effect without cached latents{' on disk' * ('cache' in name)}" for name in idle]
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cache_format == "packed"
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,13 @@ def under_one_name(found: Sequence[FolderContents]) -> list[FolderContents]:
         return os.path.join(called[folder], name)
 
     def renamed_record(image: ImageRecord) -> ImageRecord:
-        facts = image.metadata
+        facts, path = image.metadata, renamed(image.path)
+        if facts is None and path == image.path:
+            return image
         if facts is not None:
             npz, flipped_npz = (path and renamed(path) for path in (facts.npz, facts.flipped_npz))
             facts = replace(facts, npz=npz, flipped_npz=flipped_npz)
-        return replace(image, path=renamed(image.path), metadata=facts)
+        return replace(image, path=path, metadata=facts)
 
     return [
         replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from library.data.index import DataIndex
 from library.data.lookalikes import Look
 from library.data.sources import FolderContents
 
@@ -15,4 +16,5 @@ class Scan:
 
     contents: tuple[FolderContents, ...] = ()  # by subset
     broken: Mapping[str, str] = field(default_factory=dict)  # path -> reason, of images that the run does without
-    looks: Mapping[str, Look] = field(default_factory=dict)  # by path, of images that were decoded by the check
+    looks: Mapping[str, Look] = field(default_factory=dict)  # by path, of images that were decoded, now or earlier
+    index: DataIndex = field(default_factory=DataIndex)

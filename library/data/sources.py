@@ -6,22 +6,20 @@ per caption file.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from library.data.headers import BadImage, Header, read_header
-from library.data.info_cache import read_with_notes
+from library.data.index import DataIndex, Fact, now, stamp_of
 from library.data.listing import image_extensions, is_hidden, is_image, listing
 from library.data.progress import progress
+from library.data.slow_files import FileCalls
 from library.options import OptionError
 from library.wording import counted
 
@@ -32,8 +30,6 @@ CAPTION_FALLBACKS = (".txt", ".caption")  # what people have when nothing has th
 FACE_PIECES = 4  # "name_cx_cy_w_h": a face position in the file name, which the caption's name may lack
 NAMES_SHOWN = 5
 READ_TOGETHER = 256  # images between two looks at how slow the disk is
-SLOW_SECONDS = 0.0005  # of waiting per image, not of work: more means a slow disk
-SLOW_DISK_THREADS = 32
 
 ReadTask = tuple[str, str | None]  # image, caption file
 ReadResult = tuple[Header | BadImage, str | None | UnicodeDecodeError]
@@ -88,7 +84,8 @@ class FolderContents:
 
     def without(self, paths: Collection[str]) -> FolderContents:
         """The same, less these images."""
-        return replace(self, images=tuple(image for image in self.images if not _files_of(image) & set(paths)))
+        gone = frozenset(paths)
+        return replace(self, images=tuple(image for image in self.images if not _files_of(image) & gone))
 
 
 def _files_of(image: ImageRecord) -> set[str]:
@@ -101,24 +98,29 @@ def scan_folder(
     caption_extension: str,
     class_tokens: str | None,
     all_lines: bool = False,
-    cache_info: bool = False,
+    index: DataIndex | None = None,
+    index_policy: str = "auto",
 ) -> FolderContents:
     """The images directly in `folder`, sorted by name, with sizes and captions.
 
     Captions are the first line with text of their files, or, with `all_lines`, all those lines. An image without a
     caption file gets `class_tokens`, or the empty caption. When no image has a caption file of `caption_extension` but
-    there are .txt or .caption files, those are used. With `cache_info`, what was read before and has not changed since
-    comes from the folder's metadata_cache.json. Raises OptionError for a folder that can't be looked into.
+    there are .txt or .caption files, those are used. What the `index` knows of the folder's files is not read again;
+    `index_policy` says whether it takes up the folder (--data_index). Raises OptionError for a folder that can't be
+    looked into.
     """
     files, broken, passed_over = listing(folder)
     names = [name for name in files if is_image(name)]
     by_name = _by_caption_name(files)
     extension = _extension_in_use(names, by_name, caption_extension)
     base = os.path.join(folder, "")
-    files_of = [(base + name, _caption_name(name, by_name, extension)) for name in names]
-    tasks = [(path, base + caption if caption else None) for path, caption in files_of]
-    read = functools.partial(read_all, name=folder.name, all_lines=all_lines)
-    results = read_with_notes(folder, tasks, read, all_lines=all_lines) if cache_info else read(tasks)
+    captions = (_caption_name(name, by_name, extension) for name in names)
+    tasks = [(base + name, base + caption if caption else None) for name, caption in zip(names, captions, strict=True)]
+    del by_name
+    if index is not None:
+        index.use(folder, index_policy, len(files))
+        index.keep_only(folder, files)
+    results = read_all(tasks, folder.name, all_lines, index)
     images, uncaptioned, unreadable = [], [], []
     for (path, caption_path), (header, caption) in zip(tasks, results, strict=True):
         if isinstance(header, BadImage):
@@ -136,38 +138,73 @@ def scan_folder(
     return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable), passed_over)
 
 
-def read_all(tasks: Sequence[ReadTask], name: str, all_lines: bool = False) -> Iterator[ReadResult]:
-    """Header and caption of each image; in threads where files answer slowly, as over a network.
-
-    From memory or a fast disk one thread is faster than many, which would take turns at the interpreter.
-    """
-    read = functools.partial(_read, all_lines=all_lines)
-    with progress(f"reading {name}", len(tasks)) as bar, ThreadPoolExecutor(SLOW_DISK_THREADS) as pool:
-        waited = 0.0
+def read_all(
+    tasks: Sequence[ReadTask], name: str, all_lines: bool = False, index: DataIndex | None = None
+) -> Iterator[ReadResult]:
+    """Header and caption of each image; what the `index` knows comes from there, what it doesn't is noted in it."""
+    index = index or DataIndex()
+    with progress(f"reading {name}", len(tasks)) as bar, FileCalls() as calls:
         for start in range(0, len(tasks), READ_TOGETHER):
             chunk = tasks[start : start + READ_TOGETHER]
-            before = time.perf_counter() - time.thread_time()
-            is_slow = waited > SLOW_SECONDS * READ_TOGETHER
-            yield from [*(pool.map if is_slow else map)(read, chunk)]
-            if not is_slow:
-                waited = time.perf_counter() - time.thread_time() - before
+            for header, text in known_or_read(chunk, index, calls):
+                yield header, text.split("\n", 1)[0] if isinstance(text, str) and not all_lines else text
             bar.update(len(chunk))
+    index.flush()
 
 
-def _read(task: ReadTask, *, all_lines: bool) -> ReadResult:
+def known_or_read(tasks: Sequence[ReadTask], index: DataIndex, calls: FileCalls) -> Iterator[ReadResult]:
+    """Headers and whole captions of a few hundred or thousand images; see :func:`read_all`."""
+    if not any(index.has(image) for image, _ in tasks):
+        yield from calls.results(_read, tasks)
+        return
+    files = [file for task in tasks for file in task if file is not None]
+    stamps = dict(zip(files, calls.results(stamp_of, files), strict=True))
+    headers = index.known(Fact.HEADER, {image: stamps.get(image) for image, _ in tasks})
+    texts = index.known(Fact.CAPTION, {text: stamps.get(text) for _, text in tasks if text is not None})
+    known = {task: result for task in tasks if (result := _from_facts(task, headers, texts)) is not None}
+    since = now()
+    fresh = [task for task in tasks if task not in known]
+    for task, result in zip(fresh, calls.results(_read, fresh), strict=True):
+        known[task] = result
+        (image, text_path), (header, text) = task, result
+        if isinstance(header, Header):
+            index.note(Fact.HEADER, image, header.packed(), since, stamps.get(image))
+        if text_path is not None and isinstance(text, str):
+            index.note(Fact.CAPTION, text_path, text.encode(), since, stamps.get(text_path))
+    yield from (known[task] for task in tasks)
+
+
+def _from_facts(task: ReadTask, headers: Mapping[str, bytes], texts: Mapping[str, bytes]) -> ReadResult | None:
+    image, text_path = task
+    if image not in headers or not (text_path is None or text_path in texts):
+        return None
+    header = Header.unpacked(headers[image])
+    try:
+        return None if header is None else (header, None if text_path is None else texts[text_path].decode())
+    except UnicodeDecodeError:
+        return None
+
+
+def _read(task: ReadTask) -> ReadResult:
     image_path, caption_path = task
     try:
         header = read_header(image_path)
     except BadImage as error:
         return error, None
     try:
-        return header, read_caption(caption_path, all_lines=all_lines) if caption_path else None
+        return header, read_caption(caption_path, all_lines=True) if caption_path else None
     except UnicodeDecodeError as error:
         return header, error
 
 
 def read_caption(path: str, *, all_lines: bool = False) -> str:
-    """The first line with text in it, stripped, or all of them; byte-order marks (UTF-8, UTF-16) are understood.
+    """The first line with text in it, stripped, or all of them; see :func:`read_text_file`."""
+    lines = [line.strip() for line in read_text_file(path).split("\n") if line.strip()]
+    return "\n".join(lines if all_lines else lines[:1])
+
+
+def read_text_file(path: str) -> str:
+    """The text of a file with "\\n" at the ends of lines; byte-order marks (UTF-8, UTF-16) are understood.
 
     Raises UnicodeDecodeError for text in other encodings, and OptionError where the file can't be read.
     """
@@ -180,17 +217,28 @@ def read_caption(path: str, *, all_lines: bool = False) -> str:
     text = raw.decode(encoding)
     if "\0" in text:  # UTF-16 without its mark, or UTF-32
         raise UnicodeDecodeError(encoding, raw, 0, len(raw), "holds NUL characters")
-    lines = [line.strip() for line in LINE_ENDS.split(text) if line.strip()]
-    return "\n".join(lines if all_lines else lines[:1])
+    return LINE_ENDS.sub("\n", text)
+
+
+def caption_files(names: Iterable[str], files: Sequence[str], extension: str) -> dict[str, str | None]:
+    """Image name -> name of its caption file among the `files` of the same folder; None where there is none."""
+    by_name = _by_caption_name(files)
+    return {name: _caption_name(name, by_name, extension) for name in names}
 
 
 def _by_caption_name(files: Sequence[str]) -> dict[str, str]:
     """Name -> file, for names as they are, composed, and with their extension in lower case."""
-    by_name: dict[str, str] = {}
-    for name in files:
-        stem, extension = os.path.splitext(composed(name))
-        by_name.setdefault(stem + extension.lower(), name)
-    return by_name | {composed(name): name for name in files} | {name: name for name in files}
+    by_name = {name: name for name in files}
+    odd = [name for name in files if not name.isascii() or name != name.lower()]  # others have one spelling
+    for spelling in (composed, _with_small_extension):
+        for name in odd:
+            by_name.setdefault(spelling(name), name)
+    return by_name
+
+
+def _with_small_extension(name: str) -> str:
+    stem, extension = os.path.splitext(composed(name))
+    return stem + extension.lower()
 
 
 def composed(name: str) -> str:
@@ -208,6 +256,8 @@ def _extension_in_use(names: Sequence[str], files: Mapping[str, str], asked: str
 def _caption_name(image_name: str, files: Mapping[str, str], extension: str) -> str | None:
     """The caption file of an image, whose extension may be in capitals; `files` as of :func:`_by_caption_name`."""
     stem = os.path.splitext(image_name)[0]
+    if (usual := stem + extension) in files:
+        return files[usual]
     pieces = stem.split("_")
     stems = [stem, "_".join(pieces[:-FACE_PIECES])] if len(pieces) > FACE_PIECES else [stem]
     tries = [stem + ending for stem in stems for ending in (extension, extension.lower())]

@@ -24,6 +24,7 @@ from library.text.states import TextStates
 
 logger = logging.getLogger(__name__)
 
+UNTRUSTED = "of another program, which does not say what made them"
 BATCH = 32  # captions encoded together
 SPOT_CHECKS = 2  # files of other programs that are compared with what the encoders say here
 LIKENESS = 0.05  # relative difference that rounding explains: half precision, other kernels
@@ -139,18 +140,25 @@ def _one(states: TextStates, row: int) -> TextStates:
 # ---------------------------------------------------------------------------------------------- files
 
 
+def making_of(encode: EncodeText, encoders: str) -> TextMaking:
+    """What makes encoded captions; `encoders` identifies what encodes."""
+    return TextMaking.of(encoders, _alone("", encode))
+
+
 def fill_disk(
     items: Sequence[TextItem],
     encode: EncodeText,
     encoders: str,
     *,
     is_checked: bool = True,
+    trusts_others: bool = True,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> DiskTexts:
     """Encode what has no valid cache file, every process its own share of the items; `encoders` identifies them.
 
-    Without `is_checked`, every file that is there counts as valid. The caller lets the processes wait for each other
+    Without `is_checked`, every file that is there counts as valid; without `trusts_others`, none that another program
+    wrote. The caller lets the processes wait for each other
     afterwards.
     """
     first = _alone("", encode)
@@ -159,7 +167,9 @@ def fill_disk(
     own = sorted(share.values())[process_index::num_processes]
     states = _states_of(items, own, making, is_checked=is_checked)
     others = [index for index in own if states[index] == OF_ANOTHER_PROGRAM]
-    if others and not _agree(items, others[:SPOT_CHECKS], making, encode):
+    if others and not trusts_others:
+        states |= dict.fromkeys(others, UNTRUSTED)
+    elif others and not _agree(items, others[:SPOT_CHECKS], making, encode):
         states |= dict.fromkeys(others, "made with other text encoders")
     _refuse_foreign_files([items[index].npz for index in own if states[index] == text_cache_files.NOT_OURS])
     _report(Counter(states.values()))

@@ -54,14 +54,21 @@ class ModelBundle:
     source: ModelSource
 
 
+MODEL_PARTS = frozenset({"unet", "text_encoders", "vae"})
+
+
 @dataclass(frozen=True)
 class LoadPlan:
-    """dtype and device for each part, decided by train/placement.py or the generator; weights go there in one copy."""
+    """dtype and device for each part, decided by train/placement.py or the generator; weights go there in one copy.
+
+    What is not in `parts` stays an outline on the meta device: nothing of it is read but its sizes.
+    """
 
     unet: torch.dtype
     text_encoders: torch.dtype
     vae: torch.dtype
     device: torch.device
+    parts: frozenset[str] = MODEL_PARTS
 
 
 class ModelFamily(Protocol):
@@ -116,8 +123,12 @@ class ModelFamily(Protocol):
         dtype: torch.dtype | None,
         metadata: Mapping[str, str],
         as_diffusers: bool,
+        safe_serialization: bool = True,
     ) -> None:
-        """Write a single file (.safetensors or .ckpt by extension) or a Diffusers folder, atomically."""
+        """Write a single file (.safetensors or .ckpt by extension) or a Diffusers folder, atomically.
+
+        The files of a folder are .safetensors, or .bin without `safe_serialization`. The weights are only read.
+        """
         ...
 
     def describe(self, bundle: ModelBundle) -> dict[str, Any]:

@@ -23,9 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 def save_model(
-    bundle: ModelBundle, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str], as_diffusers: bool
+    bundle: ModelBundle,
+    path: Path,
+    *,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    as_diffusers: bool,
+    safe_serialization: bool = True,
 ) -> None:
     """Write a single file (.safetensors, or .ckpt by extension) or a Diffusers folder, atomically.
+
+    Tensors are converted and written one by one, so that no second copy of the weights exists; they are only read.
+    Raises NonFiniteError rather than write NaN, and OptionError where the disk can't take the model. The files of a
+    folder are .safetensors, or .bin without `safe_serialization`.
 
     What a single-file source holds beside the model goes along unchanged. In a .ckpt, `ss_epoch` and `ss_steps` of
     `metadata` are added to the source's counters; no ss_* key is written, for whole models have none in the trade.
@@ -38,14 +48,32 @@ def save_model(
         v_prediction=bundle.source.v_prediction,
         zero_terminal_snr=bundle.source.zero_terminal_snr,
     )
-    with _source_weights(bundle.source) as source:
+    with _source_weights(bundle.source) as source, _disk_errors_of(path):
         if not as_diffusers:
             counters = int(metadata.get("ss_epoch", 0)), int(metadata.get("ss_steps", 0))
             kept = {name: text for name, text in metadata.items() if not name.startswith("ss_")}
             save_single_file(model, path, source=source, dtype=dtype, metadata=kept, counters=counters)
             return
         configs = {name: part.config for name, part in parts.items()}
-        save_diffusers_folder(model, configs, path, source=source, dtype=dtype, template=_folder_of(bundle.source))
+        save_diffusers_folder(
+            model,
+            configs,
+            path,
+            source=source,
+            dtype=dtype,
+            template=_folder_of(bundle.source),
+            safe_serialization=safe_serialization,
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors_of(path: Path) -> Iterator[None]:
+    """Say what a disk that fails or fills up while `path` is written means for the user."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"can't write {path} ({error.strerror or error})"
+        raise OptionError("", problem, "free some space or choose another folder") from error
 
 
 def _folder_of(source: ModelSource) -> Path | None:

@@ -53,7 +53,7 @@ class Parts(NamedTuple):
 
 def load_parts(found: Path, kind: str, vae: str | None, plan: LoadPlan) -> Parts:
     """The parts of a model's file or folder on their device; `vae` names another VAE."""
-    own = load_vae(vae, plan) if vae else None
+    own = (load_vae(vae, plan) if "vae" in plan.parts else empty_vae(vae)) if vae else None
     if found.is_dir():
         return load_from_folder(found, own, plan, MODEL_FLAG)
     return load_from_file(found, kind, own, plan, MODEL_FLAG)
@@ -80,8 +80,15 @@ def load_from_file(path: Path, kind: str, vae: torch.nn.Module | None, plan: Loa
         readers = _readers(modules, weights, path, kind, flag)
         dtypes = {"unet": plan.unet, "vae": plan.vae}
         for part, module in modules.items():
+            if _group(part) not in plan.parts:
+                continue
             fill(module, readers[part], dtype=dtypes.get(part, plan.text_encoders), device=plan.device)
     return Parts.of(modules, vae)
+
+
+def _group(part: str) -> str:
+    """What a load plan calls a part."""
+    return "text_encoders" if part in TEXT_PARTS else part
 
 
 def _empty_parts(
@@ -148,10 +155,13 @@ def empty_vae(path: str) -> torch.nn.Module:
 def load_from_folder(folder: Path, vae: torch.nn.Module | None, plan: LoadPlan, flag: str) -> Parts:
     """The parts of a Diffusers folder."""
     empty = empty_parts_of_folder(folder, vae, flag)
-    _fill_from_folder(empty.unet, folder / "unet", "diffusion_pytorch_model", plan.unet, plan.device, flag)
-    for name, encoder in zip(TEXT_PARTS, empty.text_encoders, strict=False):
+    if "unet" in plan.parts:
+        _fill_from_folder(empty.unet, folder / "unet", "diffusion_pytorch_model", plan.unet, plan.device, flag)
+    for name, encoder in zip(TEXT_PARTS, empty.text_encoders, strict=False) if "text_encoders" in plan.parts else ():
         _fill_from_folder(encoder, folder / name, "model", plan.text_encoders, plan.device, flag, classic_text_key)
-    return empty if vae is not None else empty._replace(vae=_filled_vae(empty.vae, folder / "vae", plan, flag))
+    if vae is not None or "vae" not in plan.parts:
+        return empty
+    return empty._replace(vae=_filled_vae(empty.vae, folder / "vae", plan, flag))
 
 
 def load_vae(path: str, plan: LoadPlan) -> torch.nn.Module:

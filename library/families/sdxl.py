@@ -121,9 +121,17 @@ class StableDiffusionXL:
         dtype: torch.dtype | None,
         metadata: Mapping[str, str],
         as_diffusers: bool,
+        safe_serialization: bool = True,
     ) -> None:
         """Write a single file or a Diffusers folder, see library.families.saving."""
-        save_model(bundle, path, dtype=dtype, metadata=metadata, as_diffusers=as_diffusers)
+        save_model(
+            bundle,
+            path,
+            dtype=dtype,
+            metadata=metadata,
+            as_diffusers=as_diffusers,
+            safe_serialization=safe_serialization,
+        )
 
     def describe(self, bundle: ModelBundle) -> dict[str, Any]:
         """ss_v2 and ss_base_model_version."""

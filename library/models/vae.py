@@ -42,11 +42,12 @@ def decode(vae: Any, latents_BCHW: torch.Tensor) -> torch.Tensor:
     return images.clamp(-1, 1)
 
 
-def fingerprint(vae: Any) -> str:
-    """A hash of what makes latents: names, precision and values of the encoder's weights."""
+def fingerprint(vae: Any, dtype: torch.dtype | None = None) -> str:
+    """A hash of what makes latents: names, precision and values of the encoder's weights, as they are or in `dtype`."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in vae.state_dict().items():
         if name.startswith(("encoder.", "quant_conv.")):
+            tensor = tensor.to(dtype or tensor.dtype)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(raw_bytes(tensor))
     return digest.hexdigest()

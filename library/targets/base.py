@@ -36,6 +36,8 @@ class TrainTarget(ABC):
     needs_autocast: bool = True  # False: what is trained casts by itself, which is cheaper than autocast
     skips_parameters: bool = False  # whether a step may leave out some of what is trained, and which ones by chance
 
+    saves_beside_training: bool = False  # True: `save` only reads weights, and may run in a thread beside a step
+
     @classmethod
     @abstractmethod
     def of(cls, config: Any) -> TrainTarget:

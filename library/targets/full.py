@@ -34,6 +34,7 @@ class FullTarget(TrainTarget):
         self.trains_whole = frozenset({"unet", "text_encoders"} if options.trains_text else {"unet"})
         self.skips_parameters = 0 < options.text_updates < float("inf")
         self.as_diffusers = file_format in ("diffusers", "diffusers_safetensors")
+        self.safe_serialization = file_format != "diffusers"
 
     @classmethod
     def of(cls, config: Any) -> FullTarget:
@@ -122,4 +123,11 @@ class FullTarget(TrainTarget):
 
     def save(self, path: Path, *, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the whole model; in a single file beside it only modelspec.*, as the trade does."""
-        self.family.save(self.bundle, path, dtype=dtype, metadata=metadata, as_diffusers=self.as_diffusers)
+        self.family.save(
+            self.bundle,
+            path,
+            dtype=dtype,
+            metadata=metadata,
+            as_diffusers=self.as_diffusers,
+            safe_serialization=self.safe_serialization,
+        )

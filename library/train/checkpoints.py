@@ -14,7 +14,8 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 from library.checkpoints.safetensors_io import save_file
 from library.options import OptionError
+from library.train.background_save import Then
 from library.train.callbacks import Callback
 from library.train.output_options import SavingOptions
 from library.train.plan import TrainPlan
@@ -47,20 +49,24 @@ class Checkpointer(Callback):
     write_best: Callable[[Path, int, int], None]  # the same with the weights that validation looks at
     write_state: Callable[[Path, int], None]  # (folder, step)
     is_healthy: Callable[[], bool] = lambda: True  # False while losses are not finite: nothing good is replaced then
+    begin_model: Callable[[Path, int, int, Then], bool] = lambda path, step, epoch, then: False
+    """Starts to write a model file beside training and tells `then` in the end; False where that can't be."""
+    removes_old: bool = True  # on one process only
+    _old: list[Path] = field(default_factory=list)  # to be removed once the next file is there
 
     def after_step(self, step: int) -> None:
         if self.plan.saves_at(step):
+            old = outdated_step(step, self.plan, self.saving.save_last_n_steps)
+            old_state = outdated_step(step, self.plan, self._state_age("steps"))
+            self._note_old(self.names.step_file, old, old_state)
             self._try_to_write(self.names.step_file(step), step)
-            for age, is_state in ((self.saving.save_last_n_steps, False), (self._state_age("steps"), True)):
-                old = outdated_step(step, self.plan, age)
-                self._remove(self.names.step_file(old), is_state, old > 0)
 
     def after_epoch(self, epoch: int, step: int) -> None:
         if self.plan.saves_after_epoch(epoch):
+            old = outdated_epoch(epoch, self.plan, self.saving.save_last_n_epochs)
+            old_state = outdated_epoch(epoch, self.plan, self._state_age("epochs"))
+            self._note_old(self.names.epoch_file, old, old_state)
             self._try_to_write(self.names.epoch_file(epoch), step)
-            for age, is_state in ((self.saving.save_last_n_epochs, False), (self._state_age("epochs"), True)):
-                old = outdated_epoch(epoch, self.plan, age)
-                self._remove(self.names.epoch_file(old), is_state, old > 0)
 
     def at_end(self, step: int) -> None:
         """The final file; where its folder can't take it, OptionError says where it was put instead."""
@@ -95,26 +101,64 @@ class Checkpointer(Callback):
         if not self.is_healthy():
             logger.warning("%s was not saved: the last update had no finite loss", file.name)
             return
+        old, self._old = (self._old, []) if file != self.names.best_file() else ([], self._old)
+        finished = partial(self._finished, file, old)
+        is_beside = self.begin_model(file, step, self.plan.epoch_of(max(step, 1)), finished)
+        if is_beside:
+            logger.info("saving %s beside training", file)
+        error = None
         try:
-            self._write(file, step, self.saving.save_state)
-        except OptionError as error:
-            logger.warning("%s was not saved, training goes on: %s", file.name, error)
+            if not is_beside:
+                self._write_model(file, step)
+            if self.saving.save_state:
+                self._write_state(file, step)
+        except OptionError as problem:
+            error = problem
+        if not is_beside:
+            finished(error)
+        elif error is not None:
+            self._failed(self.names.state_of(file), old, error)
+
+    def _finished(self, file: Path, old: list[Path], error: OptionError | None) -> None:
+        if error is None:
+            self._remove(old)
+        else:
+            self._failed(file, old, error)
+
+    def _failed(self, path: Path, old: list[Path], error: OptionError) -> None:
+        """What would have been removed for the sake of `path` stays until the next file is there."""
+        self._old = [*old, *self._old]
+        old.clear()
+        logger.warning("%s was not saved, training goes on: %s", path.name, error)
 
     def _write(self, file: Path, step: int, with_state: bool) -> None:
+        self._write_model(file, step)
+        if with_state:
+            self._write_state(file, step)
+
+    def _write_model(self, file: Path, step: int) -> None:
         logger.info("saving %s", file)
         write = self.write_best if file == self.names.best_file() else self.write_model
         write(file, step, self.plan.epoch_of(max(step, 1)))
-        if with_state:
-            folder = self.names.state_of(file)
-            logger.info("saving state %s", folder)
-            self.write_state(folder, step)
+
+    def _write_state(self, file: Path, step: int) -> None:
+        folder = self.names.state_of(file)
+        logger.info("saving state %s", folder)
+        self.write_state(folder, step)
 
     def _state_age(self, unit: str) -> int | None:
         return getattr(self.saving, f"save_last_n_{unit}_state") or getattr(self.saving, f"save_last_n_{unit}")
 
-    def _remove(self, file: Path, is_state: bool, is_due: bool) -> None:
-        for old in (self.names.state_of(file),) if is_state else (file, self.names.average_of(file)):
-            if is_due and old.exists():
+    def _note_old(self, file_of: Callable[[int], Path], number: int, state_number: int) -> None:
+        """What is old once the file that is due is written: the file and the state of these numbers, if above 0."""
+        if number > 0:
+            self._old += [file_of(number), self.names.average_of(file_of(number))]
+        if state_number > 0:
+            self._old.append(self.names.state_of(file_of(state_number)))
+
+    def _remove(self, paths: list[Path]) -> None:
+        for old in paths:
+            if self.removes_old and old.exists():
                 logger.info("removing %s", old)
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
 

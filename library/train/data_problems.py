@@ -18,14 +18,12 @@ MANY_SHORT = 0.2  # share of an epoch's samples in batches that are at most half
 LISTED = 200  # pictures of a problem
 
 
-def data_problems(
-    findings: Findings, source: SourceOptions, bucket: BucketOptions, masks: MaskOptions
-) -> Iterator[Problem]:
+def data_problems(findings: Findings, source: SourceOptions, masks: MaskOptions) -> Iterator[Problem]:
     """Warnings and notes; the options are those of the command line, for what to do about it."""
     yield from _unusable(findings, source)
     yield from _captions(findings)
     yield from _copies(findings)
-    yield from _sizes(findings, bucket)
+    yield from _sizes(findings)
     yield from _short_batches(findings)
     yield from _turned_or_transparent(findings, masks)
 
@@ -167,14 +165,15 @@ def _groups(findings: Findings, groups: Iterable[Sequence[str]]) -> Gallery:
 # ---------------------------------------------------------------------------------------------- sizes
 
 
-def _sizes(findings: Findings, bucket: BucketOptions) -> Iterator[Problem]:
+def _sizes(findings: Findings) -> Iterator[Problem]:
     images = findings.images
     cropped = {path: image.placement.cropped_share for path, image in images.items()}
     worst = sorted((path for path in cropped if cropped[path] > MUCH_CROPPED), key=lambda path: -cropped[path])
     if worst:
-        step = bucket.bucket_reso_steps
+        bucket = findings.bucket_of(worst[0])
         advice = (
-            f"crop them yourself, or try a larger --max_bucket_reso or --bucket_reso_steps below {step}"
+            "crop them yourself, or try a larger --max_bucket_reso or --bucket_reso_steps below "
+            f"{bucket.bucket_reso_steps}"
             if bucket.enable_bucket
             else "--enable_bucket trains each picture near its own shape"
         )
@@ -191,7 +190,8 @@ def _sizes(findings: Findings, bucket: BucketOptions) -> Iterator[Problem]:
         yield Problem(
             True,
             f"{counted(len(small), 'image')} too small: enlarged more than {MUCH_ENLARGED} times",
-            "find larger originals, remove them, or train at a lower --resolution" + _no_upscale(bucket),
+            "find larger originals, remove them, or train at a lower --resolution"
+            + _no_upscale(findings.bucket_of(small[0])),
             _gallery(
                 findings, small, lambda path: f"{factors[path]:.1f} x, {'{}x{}'.format(*images[path].record.size_wh)}"
             ),

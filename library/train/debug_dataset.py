@@ -48,7 +48,7 @@ def show_dataset(checked: CheckedRun, family: ModelFamily) -> int:
     bundle = family.outline(config.model, placement.load_plan(config, accelerator.device))
     tokenizers = bundle.tokenizers
     findings = findings_of(checked, begun, bundle, accelerator.num_processes)
-    for warning in warnings_of(data_problems(findings, config.source, config.bucket, config.masks)):
+    for warning in warnings_of(data_problems(findings, config.source, config.masks)):
         logger.warning("%s", warning)
     pictures = _Pictures()
     cards = list(_cards(checked, begun, accelerator, family, tokenizers, pictures))

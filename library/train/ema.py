@@ -73,7 +73,7 @@ def given_out_by(optimizer: Any, parameters: Sequence[torch.nn.Parameter]) -> It
     Such an optimizer trains at one point and gives out an average; `eval` and `train` go there and back, the way back
     only up to rounding. For any other optimizer nothing happens. `optimizer` is the one accelerate has wrapped.
     """
-    if not callable(getattr(optimizer.optimizer, "eval", None)):
+    if not gives_out_others(optimizer):
         yield
         return
     with kept(parameters):
@@ -84,6 +84,11 @@ def given_out_by(optimizer: Any, parameters: Sequence[torch.nn.Parameter]) -> It
         finally:
             with _in_float32(parameters):
                 optimizer.train()
+
+
+def gives_out_others(optimizer: Any) -> bool:
+    """Whether an optimizer, as accelerate has wrapped it, gives out other weights than those it trains."""
+    return callable(getattr(optimizer.optimizer, "eval", None))
 
 
 @contextlib.contextmanager

@@ -38,11 +38,16 @@ class FinalCheck(Callback):
             return
         if not self._is_of_use():
             good = run.go_back()
-            what = "nothing was learned by then" if good == 0 else "the last ones that are known to be good"
-            logger.warning(
-                "the weights after step %d give no finite loss, so those after step %d are saved, %s; %s",
-                step, good, what, REASONS,
-            )  # fmt: skip
+            if good == step:  # a whole model, of which no copy is kept in memory
+                logger.warning(
+                    "the weights after step %d give no finite loss; use a file saved before; %s", step, REASONS
+                )
+            else:
+                what = "nothing was learned by then" if good == 0 else "the last ones that are known to be good"
+                logger.warning(
+                    "the weights after step %d give no finite loss, so those after step %d are saved, %s; %s",
+                    step, good, what, REASONS,
+                )  # fmt: skip
         run.guard.in_a_row = 0
 
     @torch.no_grad()

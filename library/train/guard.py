@@ -75,17 +75,14 @@ REASONS = (
 
 
 class TrainingDiverged(OptionError):
-    """Too many updates in a row without a finite loss; `step` is that of the state saved as `saved`."""
+    """Too many updates in a row without a finite loss; `step` is that of the state `saved`, if there is one."""
 
     exit_code = 1
 
-    def __init__(self, count: int, saved: object, step: int) -> None:
+    def __init__(self, count: int, saved: object | None, step: int) -> None:
         learned = "" if step else " (nothing was learned by then)"
-        super().__init__(
-            "",
-            f"stopped after {count} updates in a row without a finite loss; the last good state is {saved}{learned}",
-            REASONS,
-        )
+        state = "no state was saved before" if saved is None else f"the last good state is {saved}{learned}"
+        super().__init__("", f"stopped after {count} updates in a row without a finite loss; {state}", REASONS)
 
 
 class Stopped(Exception):

@@ -2,7 +2,7 @@
 
 Weights are known to be good once a later loss computed with them is finite. A copy of what is trained, with the
 optimizer, is taken every few updates and confirmed by the next finite loss; when a run diverges, the confirmed copy is
-what is saved.
+what is saved. Whole models with their optimizers are too large for that: of them only states on the disk are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 COPY_EVERY = 50  # updates
+LARGEST = 2 * 2**30  # bytes of trained weights, of which two copies with optimizer states are kept in memory
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Copy:
 class LastGood:
     """Keeps copies of the state dicts of `parts`: modules, optimizers, schedules."""
 
-    def __init__(self, parts: Mapping[str, Any], start_step: int) -> None:
-        self.parts, self.start_step = parts, start_step
+    def __init__(self, parts: Mapping[str, Any], start_step: int, *, keeps: bool = True) -> None:
+        """Without `keeps` there are no copies, and `restore` is not to be called."""
+        self.parts, self.start_step, self.keeps = parts if keeps else {}, start_step, keeps
         self.candidate = self.confirmed = self._copy(start_step)
         self.restored_step: int | None = None
 
@@ -42,12 +44,15 @@ class LastGood:
 
         With the early ones a run that goes wrong soon does not lose everything.
         """
+        if not self.keeps:
+            return
         every = min(COPY_EVERY, max(1, self.candidate.step - self.start_step))
         if step - self.candidate.step >= every and self.confirmed is self.candidate:
             self.candidate = self._copy(step)
 
     def restore(self) -> int:
         """Put the confirmed copy back into the parts; returns its step."""
+        assert self.keeps
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies that are still on their way
         for name, part in self.parts.items():

@@ -74,7 +74,9 @@ class FileFacts:
 
 
 def constant_metadata(facts: FileFacts) -> dict[str, str]:
-    """The ss_* keys that stay the same for every file of the run."""
+    """The ss_* keys that stay the same for every file of the run; files of whole models have none."""
+    if facts.adapter is None:
+        return {}
     options = facts.config.values()
     values: dict[str, Any] = {
         "ss_session_id": facts.session_id,

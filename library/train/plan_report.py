@@ -29,7 +29,7 @@ def make_report(facts: ReportedRun, findings: Findings, title: str) -> Report:
     """The document of a run."""
     name = facts.names.name or facts.names.final_file().stem
     config = facts.config
-    problems = [*run_problems(facts, findings), *data_problems(findings, config.source, config.bucket, config.masks)]
+    problems = [*run_problems(facts, findings), *data_problems(findings, config.source, config.masks)]
     run, data = run_sections(facts, findings), data_sections(findings, facts.config.source)
     sections: list[Section] = [*data, *run, settings_section(facts.config)]
     return Report(

@@ -42,8 +42,9 @@ FREE_ON_RESUME = frozenset(
         "on_bad_image", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first", "sample_prompts",
         "sample_sampler", "network_weights", "sdpa", "pretrained_model_name_or_path", "vae", "base_weights",
         "train_data_dir",
-        "reg_data_dir", "dataset_config", "in_json", "cache_info", "conditioning_data_dir",
-        "skip_cache_check", "debug_dataset", "highvram", "lowram", "cpu_offload_checkpointing", "ddp_timeout",
+        "reg_data_dir", "dataset_config", "in_json", "cache_info", "data_index", "conditioning_data_dir",
+        "skip_cache_check", "cache_format", "debug_dataset", "highvram", "lowram", "cpu_offload_checkpointing",
+        "ddp_timeout",
         "ddp_gradient_as_bucket_view", "ddp_static_graph",
     }
 )  # fmt: skip

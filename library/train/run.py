@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from library.checkpoints.safetensors_io import NonFiniteError, read_header
+from library.checkpoints.safetensors_io import read_header
 from library.data.batch import Batch, Position
 from library.data.dataset import TrainingData
 from library.data.dataset_class import ForeignData
@@ -29,13 +29,14 @@ from library.train.callbacks import Callback
 from library.train.config import RunConfig
 from library.train.ema import WeightAverage, given_out_by
 from library.train.guard import NonFiniteGuard, StopRequest
-from library.train.last_good import LastGood
+from library.train.last_good import LARGEST, LastGood
 from library.train.logs import TrainLog, rates_by_log_name
 from library.train.lr_schedulers import depends_on_length, length_kept, step_to
+from library.train.model_files import ModelFiles
 from library.train.optimizers import BuiltOptimizer
-from library.train.placement import SAVE_DTYPES, reduced
+from library.train.placement import reduced
 from library.train.plan import TrainPlan
-from library.train.resume import FileNames, RunState
+from library.train.resume import FileNames, RunState, find_state
 from library.train.updates import Updates
 
 logger = logging.getLogger(__name__)
@@ -102,17 +103,27 @@ class Run:
             saving=self.config.saving,
             plan=self.plan,
             names=self.names,
-            write_model=self.updates.together(self.write_model, whole=True),
-            write_best=self.updates.together(self.write_best, whole=True),
+            write_model=self.updates.together(self.files.write, whole=True),
+            write_best=self.updates.together(self.files.write_best, whole=True),
             write_state=self.updates.together(self.write_state),
             is_healthy=self._is_healthy,
+            begin_model=self.files.begin,
+            removes_old=self.accelerator.is_main_process,
         )
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        """The files users take away. What changes, moves or replaces weights waits for their writer first."""
+        files = ModelFiles(self)
+        self.updates.before_change = files.background.wait
+        return files
 
     @cached_property
     def last_good(self) -> LastGood:
         stay = {callback.state_name for callback in self.callbacks if not callback.is_of_the_weights}
         parts = {name: part for name, part in self._parts().items() if name not in stay}
-        return LastGood(parts, self.start_step)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+        return LastGood(parts, self.start_step, keeps=size <= LARGEST)
 
     @cached_property
     def tokenize(self) -> Tokenize:
@@ -223,53 +234,14 @@ class Run:
         schedule-free ones are those being trained. Afterwards they are as before, bit for bit. To be used between
         updates; the modules' modes are the caller's.
         """
+        self.files.background.wait()
         with self.average.applied() if self.average else given_out_by(self.optimizer, self.parameters):
             yield
 
     # ------------------------------------------------------------------------------------------ saving
 
-    def write_model(self, path: Path, step: int, epoch: int) -> None:
-        """Write the file users take away; raises OptionError where it can't be, and for weights that are not finite."""
-        if not self.accelerator.is_main_process:
-            return
-        with given_out_by(self.optimizer, self.parameters):
-            self._write_weights(path, self._metadata(step, epoch, looked_at=self.average is None))
-        if self.average is not None:
-            of_average = self.names.average_of(path)
-            logger.info("saving %s", of_average)
-            with self.average.applied():
-                self._write_weights(of_average, self._metadata(step, epoch, looked_at=True, ending="-ema"))
-
-    def write_best(self, path: Path, step: int, epoch: int) -> None:
-        """Write the weights that validation looks at."""
-        if self.accelerator.is_main_process:
-            with self.weights_for_output():
-                self._write_weights(path, self._metadata(step, epoch, looked_at=True, ending="-best"))
-
-    def _metadata(self, step: int, epoch: int, *, looked_at: bool, ending: str = "") -> Mapping[str, str]:
-        """The metadata of a file; with what callbacks found out about its weights, if these were the ones they saw.
-
-        `ending` tells its title from that of the plain file.
-        """
-        content = self.metadata_of(step=step, epoch=epoch, ending=ending)
-        if looked_at and not self.config.saving.no_metadata:
-            for callback in self.callbacks:
-                content |= callback.file_metadata(step)
-        return content
-
-    def _write_weights(self, path: Path, content: Mapping[str, str]) -> None:
-        """What is trained, as it is now; in float32 where --save_precision can't hold it."""
-        dtype = SAVE_DTYPES[self.config.saving.save_precision]
-        try:
-            self.target.save(path, dtype=dtype, metadata=content)
-        except NonFiniteError as error:
-            if dtype in (None, torch.float32):
-                raise
-            logger.warning("%s; %s is saved in float32", error, path.name)
-            self.target.save(path, dtype=torch.float32, metadata=content)
-        self._tell_saved(path)
-
-    def _tell_saved(self, path: Path) -> None:
+    def tell_saved(self, path: Path) -> None:
+        """Let the callbacks know that a model file or a state folder is complete on the disk."""
         for callback in self.callbacks:
             callback.on_saved(path)
 
@@ -288,7 +260,7 @@ class Run:
         )
         parts = self._parts()
         checkpoints.save_state(folder, state, trained=parts.pop("trained", None), others=parts, shares=shares)
-        self._tell_saved(folder)
+        self.tell_saved(folder)
 
     def restore(self, folder: Path, state: RunState) -> None:
         """Put the state's weights, optimizer, schedule and counters in place."""
@@ -339,6 +311,7 @@ class Run:
         """Write the last files, after the callbacks or in spite of their errors; returns the state of a stopped run."""
         is_complete = self.is_complete
         try:
+            self.files.background.wait()
             self.log.close()
             for callback in self.callbacks:
                 callback.before_end(self.step)
@@ -362,15 +335,24 @@ class Run:
         return bool(everywhere)
 
     def close_callbacks(self) -> None:
+        self.files.background.wait()
         for callback in self.callbacks:
             callback.close()
 
-    def save_last_good(self) -> Path:
-        """Go back to the last weights known to be good, and save them with their state; returns the state's folder."""
+    def save_last_good(self) -> Path | None:
+        """Go back to the last weights known to be good, and save them with their state; returns the state's folder.
+
+        Of models too large to be kept in memory, the newest state that is on the disk, if there is one.
+        """
+        if not self.last_good.keeps:
+            return find_state("latest", self.names)
         return self.checkpoints.interrupted(self.go_back())
 
     def go_back(self) -> int:
-        """Go back to the last weights known to be good; returns their step."""
+        """Go back to the last weights known to be good, if they are kept in memory; returns the step they are of."""
+        if not self.last_good.keeps:
+            return self.step
+        self.files.background.wait()
         self.step = self.last_good.restore()
         self.guard.in_a_row = 0
         return self.step
@@ -381,6 +363,7 @@ class Run:
 
     def rescue(self) -> None:
         """After an error: save model and state where that is possible, unless nothing new has been learned."""
+        self.files.background.wait()
         self.log.settle()
         if not self.guard.is_healthy or self.step in (self.start_step, self.last_good.restored_step):
             return

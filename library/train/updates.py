@@ -26,6 +26,7 @@ class Updates:
     """Clips the gradients of `parameters` by their global norm and lets the optimizer apply them."""
 
     writes_alone = True  # whether the main process can write files by itself; else all of them do it together
+    before_change: Callable[[], None] = staticmethod(lambda: None)  # called before each change of the parameters
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Updates:
 
     def clip(self) -> torch.Tensor:
         """The global gradient norm, a scalar tensor; gradients are scaled down to the limit. Once per update."""
+        self.before_change()
         self.wide.widen(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.limit)
         assert norm is not None
@@ -104,6 +106,7 @@ class PieceUpdates(Updates):
         decides_on_device = getattr(self.bare, "_step_supports_amp_scaling", False)
         if not (decides_on_device or bool(is_finite)):
             return
+        self.before_change()
         for piece in self._pieces:
             members = [(number, parameter) for number, parameter in piece if parameter.grad is not None]
             if not members:
@@ -198,6 +201,7 @@ class FusedUpdates(Updates):
 
     @torch.no_grad()
     def _update(self, together: _Together) -> None:
+        self.before_change()
         together.arrived = 0
         members = [(number, parameter) for number, parameter in together.members if parameter.grad is not None]
         parameters = [parameter for _, parameter in members]

@@ -101,6 +101,8 @@ class DeepSpeedUpdates(Updates):
             self.accelerator.sync_gradients = True
 
     def micro_batch(self, model: Any, *, is_last: bool) -> AbstractContextManager[None]:
+        if is_last:
+            self.before_change()
         return self._boundary(is_last)
 
     def clip(self) -> torch.Tensor:

@@ -10,7 +10,8 @@ import pytest
 from tests.rules.import_rules import HEAVY
 from tests.rules.source_files import ROOT, repository_sources
 
-SCRIPTS = [file.path for file in repository_sources() if file.is_entry_script]
+TOOLS = ("tools/cache_latents.py", "tools/cache_text_encoder_outputs.py", "finetune/prepare_buckets_latents.py")
+SCRIPTS = [*(file.path for file in repository_sources() if file.is_entry_script), *TOOLS]
 RUN_AND_REPORT = """
 import runpy, sys
 script, heavy = sys.argv[1], sys.argv[2].split(",")

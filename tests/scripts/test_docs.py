@@ -17,7 +17,8 @@ import sdxl_train
 import sdxl_train_network
 import train_db
 import train_network
-from library.cli import config_file, generation, training
+from finetune import merge_captions_to_metadata
+from library.cli import caching, config_file, generation, metadata_tools, preparing, training
 from library.cli.legacy import LegacyOptions
 from library.cli.reference import options_page
 from library.data import dataset_file
@@ -25,10 +26,12 @@ from library.generate.options import CONFIG_GROUPS
 from library.options import options_of
 from library.train.optimizer_table import NAMES, TABLE
 from library.train.options import COUNTS_IN, LR_SCHEDULERS
+from library.train.preparing_options import PreparingOptions
 from library.train.preview_options import PreviewOptions
 from library.train.preview_prompts import PREVIEW_LINE_OPTIONS, read_previews
 from networks.lora_settings import BLOCK_KEYS, LoRASettings
 from tests.runs import ROOT
+from tools import cache_latents, cache_text_encoder_outputs
 
 SCRIPTS = {
     "train_network": train_network.SCRIPT, "sdxl_train_network": sdxl_train_network.SCRIPT,
@@ -38,12 +41,20 @@ SCRIPTS = {
 
 def options_of_script(name: str) -> str:
     script = SCRIPTS[name]
-    return options_page(f"{name}.py", script.groups(), script.defaults, script.omits)
+    return options_page(f"{name}.py", script.groups(), script.defaults, omitted=script.omits)
 
 
 PAGES = {
     "gen_img_diffusers": lambda: options_page("gen_img_diffusers.py", CONFIG_GROUPS.values()),
     **{name: partial(options_of_script, name) for name in SCRIPTS},
+    "caching_tools": lambda: options_page(
+        "tools/cache_latents.py and tools/cache_text_encoder_outputs.py",
+        caching.groups_that_count(),
+        only=caching.names_that_count(),
+    ),
+    "prepare_buckets_latents": lambda: options_page(
+        "finetune/prepare_buckets_latents.py", [PreparingOptions], {"max_resolution": "512,512"}
+    ),
 }
 WRITTEN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINING, DATA = ROOT / "docs" / "train_network.md", ROOT / "docs" / "datasets.md"
@@ -95,7 +106,13 @@ def test_pictures_are_small_and_shown():
 
 
 def known_flags() -> set[str]:
-    parsers = [*map(training.build_parser, SCRIPTS.values()), generation.build_parser("")]
+    tools = (
+        merge_captions_to_metadata.TOOL.parser(),
+        metadata_tools.clean_parser(None),
+        caching.build_parser(cache_latents.TOOL),
+        preparing.build_parser(None),
+    )
+    parsers = [*map(training.build_parser, SCRIPTS.values()), generation.build_parser(""), *tools]
     in_prompts = {f"--{name}" for name in PREVIEW_LINE_OPTIONS}
     return OF_OTHERS.union(in_prompts, *(parser._option_string_actions for parser in parsers))
 
@@ -200,6 +217,24 @@ def test_examples_of_train_network_are_command_lines(page, words):
 @pytest.mark.parametrize(("page", "words"), command_lines("gen_img_diffusers.py"))
 def test_examples_of_the_generator_are_command_lines(page, words):
     generation.build_parser("").parse_strictly(shlex.split(words))
+
+
+@pytest.mark.parametrize(("page", "words"), command_lines("tools/cache_latents.py"))
+def test_examples_of_caching_latents_are_command_lines(page, words):
+    words = words.replace("--config_file my_training.toml", "--pretrained_model_name_or_path m --train_data_dir d")
+    config, _, _ = caching.parse(cache_latents.TOOL, shlex.split(words))
+    assert config.cache.cache_latents_to_disk
+
+
+@pytest.mark.parametrize(("page", "words"), command_lines("tools/cache_text_encoder_outputs.py"))
+def test_examples_of_caching_text_are_command_lines(page, words):
+    config, _, _ = caching.parse(cache_text_encoder_outputs.TOOL, shlex.split(words))
+    assert config.text_cache.cache_text_encoder_outputs_to_disk
+
+
+def test_the_example_of_preparing_is_a_command_line():
+    (line,) = [text for page, _, text in blocks() if page == "caching.md" and "prepare_buckets" in text]
+    preparing.build_parser(None).parse_strictly(shlex.split(line.replace("\\\n", " "))[2:])
 
 
 @pytest.mark.parametrize("block", [block for block in blocks() if block.language == "toml"], ids=lambda b: b.page)

@@ -287,3 +287,15 @@ def test_previews_draw_what_was_learned(start, tmp_path):
         assert run(script, **start(script) | settings | {"output_dir": folder, "learning_rate": 1e-2}) == 0
         pictures = sorted(folder.glob("sample/net_0*.png"))
         assert len(pictures) == 2 and pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_a_large_model_that_diverges(start, tmp_path, capfd, monkeypatch):
+    """No copies are kept in memory: the newest state on the disk is named, and nothing broken is written."""
+    monkeypatch.setattr("library.train.run.LARGEST", 0)
+    settings = {"max_train_steps": 8, "max_nonfinite_steps": 3, "save_every_n_steps": 1, "save_state": True}
+    assert run("train_db", **start("train_db") | settings | {"learning_rate": 1e30}) == 1
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert "3 updates in a row without a finite loss" in message
+    states = sorted(path.name for path in (tmp_path / "out").glob("*-state"))
+    assert (states[-1] in message) if states else ("no state was saved before" in message)
+    assert not (tmp_path / "out" / "net.safetensors").exists()

@@ -121,6 +121,20 @@ def test_odd_data_is_told(options, tmp_path, capsys):
     assert page.index("look alike") < page.index('id="buckets"'), "problems first"
 
 
+def test_advice_on_sizes_knows_the_dataset_file(options, tmp_path):
+    """Buckets that a dataset file switches on are not advised again."""
+    tiny_images(tmp_path / "a", 3, sizes=((96, 32),))
+    dataset = "resolution = 64\nbatch_size = 1\nenable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 64\n"
+    (tmp_path / "data.toml").write_text(
+        f"[[datasets]]\n{dataset}[[datasets.subsets]]\nimage_dir = '{tmp_path / 'a'}'\n"
+    )
+    given = {"train_data_dir": None, "enable_bucket": None, "min_bucket_reso": None, "max_bucket_reso": None}
+    assert train_network(**{**options, **given}, dataset_config=tmp_path / "data.toml", plan=True) == 0
+    text = plan_text(tmp_path / "out")
+    assert "try a larger --max_bucket_reso" in text and "; --bucket_no_upscale never enlarges" in text
+    assert "--enable_bucket" not in text
+
+
 def test_a_plan_lists_what_would_stop_a_run(options, tmp_path, capfd):
     """Broken pictures, and entries of a metadata file that lead nowhere; each is said once."""
     folder = tmp_path / "1_a"

@@ -54,7 +54,7 @@ BUCKET = {
 }
 OPTIONS = {"caption": CAPTION, "augment": AUGMENT, "masks": MASKS, "folder": FOLDER, "bucket": BUCKET}
 PLACES = {"image_dir", "metadata_file", "conditioning_data_dir"}  # their contents count
-WITHOUT_EFFECT = {"cache_info", "custom_attributes"}
+WITHOUT_EFFECT = {"cache_info", "data_index", "custom_attributes"}
 CHANGES = [(group, name, value) for group, values in OPTIONS.items() for name, value in values.items()]
 
 

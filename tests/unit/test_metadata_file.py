@@ -65,7 +65,7 @@ def test_sizes_are_rounded_down_to_what_the_vae_takes(tmp_path):
     found = entries_of(tmp_path, {"a": {"train_resolution": [515, 767]}, "b": {"train_resolution": [64, 64]}})
     assert common_train_sizes(found) == ((64, 64), (512, 760))
     assert common_train_sizes([*found, *entries_of(tmp_path, {"c": {}})]) is None
-    assert common_train_sizes([]) is None
+    assert common_train_sizes([]) == ()
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,34 @@ def test_sizes_are_rounded_down_to_what_the_vae_takes(tmp_path):
     [
         ("m.json", "{\n'a': 1}", "m.json: line 2 is not JSON"),
         ("m.json", [], "m.json: is not an object of image keys"),
-        ("m.json", {"a": "a cat"}, "m.json: 'a': 'a cat' is not a table"),
-        ("m.json", {"a": {"caption": 3}}, "m.json: 'a': caption 3 is not a text"),
-        ("m.json", {"a": {"tags": ["x"]}}, "m.json: 'a': tags ['x'] is not a text"),
-        ("m.json", {"a": {"train_resolution": 512}}, "m.json: 'a': train_resolution 512 is no size"),
-        ("m.json", {"a": {"train_resolution": [512, 4]}}, "m.json: 'a': train_resolution [512, 4] is no size"),
+        ("m.json", {"a": "a cat"}, "m.json: 'a' (line 1): 'a cat' is not a table"),
+        ("m.json", {"a": {"caption": 3}}, "m.json: 'a' (line 1): caption 3 is not a text"),
+        ("m.json", {"a": {"tags": ["x"]}}, "m.json: 'a' (line 1): tags ['x'] is not a text"),
+        ("m.json", {"a": {"train_resolution": 512}}, "m.json: 'a' (line 1): train_resolution 512 is no size"),
+        ("m.json", {"a": {"train_resolution": [512, 4]}}, "m.json: 'a' (line 1): train_resolution [512, 4] is no size"),
         ("m.json", {"a": {"train_resolution": [10**9, 64]}}, "is no size; write [width, height]"),
         ("m.jsonl", '{"image_path": "a"}\n{"caption": "b"}', "m.jsonl: line 2 names no image; give it image_path"),
         ("m.jsonl", '{"image_path": "a"}\n\n[', "m.jsonl: line 3 is not JSON"),
         ("m.json", '{"a": {"caption": "one"}, "a": {"caption": "two"}}', "m.json: the key 'a' stands in it twice"),
-        ("m.json", '{"a": {"caption": "half \\ud83d"}}', "m.json: 'a': caption 'half \\ud83d' has half a character"),
+        (
+            "m.json",
+            '{"a": {"caption": "half \\ud83d"}}',
+            "m.json: 'a' (line 1): caption 'half \\ud83d' has half a character",
+        ),
         ("m.jsonl", '{"image_path": 3}', "m.jsonl: line 1 names no image"),
+        ("m.jsonl", "\n[1]", "m.jsonl: line 2 names no image"),
+        (
+            "m.json",
+            '{"a": {},\n\n"b": {"tags":\n"x" "y"}}',
+            "m.json: line 4 is not JSON (Expecting ',' delimiter), at 'b'",
+        ),
+        ("m.json", '{"a": {}}\n\n{}', "m.json: line 3 is not JSON (Extra data)"),
+        ("m.json", '{"a": {}\n"b": {}}', "m.json: line 2 is not JSON (Expecting ',' delimiter)"),
+        ("m.json", '{"a": {"caption": "a\ncat"}}', "m.json: line 1 is not JSON (Invalid control character at), at 'a'"),
+        ("m.json", '{"a": {"tags": "x", "tags": "y"}}', "(the key 'tags' stands in it twice), at 'a'"),
+        ("m.json", '{"a": {"caption": "', "m.json: line 1 is not JSON (Unterminated string starting at), at 'a'"),
+        ("m.json", "", "m.json: is not an object of image keys"),
+        ("m.json", '{"a": ' + "[" * 100_000, "m.json: line 1 is not JSON (nested too deeply), at 'a'"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(tmp_path, name, content, sentence):
@@ -96,7 +113,7 @@ def test_files_that_are_not_there_or_no_text(tmp_path):
     with pytest.raises(OptionError, match="^--in_json: .*m.json' is no file"):
         read_metadata(tmp_path / "m.json", "--in_json")
     (tmp_path / "m.json").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(OptionError, match="^--in_json: .* is not UTF-8; save it as UTF-8"):
+    with pytest.raises(OptionError, match="^--in_json: line 1 of .* is not UTF-8; save it as UTF-8"):
         read_metadata(tmp_path / "m.json", "--in_json")
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from library.data import sources
+from library.data import slow_files, sources
 from library.data.listing import image_extensions
 from library.data.sources import kinds_passed_over, refuse_broken, report_captions, scan_folder
 from library.options import OptionError
@@ -135,8 +135,9 @@ def test_a_slow_disk_is_read_in_threads_to_the_same_end(tmp_path, monkeypatch):
     (tmp_path / "image_004.png").write_bytes(b"")
     (tmp_path / "image_005.txt").write_bytes(b"\xff")
     expected = scan(tmp_path)
-    monkeypatch.setattr(sources, "READ_TOGETHER", 2)
-    monkeypatch.setattr(sources, "SLOW_SECONDS", -1.0)  # any disk counts as slow
+    monkeypatch.setattr(sources, "READ_TOGETHER", 4)
+    monkeypatch.setattr(slow_files, "BETWEEN_LOOKS", 2)
+    monkeypatch.setattr(slow_files, "SLOW_SECONDS", -1.0)  # any disk counts as slow
     assert scan(tmp_path) == expected
     assert len(expected.images) == 7 and len(expected.broken) == len(expected.unreadable_captions) == 1
 

@@ -1,0 +1,124 @@
+"""Whole models on their way to the disk, for every family: all forms, disks that fail, weights that are only read."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+from library.families.base import LoadPlan, ModelBundle, ModelFamily
+from library.families.options import ModelOptions
+from library.families.sd import StableDiffusion
+from library.families.sdxl import StableDiffusionXL
+from library.models.options import AttentionOptions
+from library.options import OptionError
+
+WEIGHTS = {
+    True: {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"},
+    False: {"unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin"},
+}
+
+
+def family_of(kind: str) -> ModelFamily:
+    return StableDiffusionXL() if kind == "sdxl" else StableDiffusion()
+
+
+def load(path: Path, kind: str) -> ModelBundle:
+    plan = LoadPlan(torch.float32, torch.float32, torch.float32, torch.device("cpu"))
+    return family_of(kind).load(ModelOptions(str(path)), AttentionOptions(), plan)
+
+
+def parts_of(bundle: ModelBundle) -> list[torch.nn.Module]:
+    return [bundle.unet, *bundle.text_encoders, bundle.vae]
+
+
+@pytest.fixture(params=["sd1", "sd2", "sdxl"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture()
+def source(kind: str, request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"tiny_{kind}_path")
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_both_forms_of_diffusers_folders_load_in_diffusers(kind: str, source: Path, tmp_path: Path, safe: bool):
+    bundle, folder = load(source, kind), tmp_path / "folder"
+    family_of(kind).save(bundle, folder, dtype=None, metadata={}, as_diffusers=True, safe_serialization=safe)
+    texts = ["text_encoder", "text_encoder_2"][: len(bundle.text_encoders)]
+    wanted = WEIGHTS[safe] | {f"{text}/{'model.safetensors' if safe else 'pytorch_model.bin'}" for text in texts}
+    weights = {str(path.relative_to(folder)) for path in folder.glob("*/*") if path.suffix in (".safetensors", ".bin")}
+    assert weights == wanted
+
+    pipeline_class = StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline
+    pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, use_safetensors=safe)
+    for part, mine in (("unet", bundle.unet), ("vae", bundle.vae)):
+        theirs = getattr(pipeline, part).state_dict()
+        assert all(torch.equal(theirs[name], tensor) for name, tensor in mine.state_dict().items()), part
+    for text, encoder in zip(texts, bundle.text_encoders, strict=True):
+        file = folder / text / ("model.safetensors" if safe else "pytorch_model.bin")
+        content = load_file(file) if safe else torch.load(file, weights_only=True)
+        assert set(content) == set(encoder.state_dict()) and "text_model.final_layer_norm.weight" in content
+        theirs = {name.removeprefix("text_model."): t for name, t in getattr(pipeline, text).state_dict().items()}
+        for name, tensor in encoder.state_dict().items():
+            assert torch.equal(theirs[name.removeprefix("text_model.")], tensor), name
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_folder_of_either_form_comes_back_bit_equal(kind: str, source: Path, tmp_path: Path, safe: bool):
+    family, folder = family_of(kind), tmp_path / "folder"
+    family.save(load(source, kind), folder, dtype=None, metadata={}, as_diffusers=True, safe_serialization=safe)
+    family.save(load(folder, kind), tmp_path / "back.safetensors", dtype=None, metadata={}, as_diffusers=False)
+    before, after = load_file(source), load_file(tmp_path / "back.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+
+
+def test_saving_only_reads_the_weights(kind: str, source: Path, tmp_path: Path):
+    """Nothing is moved, cast or replaced: training may go on with the same storage meanwhile."""
+    bundle = load(source, kind)
+    places = [(p.data_ptr(), p.dtype, p._version) for part in parts_of(bundle) for p in part.parameters()]
+    for name, dtype in (("a.safetensors", torch.float16), ("b.ckpt", torch.bfloat16), ("c", torch.float16)):
+        as_diffusers = not Path(name).suffix
+        family_of(kind).save(bundle, tmp_path / name, dtype=dtype, metadata={}, as_diffusers=as_diffusers)
+    assert places == [(p.data_ptr(), p.dtype, p._version) for part in parts_of(bundle) for p in part.parameters()]
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """A disk that takes no file beyond `size` bytes."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(("name", "safe"), [("x.safetensors", True), ("x.ckpt", True), ("x", True), ("x", False)])
+def test_a_disk_that_fills_up_while_writing(tiny_sd1_path: Path, tmp_path: Path, name: str, safe: bool):
+    bundle, as_diffusers = load(tiny_sd1_path, "sd1"), not Path(name).suffix
+    with disk_of(200_000), pytest.raises(OptionError, match=rf"^can't write .*{name} \(File too large\); free some"):
+        family_of("sd1").save(
+            bundle, tmp_path / name, dtype=None, metadata={}, as_diffusers=as_diffusers, safe_serialization=safe
+        )
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_not_put_in_place_of_a_file(tiny_sd1_path: Path, tmp_path: Path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(OptionError, match="x is a file; choose another output name"):
+        family_of("sd1").save(load(tiny_sd1_path, "sd1"), tmp_path / "x", dtype=None, metadata={}, as_diffusers=True)
+    assert (tmp_path / "x").read_text() == "mine" and os.listdir(tmp_path) == ["x"]
