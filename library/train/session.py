@@ -102,7 +102,7 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     run = Run(
         config=config, accelerator=accelerator, family=family, bundle=bundle, target=target, model=model,
         groups=groups, optimizer=optimizer, built=built, lr_scheduler=lr_scheduler,
-        updates=make_updates(config, accelerator, built, optimizer),
+        updates=make_updates(config, accelerator, built, optimizer, skips_parameters=target.skips_parameters),
         schedule=NoiseSchedule.make(zero_terminal_snr=config.noise.zero_terminal_snr, device=accelerator.device),
         data=data, plan=plan, seed=seed, settings=settings_that_matter(config.values(), seed), digest=digest,
         names=checked.names, guard=NonFiniteGuard(config.training.max_nonfinite_steps), stop=StopRequest(),
@@ -118,10 +118,16 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     return run
 
 
-def make_updates(config: RunConfig, accelerator: Accelerator, built: BuiltOptimizer, optimizer: Any) -> Updates:
-    """How gradients become an update: all together, or each inside the backward pass."""
+def make_updates(
+    config: RunConfig, accelerator: Accelerator, built: BuiltOptimizer, optimizer: Any, *, skips_parameters: bool
+) -> Updates:
+    """How gradients become an update: all together, or each inside the backward pass.
+
+    `skips_parameters`: a step may leave out some of what is trained.
+    """
     parameters = [parameter for group in built.optimizer.param_groups for parameter in group["params"]]
     settings: dict[str, Any] = {"max_grad_norm": config.optimizer.max_grad_norm, "wide": built.wide}
+    settings["skips_parameters"] = skips_parameters
     if flag := config.memory.fused_flag:
         settings |= {"flag": flag, "num_groups": config.memory.num_fused_groups}
         return FusedUpdates(built, accelerator, optimizer, parameters, **settings)

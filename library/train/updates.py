@@ -13,9 +13,10 @@ import torch
 from accelerate import Accelerator
 
 from library.options import OptionError
+from library.train.exchange import exchange_gradients
 from library.train.guard import apply_if_finite, decided_on_device
 from library.train.optimizers import BuiltOptimizer
-from library.train.rounding import WideUpdates
+from library.train.rounding import HALF, WideUpdates
 
 FUSED = "--fused_backward_pass"
 PIECE = 2**26  # numbers that are wide at a time: 256 MiB, and as much for their gradients
@@ -36,16 +37,28 @@ class Updates:
         *,
         max_grad_norm: float,
         wide: WideUpdates,
+        skips_parameters: bool = False,
     ) -> None:
+        """`skips_parameters`: processes may have gradients of different ones."""
         self.accelerator, self.optimizer, self.parameters, self.wide = accelerator, optimizer, parameters, wide
         self.limit = max_grad_norm or float("inf")
+        self.skips_parameters = skips_parameters
+        # data parallelism loses sight of parameters that are made wide
+        self.exchanges = accelerator.num_processes > 1 and any(parameter.dtype in HALF for parameter in parameters)
 
     def micro_batch(self, model: Any, *, is_last: bool) -> AbstractContextManager[None]:
         """The context of one batch of an update: processes exchange gradients only with the last one."""
-        return contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
+        is_exchanged = is_last and not self.exchanges
+        return contextlib.nullcontext() if is_exchanged else self.accelerator.no_sync(model)
+
+    def exchange(self) -> None:
+        """Once all gradients of an update are there: their mean over processes, where `micro_batch` left that out."""
+        if self.exchanges:
+            exchange_gradients(self.accelerator, self.parameters, may_differ=self.skips_parameters)
 
     def clip(self) -> torch.Tensor:
         """The global gradient norm, a scalar tensor; gradients are scaled down to the limit. Once per update."""
+        self.exchange()
         self.before_change()
         self.wide.widen(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.limit)
@@ -95,6 +108,7 @@ class PieceUpdates(Updates):
         self._pieces = divided(members, max(1, -(-total // piece)))
 
     def clip(self) -> torch.Tensor:
+        self.exchange()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))

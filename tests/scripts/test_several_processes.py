@@ -38,3 +38,20 @@ def test_accumulated_gradients_and_schedule_are_those_of_one_process(settings, t
     again = {**two, "logging_dir": None, "output_dir": tmp_path / "again"}
     in_two_processes("train_db.py", **again, save_state=True, resume=tmp_path / "out" / "net-step00000002-state")
     assert equal_files(tmp_path / "out" / "net.safetensors", tmp_path / "again" / "net.safetensors")
+
+
+def test_half_precision_weights_learn_from_all_processes(settings, tmp_path):
+    """Each of two processes with one picture must not train on its own from the second update on."""
+    half = {
+        **settings, "mixed_precision": "bf16", "full_bf16": True, "stop_text_encoder_training": None,
+        "learning_rate": 0.1, "lr_scheduler": None, "lr_warmup_steps": None,
+    }  # fmt: skip
+    for name, batch in (("one", 4), ("alone", 2)):  # alone: what one of the two would see without the other
+        assert run_script(train_db, {**half, "train_batch_size": batch, "output_dir": tmp_path / name}) == 0
+    in_two_processes("train_db.py", **{**half, "train_batch_size": 2, "output_dir": tmp_path / "two"})
+    one, alone, two = (load_file(tmp_path / name / "net.safetensors") for name in ("one", "alone", "two"))
+
+    def gap(other):
+        return sum((one[name].float() - other[name].float()).square().sum() for name in one).sqrt()
+
+    assert 0 < gap(two) < 0.2 * gap(alone), (gap(two), gap(alone))
