@@ -62,7 +62,19 @@ def make_accelerator(config: RunConfig, *, autocast: bool, skips_parameters: boo
     if accelerator.num_processes == 1:
         for name in config.distributed.given_for_several_processes:
             logger.warning("--%s has no effect: there is one process", name)
+    elif config.distributed.ddp_static_graph and not config.distributed.deepspeed:
+        check_static_graph(config)
     return accelerator
+
+
+def check_static_graph(config: RunConfig) -> None:
+    """Raise OptionError where some backward passes exchange no gradients, which a static graph does not allow."""
+    batches, flag = config.training.gradient_accumulation_steps, "--ddp_static_graph"
+    if batches > 1:
+        problem = f"does not go with --gradient_accumulation_steps {batches}: gradients are exchanged once an update"
+        raise OptionError(flag, problem, "leave it out")
+    if master_dtype(config) != torch.float32:
+        raise OptionError(flag, "does not go with --full_fp16 or --full_bf16", "leave it out")
 
 
 def _distributed(options: DistributedOptions, skips_parameters: bool = False) -> list[Any]:

@@ -122,7 +122,8 @@ class Run:
     def last_good(self) -> LastGood:
         stay = {callback.state_name for callback in self.callbacks if not callback.is_of_the_weights}
         parts = {name: part for name, part in self._parts().items() if name not in stay}
-        size = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+        counts = (getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.parameters)  # split or not
+        size = sum(count * parameter.element_size() for count, parameter in zip(counts, self.parameters, strict=True))
         return LastGood(parts, self.start_step, keeps=size <= LARGEST)
 
     @cached_property

@@ -36,6 +36,8 @@ def config(**values):
 class Target:
     """Trains one layer."""
 
+    trains_whole = frozenset()
+
     def __init__(self):
         self.layer = torch.nn.Linear(4, 4)
 
@@ -102,7 +104,7 @@ def test_checkpoints_go_to_the_cpu_from_elsewhere(options, device, is_offloaded)
 
 
 def test_a_step_is_taken_in_its_context():
-    family = SimpleNamespace(encode_text=lambda *_: torch.zeros(4))
+    family = SimpleNamespace(encode_text=lambda *_: torch.zeros(4), condition=lambda states, sizes: states)
     module = placement.step_module(config(), family, bundle(), Target())  # type: ignore[arg-type]
     entered = []
 
@@ -113,7 +115,8 @@ def test_a_step_is_taken_in_its_context():
 
     module.forward_context = Context(module)
     large = torch.ones(1 << 14, 4)  # 256 KiB
-    batch = SimpleNamespace(token_ids=(), token_weights=None)
+    none = dict.fromkeys(["token_weights", "text_states", "original_hw_B2", "crop_yx_B2", "target_hw_B2"])
+    batch = SimpleNamespace(token_ids=(), **none)
     module(large, batch, True).sum().backward()
     assert entered == [large.shape]
 
@@ -171,3 +174,12 @@ def test_what_processes_talk_by(has_gpu, has_nccl, options, backend, monkeypatch
 def test_deepspeed_leaves_no_weight_out():
     with pytest.raises(OptionError, match="--deepspeed.*--stop_text_encoder_training"):
         placement._distributed(config(deepspeed=True).distributed, skips_parameters=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16", "full_bf16": True}]
+)
+def test_a_static_graph_exchanges_gradients_in_every_backward_pass(options):
+    placement.check_static_graph(config(mixed_precision="bf16"))
+    with pytest.raises(OptionError, match="--ddp_static_graph"):
+        placement.check_static_graph(config(**options))
