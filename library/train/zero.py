@@ -88,7 +88,9 @@ class DeepSpeedUpdates(Updates):
 
     @property
     def engine(self) -> Any:
-        return self.accelerator.deepspeed_engine_wrapped.engine
+        wrapper = self.accelerator.deepspeed_engine_wrapped
+        assert wrapper is not None, "the model is not prepared yet"
+        return wrapper.engine
 
     @contextlib.contextmanager
     def _boundary(self, is_last: bool) -> Iterator[None]:

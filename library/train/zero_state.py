@@ -74,9 +74,9 @@ def _all_split(optimizer: Any) -> Iterator[None]:
 
 def _plain_classes() -> list[Any]:
     """What DeepSpeed has in its state beside tensors and plain values."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # pyright: ignore[reportMissingImports]
+    from deepspeed.runtime.zero.config import ZeroStageEnum  # pyright: ignore[reportMissingImports]
+    from deepspeed.utils.tensor_fragment import fragment_address  # pyright: ignore[reportMissingImports]
 
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
