@@ -108,7 +108,6 @@ def blocked_rows(
         loop = Loop(bundle, batch)
         for form in ("safetensors, fp16", "safetensors, as trained"):
             write = partial(save, bundle, folder, form)
-
             times = [(loop.update(), loop.update(write), loop.update(write, is_beside=True)) for _ in range(repeats)]
             alone, at_once, beside = (
                 [statistics.median(column) for column in zip(*way, strict=True)] for way in zip(*times, strict=True)

@@ -26,6 +26,7 @@ class FullTarget(TrainTarget):
     """The weights of a model of any family: float32 masters, or half-precision ones where the run asks for them."""
 
     adapter = None
+    saves_beside_training = True
 
     def __init__(self, options: FullOptions, text: TextOptions | None = None, file_format: str | None = None) -> None:
         """`file_format` as in --save_model_as; a single file, whose extension decides, without it."""
