@@ -18,7 +18,7 @@ from typing import Any
 from library.cli import foreign, legacy
 from library.cli.config_file import config_path, read_config_file
 from library.cli.console import start_console
-from library.cli.ending import Ending
+from library.cli.ending import Ending, leave
 from library.cli.stopping import stoppable
 from library.cli.training import FileOptions
 from library.data.options import (
@@ -76,7 +76,7 @@ class Tool:
 
 def main(tool: Tool, argv: Sequence[str] | None = None) -> None:
     """Run a caching tool and end the program with its exit code."""
-    sys.exit(run(tool, argv))
+    leave(run(tool, argv))
 
 
 def run(tool: Tool, argv: Sequence[str] | None = None) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import logging
+import os
 import platform
 import sys
 import tempfile
@@ -11,11 +14,27 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from library.options import OptionError
 
 ODD_LETTERS = "backslashreplace"  # for names of files that are not UTF-8
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+
+
+def leave(code: int) -> NoReturn:
+    """End the program with an exit code.
+
+    One of several processes ends at once, without taking apart the group of processes and the interpreter: now and then
+    a thread of torch's communication (gloo) aborts that, long after everything is written.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # set by launchers
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Ending:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
 from library.cli import networks
 from library.cli.console import start_console
-from library.cli.ending import Ending
+from library.cli.ending import Ending, leave
 from library.generate.options import CONFIG_GROUPS, GenerationConfig, PromptOptions
 from library.generate.output import prepare_folder
 from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
@@ -38,7 +37,7 @@ class Script:
 
 def main(script: Script, argv: Sequence[str] | None = None) -> None:
     """Run a generator and end the program with its exit code."""
-    sys.exit(run(script, argv))
+    leave(run(script, argv))
 
 
 def run(script: Script, argv: Sequence[str] | None = None) -> int:

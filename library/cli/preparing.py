@@ -9,7 +9,7 @@ from pathlib import Path
 
 from library.checkpoints.probe import VAE_FLAG, check_vae
 from library.cli.console import start_console
-from library.cli.ending import Ending
+from library.cli.ending import Ending, leave
 from library.cli.stopping import stoppable
 from library.data.metadata_file import metadata_entries
 from library.options import OptionError, OptionParser, add_arguments, build, options_of
@@ -22,7 +22,7 @@ MODEL = "model_name_or_path"
 
 def main(description: str | None, argv: Sequence[str] | None = None) -> None:
     """Run the tool and end the program with its exit code."""
-    sys.exit(run(description, argv))
+    leave(run(description, argv))
 
 
 def run(description: str | None, argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from library.cli import foreign, legacy
 from library.cli.config_file import config_path, read_config_file, write_config_file
 from library.cli.console import start_console, start_log_file
-from library.cli.ending import Ending
+from library.cli.ending import Ending, leave
 from library.options import Option, OptionError, OptionParser, add_arguments, build, opt, options_of
 from library.train.config import CONFIG_GROUPS, RunConfig
 from library.train.preflight import check_before_start
@@ -71,7 +71,7 @@ class Script:
 
 def main(script: Script, argv: Sequence[str] | None = None) -> None:
     """Run a training script and end the program with its exit code."""
-    sys.exit(run(script, argv))
+    leave(run(script, argv))
 
 
 def run(script: Script, argv: Sequence[str] | None = None) -> int:

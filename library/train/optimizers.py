@@ -92,8 +92,13 @@ class BuiltOptimizer:
         return optimizer._get_lr(group, state)
 
 
-def build_optimizer(options: OptimizerOptions, groups: Sequence[ParamGroup]) -> BuiltOptimizer:
-    """The optimizer over `groups`. Raises OptionError for unknown names, missing packages and wrong arguments."""
+def build_optimizer(
+    options: OptimizerOptions, groups: Sequence[ParamGroup], *, skips_parameters: bool = False
+) -> BuiltOptimizer:
+    """The optimizer over `groups`. Raises OptionError for unknown names, missing packages and wrong arguments.
+
+    `skips_parameters`: a step may leave out some of what is trained.
+    """
     row = _row(options.optimizer_type)
     optimizer_class = _import_class(row)
     arguments = arguments_of(row, options.optimizer_args)
@@ -101,6 +106,8 @@ def build_optimizer(options: OptimizerOptions, groups: Sequence[ParamGroup]) -> 
     implementation = (
         {} if "foreach" in arguments else {k: v for k, v in row.implementation.items() if k not in arguments}
     )
+    if skips_parameters and torch.optim.SGD in optimizer_class.__mro__:
+        implementation = {}  # torch's fused kernel fails where some parameters have momentum and others not yet
     params = [_param_group(group, options.learning_rate, own_rate) for group in groups]
     if adapts_rate(options.optimizer_type):
         check_adapted_rates(row, [members["lr"] for members in params])

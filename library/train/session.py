@@ -72,7 +72,8 @@ def run_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget, 
     finally:
         run.log.close()
         run.close_callbacks()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # the processes' group is left as it is, see library.cli.ending.leave
 
 
 def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, accelerator: Accelerator) -> Run:
@@ -91,7 +92,7 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     groups = param_groups(target, config.optimizer.learning_rate)
     placement.set_precision(config, bundle, target)
     try_out(config, groups, plan.steps, accelerator.device)
-    built = build_optimizer(config.optimizer, groups)
+    built = build_optimizer(config.optimizer, groups, skips_parameters=target.skips_parameters)
     lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
     if accelerator.is_main_process:
         announce(checked, begun, Trained(bundle, target, groups), accelerator.num_processes)

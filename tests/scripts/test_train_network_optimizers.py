@@ -39,6 +39,15 @@ def test_resume_with_each_optimizer(options, tmp_path, optimizer, settings):
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name), "it has learned"
 
 
+@pytest.mark.parametrize("optimizer", ["SGDNesterov", "AdamW", "AdaFactor"])
+def test_parameters_that_some_steps_leave_out(options, tmp_path, optimizer):
+    """Some have moments from the start, others later."""
+    options |= {"network_args": ["module_dropout=0.7"], "optimizer_type": optimizer, "max_train_steps": 4}
+    assert train_network(**options) == 0
+    tensors = load_file(tmp_path / "out" / "net.safetensors")
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
+
+
 def test_a_schedule_free_optimizer_saves_its_average_and_trains_on(options, tmp_path):
     options |= {"optimizer_type": "AdamWScheduleFree", "learning_rate": 1e-2}
     assert train_network(**options, save_every_n_steps=1, save_state=True) == 0
