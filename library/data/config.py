@@ -31,7 +31,6 @@ from library.data.options import (
     ValidationSplitOptions,
 )
 from library.data.same_files import path_key
-from library.data.text_cache_options import TextCacheOptions
 from library.options import OptionError, convert, options_of, require
 from library.packages import is_installed
 
@@ -137,9 +136,7 @@ def _configs(source: SourceOptions, groups: Sequence[Any]) -> tuple[DatasetConfi
     return (_from_folders(source, groups),)
 
 
-def check_dataset_class(
-    source: SourceOptions, cache: CacheOptions, text_cache: TextCacheOptions, *others: Any
-) -> list[str]:
+def check_dataset_class(source: SourceOptions, cache: CacheOptions, *others: Any) -> list[str]:
     """Raise OptionError for a --dataset_class that can't work; returns a sentence on `others` without effect on it."""
     name = source.dataset_class
     if not name:
@@ -152,12 +149,8 @@ def check_dataset_class(
     require(package != "__main__", "--dataset_class", f"{name} names this program itself", way_out)
     if not is_installed(package):
         raise OptionError("--dataset_class", f"there is no module {package} for {name}", "put it on PYTHONPATH")
-    for is_on, flag, unknown in (
-        (cache.enabled, "--cache_latents", "images"),
-        (text_cache.enabled, "--cache_text_encoder_outputs", "captions"),
-    ):
-        problem = f"contradicts --dataset_class {name}, whose {unknown} are not known beforehand"
-        require(not is_on, flag, problem, "leave the caching to the class")
+    problem = f"contradicts --dataset_class {name}, whose images are not known beforehand"
+    require(not cache.enabled, "--cache_latents", problem, "leave the caching to the class")
     changed = [
         f"--{option.name}"
         for group in others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ NUM_BLOCKS = 23  # of SDXL's U-Net: time and size embedding, 9 input blocks, 3 i
 
 
 @dataclass(frozen=True)
-class FullOptions:
+class FullOptions(ABC):
     """Training of the model's own weights."""
 
     usual_rate = ""  # 2e-6, the default, is usual
@@ -25,21 +26,21 @@ class FullOptions:
         return self.text_updates > 0
 
     @property
+    @abstractmethod
     def text_updates(self) -> float:
         """How many updates, from the first one, train the text encoders."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_rates(self, num_encoders: int) -> Sequence[float | None]:
         """The learning rate of each text encoder; None for that of the U-Net, 0 for one that is not trained."""
-        raise NotImplementedError
 
     @property
     def block_rates(self) -> tuple[float, ...] | None:
         """The learning rates of the U-Net's blocks, if they have their own."""
         return None
 
-    def check_before_start(self) -> None:
-        """Nothing beside the model is read."""
+    def check_before_start(self) -> None:  # noqa: B027 (nothing beside the model is read)
+        """What files the options name can be read."""
 
 
 @dataclass(frozen=True)

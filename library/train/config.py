@@ -90,18 +90,7 @@ class RunConfig:
         )
         if self.training.max_train_epochs is None and not self.optimizer.has_no_schedule:
             self.schedule.check_length(self.training.max_train_steps)
-        require(
-            not (self.text_cache.enabled and self.target.trains_text),
-            "--cache_text_encoder_outputs",
-            "contradicts training the text encoders, whose outputs change with every step",
-            self.target.without_text,
-        )
-        require(
-            not (self.text_cache.enabled and self.source.dataset_class),
-            "--cache_text_encoder_outputs",
-            f"contradicts --dataset_class {self.source.dataset_class}, whose captions are not known beforehand",
-            "leave one of them out",
-        )
+        self._check_text()
         self.precision.check_beside(self.training)
         warnings = [note for group in self.groups() if hasattr(group, "notes") for note in group.notes()]
         rates = [name for name in ("unet_lr", "text_encoder_lr") if getattr(self.target, name, None)]
@@ -115,12 +104,6 @@ class RunConfig:
             warnings += [f"--{name} has no effect: {OWN_RATE}" for name in rates]
         if self.optimizer == OptimizerOptions() and not rates and self.target.usual_rate:
             warnings.append(f"--learning_rate: not given, 2e-06 is used; {self.target.usual_rate}")
-        require(
-            self.text.pads or self.text.token_windows == 1,
-            "--no_token_padding",
-            f"contradicts --max_token_length {self.text.max_token_length}, which joins windows of full length",
-            "leave one of them out",
-        )
         if self.training.plan and self.source.debug_dataset:
             warnings.append("--debug_dataset has no effect beside --plan")
         if self.noise.zero_terminal_snr and not v_prediction:
@@ -142,6 +125,27 @@ class RunConfig:
                 f"--clip_skip {self.text.clip_skip}: SD 2.x models are made for the layer they take without it"
             )
         return warnings
+
+    def _check_text(self) -> None:
+        """Raise OptionError where the options of captions contradict others."""
+        require(
+            not (self.text_cache.enabled and self.target.trains_text),
+            "--cache_text_encoder_outputs",
+            "contradicts training the text encoders, whose outputs change with every step",
+            self.target.without_text,
+        )
+        require(
+            not (self.text_cache.enabled and self.source.dataset_class),
+            "--cache_text_encoder_outputs",
+            f"contradicts --dataset_class {self.source.dataset_class}, whose captions are not known beforehand",
+            "leave one of them out",
+        )
+        require(
+            self.text.pads or self.text.token_windows == 1,
+            "--no_token_padding",
+            f"contradicts --max_token_length {self.text.max_token_length}, which joins windows of full length",
+            "leave one of them out",
+        )
 
 
 # What every training script offers; a script may add groups for other fields of RunConfig.

@@ -90,7 +90,7 @@ def check_before_start(config: RunConfig, other_script: str, family: str = "sd",
         logger.warning(note)
     if family == "sdxl":
         check_bucket_steps(datasets, SDXL_BUCKET_STEP)
-    for note in check_dataset_class(config.source, config.cache, config.text_cache, *_shaping_data(config)):
+    for note in check_dataset_class(config.source, config.cache, *_shaping_data(config)):
         logger.warning(note)
     for note in face_crop_notes(datasets, config.cache):
         logger.warning(note)

@@ -251,6 +251,11 @@ def test_zero_terminal_snr_is_told_to_readers(start, tmp_path):
         ("sdxl_train", {"block_lr": "1e-4,1e-4"}, ["--block_lr", "2 numbers", "23"]),
         ("sdxl_train", {"block_lr": ",".join(["0"] * 23)}, ["--block_lr", "only zeros"]),
         ("sdxl_train", {"cache_text_encoder_outputs": True, "train_text_encoder": True}, ["--train_text_encoder"]),
+        (
+            "sdxl_train",
+            {"cache_text_encoder_outputs": True, "dataset_class": "my.Own"},
+            ["--cache_text_encoder_outputs", "--dataset_class my.Own"],
+        ),
         ("sdxl_train", {"fused_optimizer_groups": 2, "fused_backward_pass": True}, ["--fused_optimizer_groups"]),
         ("sdxl_train", {"network_module": "networks.lora"}, ["--network_module", "train_network"]),
         ("sdxl_train", {"bucket_reso_steps": 8}, ["--bucket_reso_steps", "32"]),

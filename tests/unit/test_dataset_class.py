@@ -11,7 +11,6 @@ from library.data.batch import Position
 from library.data.config import check_dataset_class
 from library.data.dataset_class import ForeignData, make_dataset
 from library.data.options import CacheOptions, SourceOptions
-from library.data.text_cache_options import TextCacheOptions
 from library.options import OptionError
 from tests.tiny_runs import assert_equal, letters, run_facts
 
@@ -192,7 +191,7 @@ def test_a_class_that_does_not_count_its_images(caplog):
 )
 def test_names_that_lead_nowhere(name, problem):
     with pytest.raises(OptionError, match=problem):
-        check_dataset_class(SourceOptions(dataset_class=name), CacheOptions(), TextCacheOptions())
+        check_dataset_class(SourceOptions(dataset_class=name), CacheOptions())
 
 
 def test_a_module_that_ends_the_program_is_named(tmp_path, monkeypatch):
