@@ -17,7 +17,7 @@ from table import ROOT, print_table
 
 from library.cli.training import Script, parse
 from library.families.sd import StableDiffusion
-from library.generate.images import make_pictures
+from library.generate.images import Engine
 from library.targets.network import NetworkTarget
 from library.targets.options import NetworkOptions
 from library.train import placement, session
@@ -75,7 +75,7 @@ def main() -> None:
 
         def draw_alone() -> None:
             with torch.no_grad(), placement.evaluating(run.model):
-                make_pictures(run.family, run.bundle, requests, previews.encoder, show_progress=False)
+                Engine(run.family, run.bundle, previews.encoder).pictures(requests, show_progress=False)
 
         for _ in range(3):
             train_one_step(run)

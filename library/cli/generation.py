@@ -60,6 +60,7 @@ def generate(
 ) -> list[Path]:
     """Load the model and its networks, and make the pictures. This is where torch is loaded."""
     from library.generate import images
+    from library.generate.conditions import PromptEncoder
 
     module, _, name = family_name.partition(":")
     family = getattr(importlib.import_module(module), name)()
@@ -67,7 +68,8 @@ def generate(
     factories = networks.import_modules(config.networks)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
     networks.attach(factories, config.networks, bundle, plan)
-    return images.generate(config, requests, family, bundle, folder)
+    encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
+    return images.generate(config, requests, images.Engine(family, bundle, encoder), folder)
 
 
 def build_parser(description: str) -> OptionParser:

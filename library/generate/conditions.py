@@ -48,18 +48,18 @@ class PromptEncoder:
         self._kept.clear()
 
     def windows(self, request: GenerationRequest) -> int:
-        """Windows that a request's conditioning has: the longer one of its prompt and its negative prompt."""
-        texts = (request.prompt, request.negative_prompt) if request.is_guided else (request.prompt,)
-        return max(len(tokens.windows) for text in texts for tokens in self._tokenize(text, request.max_windows))
+        """Windows that a request's conditioning has: those of its longest text."""
+        texts = [self._tokenize(text, request.max_windows) for text in request.texts]
+        return max(len(tokens.windows) for by_tokenizer in texts for tokens in by_tokenizer)
 
     def __call__(self, requests: Sequence[GenerationRequest]) -> Conditioning:
-        """Conditioning of one batch: the negative prompts, where guidance is on, and then the prompts."""
+        """Conditioning of one batch: the first of each request's `texts`, then the second of each, and so on."""
         num_windows = max(map(self.windows, requests))
-        texts = [(request.negative_prompt, request) for request in requests if request.is_guided]
-        texts += [(request.prompt, request) for request in requests]
-        joined = _joined([self._encoded(text, num_windows, request) for text, request in texts])
+        groups = zip(*(request.texts for request in requests), strict=True)
+        rows = [(text, request) for group in groups for text, request in zip(group, requests, strict=True)]
+        joined = _joined([self._encoded(text, num_windows, request) for text, request in rows])
         device = _device(self.bundle.unet)
-        sizes = PictureSizes.whole(requests[0].width, requests[0].height, len(texts), device)
+        sizes = PictureSizes.whole(requests[0].width, requests[0].height, len(rows), device)
         return self.family.condition(joined, sizes)
 
     def _tokenize(self, text: str, max_windows: int) -> tuple[WeightedTokens, ...]:

@@ -9,6 +9,7 @@ Shape letters: B pictures, C channels, h w latent pixels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import torch
 from library.diffusion.samplers import make_scheduler, stepper
 from library.families.base import ModelBundle, ModelFamily
 from library.generate.conditions import PromptEncoder
+from library.generate.drawing import Drawing, Part
+from library.generate.guidance import guided
 from library.generate.request import GenerationRequest
 from library.models import vae
 
@@ -29,44 +32,63 @@ def denoise(
     requests: Sequence[GenerationRequest],
     *,
     encoder: PromptEncoder | None = None,
+    parts: Sequence[Part] = (),
     progress: Progress | None = None,
 ) -> torch.Tensor:
     """Unscaled VAE latents (B, C, h, w), float32, of requests with equal `batch_key` and equal numbers of text windows.
 
     Noise is drawn per picture from its own CPU generator in float32: first the start noise, then what the sampler adds
     at each step, so a picture depends neither on its batch nor on the device. `encoder` keeps encoded prompts from
-    batch to batch. The U-Net runs as it is given (dtype, device, autocast, networks); the sampler runs in float32.
+    batch to batch; `parts` take part in their order. The U-Net runs as it is given (dtype, device, autocast, networks);
+    the sampler runs in float32.
     """
-    first = requests[0]
+    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+    with ExitStack() as block:
+        drawing = begin(family, bundle, requests, encoder or PromptEncoder(family, bundle), generators)
+        for part in parts:
+            block.enter_context(part.taking_part(drawing))
+        step = stepper(drawing.scheduler, generators)
+        for drawing.index, timestep in enumerate(drawing.timesteps):  # noqa: B020  the place is the drawing's
+            conditioning = drawing.conditioning
+            for part in parts:
+                conditioning = part.condition(drawing, conditioning)
+            predictions_RChw = drawing.predict(drawing.latents_BChw, conditioning)
+            prediction_BChw = guided(drawing.first, predictions_RChw.split(len(requests)))
+            for part in parts:
+                prediction_BChw = part.guide(drawing, prediction_BChw)
+            drawing.latents_BChw = step(prediction_BChw, timestep, drawing.latents_BChw)
+            for part in parts:
+                part.after_step(drawing)
+            if progress is not None:
+                progress(drawing.index + 1, len(drawing.timesteps))
+    return drawing.latents_BChw / family.latent_scale
+
+
+def begin(
+    family: ModelFamily,
+    bundle: ModelBundle,
+    requests: Sequence[GenerationRequest],
+    encoder: PromptEncoder,
+    generators: Sequence[torch.Generator],
+) -> Drawing:
+    """The batch before its first step: its prompts encoded, its noise drawn."""
+    first, source = requests[0], bundle.source
     assert all(request.batch_key == first.batch_key for request in requests)
-    conditioning = (encoder or PromptEncoder(family, bundle))(requests)
-    source = bundle.source
     scheduler = make_scheduler(
         first.sampler, v_prediction=source.v_prediction, zero_terminal_snr=source.zero_terminal_snr
     )
     scheduler.set_timesteps(first.steps, device="cpu")  # the sampler's few scalars stay with the host: no waiting
-    weight = next(bundle.unet.parameters())
-    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
-    latents_BChw = start_noise(bundle, requests, generators).to(weight.device) * scheduler.init_noise_sigma
-    step = stepper(scheduler, generators)
-    num_rows = len(requests) * (2 if first.is_guided else 1)
-    for index, timestep in enumerate(scheduler.timesteps):
-        inputs_BChw = scheduler.scale_model_input(latents_BChw, timestep).to(weight.dtype)
-        inputs_BChw = inputs_BChw.repeat(num_rows // len(requests), 1, 1, 1)
-        timesteps_B = torch.full((num_rows,), timestep.item(), dtype=timestep.dtype, device=weight.device)
-        prediction_BChw = family.predict(bundle.unet, inputs_BChw, timesteps_B, conditioning).float()
-        if first.is_guided:
-            prediction_BChw = guided(prediction_BChw, first.scale)
-        latents_BChw = step(prediction_BChw, timestep, latents_BChw)
-        if progress is not None:
-            progress(index + 1, len(scheduler.timesteps))
-    return latents_BChw / family.latent_scale
-
-
-def guided(prediction_BChw: torch.Tensor, scale: float) -> torch.Tensor:
-    """u + scale (c - u) of the rows [u..., c...]: classifier-free guidance (Ho and Salimans 2022)."""
-    negative_BChw, positive_BChw = prediction_BChw.chunk(2)
-    return negative_BChw + scale * (positive_BChw - negative_BChw)
+    noise_BChw = start_noise(bundle, requests, generators).to(next(bundle.unet.parameters()).device)
+    return Drawing(
+        family,
+        bundle,
+        requests,
+        scheduler,
+        scheduler.timesteps,
+        noise_BChw,
+        noise_BChw * scheduler.init_noise_sigma,
+        encoder(requests),
+    )
 
 
 def start_noise(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.generate.conditions import PromptEncoder
 from library.generate.denoise import decode, denoise
+from library.generate.drawing import Part
 from library.generate.options import ComputeOptions, GenerationConfig
 from library.generate.output import ModelNames, PictureWriter
 from library.generate.request import GenerationRequest, batches
@@ -37,53 +39,69 @@ def load_plan(compute: ComputeOptions) -> LoadPlan:
     )
 
 
+@dataclass
+class Engine:
+    """All that draws: the model, the texts it has encoded, and what takes part in drawing."""
+
+    family: ModelFamily
+    bundle: ModelBundle
+    encoder: PromptEncoder
+    parts: tuple[Part, ...] = ()
+
+    def latents(
+        self,
+        batch: Sequence[GenerationRequest],
+        *,
+        show_progress: bool = True,
+        after_step: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Unscaled latents (B, C, h, w) of one batch, with a progress bar over its steps.
+
+        `after_step` is called after each step, and breaks the batch off by raising something. Raises NotFiniteError for
+        latents that are not numbers.
+        """
+        with progress_bar(unit="step", desc="steps", is_inner=True, disable=not show_progress) as progress:
+
+            def show(_done: int, total: int) -> None:
+                progress.total = total
+                progress.update()
+                if after_step is not None:
+                    after_step()
+
+            latents_BChw = denoise(
+                self.family, self.bundle, batch, encoder=self.encoder, parts=self.parts, progress=show
+            )
+        if not latents_BChw.isfinite().all():
+            raise NotFiniteError("the model's output is not finite: the weights or their precision are at fault")
+        return latents_BChw
+
+    def pictures(
+        self,
+        batch: Sequence[GenerationRequest],
+        *,
+        show_progress: bool = True,
+        after_step: Callable[[], None] | None = None,
+    ) -> list[Image.Image]:
+        """The pictures of one batch, see :meth:`latents`."""
+        latents_BChw = self.latents(batch, show_progress=show_progress, after_step=after_step)
+        return [Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in decode(self.bundle, latents_BChw)]
+
+
 def generate(
-    config: GenerationConfig,
-    requests: Sequence[GenerationRequest],
-    family: ModelFamily,
-    bundle: ModelBundle,
-    folder: Path,
+    config: GenerationConfig, requests: Sequence[GenerationRequest], engine: Engine, folder: Path
 ) -> list[Path]:
     """Make the pictures and write them into `folder`; returns their paths in the order of the requests."""
-    encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
-    names = partial(ModelNames.of, Path(bundle.source.path), config.networks.tags)
+    names = partial(ModelNames.of, Path(engine.bundle.source.path), config.networks.tags)
     writer = PictureWriter(folder, config.output, names)
     progress = progress_bar(total=len(requests), unit="picture", desc="pictures")
     with writer, progress:
-        for batch in batches(requests, config.compute.batch_size, encoder.windows):
+        for batch in batches(requests, config.compute.batch_size, engine.encoder.windows):
             with reasons_explained(config.compute):
-                pictures = make_pictures(family, bundle, batch, encoder)
+                pictures = engine.pictures(batch)
             for index, (request, picture) in enumerate(zip(batch, pictures, strict=True)):
                 writer.write(picture, request, index)
             progress.update(len(batch))
     return writer.paths
-
-
-def make_pictures(
-    family: ModelFamily,
-    bundle: ModelBundle,
-    batch: Sequence[GenerationRequest],
-    encoder: PromptEncoder,
-    *,
-    show_progress: bool = True,
-    after_step: Callable[[], None] | None = None,
-) -> list[Image.Image]:
-    """One batch, with a progress bar over its steps; raises NotFiniteError for latents that are not numbers.
-
-    `after_step` is called after each step, and breaks the batch off by raising something.
-    """
-    with progress_bar(unit="step", desc="steps", is_inner=True, disable=not show_progress) as progress:
-
-        def show(_done: int, total: int) -> None:
-            progress.total = total
-            progress.update()
-            if after_step is not None:
-                after_step()
-
-        latents_BChw = denoise(family, bundle, batch, encoder=encoder, progress=show)
-    if not latents_BChw.isfinite().all():
-        raise NotFiniteError("the model's output is not finite: the weights or their precision are at fault")
-    return [Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in decode(bundle, latents_BChw)]
 
 
 class NotFiniteError(ValueError):

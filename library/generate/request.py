@@ -38,9 +38,14 @@ class GenerationRequest:
         return self.scale > 1
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """What the U-Net is asked about side by side, see library.generate.guidance."""
+        return (self.negative_prompt, self.prompt) if self.is_guided else (self.prompt,)
+
+    @property
     def batch_key(self) -> Hashable:
         """Requests with equal keys can be one batch, as far as the request alone tells."""
-        return (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip)
+        return (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
 
 
 def make_requests(

@@ -23,7 +23,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 
 from library.generate.conditions import PromptEncoder
-from library.generate.images import NotFiniteError, make_pictures
+from library.generate.images import Engine, NotFiniteError
 from library.generate.options import PictureOptions
 from library.generate.output import ModelNames
 from library.generate.prompt_line import PromptLine
@@ -146,14 +146,8 @@ class Previews(Callback):
         with reported(failures), contextlib.suppress(Stopped):
             requests = [preview.request for preview in previews]
             shows_progress = run.accelerator.is_local_main_process
-            images = make_pictures(
-                run.family,
-                run.bundle,
-                requests,
-                self.encoder,
-                show_progress=shows_progress,
-                after_step=run.stop.check,
-            )
+            engine = Engine(run.family, run.bundle, self.encoder)
+            images = engine.pictures(requests, show_progress=shows_progress, after_step=run.stop.check)
             return list(zip(previews, images, strict=True))
         return []
 

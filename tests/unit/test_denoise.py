@@ -14,7 +14,8 @@ from library.families.base import LoadPlan, ModelBundle
 from library.families.options import ModelOptions
 from library.families.sd import StableDiffusion
 from library.generate.conditions import PromptEncoder
-from library.generate.denoise import decode, denoise, guided
+from library.generate.denoise import decode, denoise
+from library.generate.guidance import guided
 from library.generate.request import GenerationRequest
 from library.models.options import AttentionOptions
 
@@ -102,7 +103,7 @@ def test_without_guidance_the_negative_prompt_is_not_computed(bundle: ModelBundl
 
 def test_guidance_is_the_papers_formula() -> None:
     rows = torch.tensor([1.0, 2.0, 5.0, 9.0]).view(4, 1, 1, 1)
-    assert guided(rows, 3.0).flatten().tolist() == [1 + 3 * 4, 2 + 3 * 7]
+    assert guided(changed(scale=3.0), rows.split(2)).flatten().tolist() == [1 + 3 * 4, 2 + 3 * 7]
 
 
 def test_no_global_generator_and_no_module_is_touched(bundle: ModelBundle) -> None:
