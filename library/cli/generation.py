@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
 from library.cli import networks
 from library.cli.console import start_console
 from library.cli.ending import Ending, leave
-from library.generate.options import CONFIG_GROUPS, GenerationConfig, PromptOptions
+from library.generate.config import CONFIG_GROUPS, GenerationConfig
+from library.generate.options import PromptOptions
 from library.generate.output import prepare_folder
 from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
 from library.generate.request import GenerationRequest, make_requests
@@ -24,7 +26,7 @@ from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
-SDXL_SCRIPT = "sdxl_gen_img.py"  # named to those who bring an SDXL model
+SCRIPTS = {"sd_script": "gen_img_diffusers.py", "sdxl_script": "sdxl_gen_img.py"}  # named to those who took the other
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ class Script:
 
     description: str
     family: str  # "module:Class"
+    models: str = "sd"  # the family of models it takes: "sd" or "sdxl"
+    native_size: int = 512  # pixels: width and height where none is given
+    omits: frozenset[str] = frozenset()  # options of its groups that it does not offer: they keep their defaults
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def groups(self) -> tuple[type, ...]:
+        return tuple(CONFIG_GROUPS.values())
 
 
 def main(script: Script, argv: Sequence[str] | None = None) -> None:
@@ -42,12 +51,12 @@ def main(script: Script, argv: Sequence[str] | None = None) -> None:
 
 def run(script: Script, argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 for a mistake of the user's, 130 when interrupted, 1 for anything else."""
-    parser = build_parser(script.description)
+    parser = build_parser(script)
     values = vars(parser.parse_strictly(argv))
     start_console()
     with Ending(parser.prog, renamed={MODEL_FLAG: "--ckpt"}) as ending:
         config = GenerationConfig(**{name: build(group, values) for name, group in CONFIG_GROUPS.items()})
-        requests = check(config)
+        requests = check(script, config)
         folder = prepare_folder(config.output.outdir, max(3 * item.width * item.height for item in requests))
         ending.log_file = folder / f"{Path(parser.prog).stem}.log"
         paths = generate(script.family, config, requests, folder)
@@ -72,15 +81,15 @@ def generate(
     return images.generate(config, requests, images.Engine(family, bundle, encoder), folder)
 
 
-def build_parser(description: str) -> OptionParser:
-    """A parser with one flag per option of generation."""
-    parser = OptionParser(description=description)
-    for group in CONFIG_GROUPS.values():
-        add_arguments(parser, group)
+def build_parser(script: Script) -> OptionParser:
+    """A parser with one flag per option of the script."""
+    parser = OptionParser(description=script.description)
+    for group in script.groups():
+        add_arguments(parser, group, script.defaults, script.omits)
     return parser
 
 
-def check(config: GenerationConfig) -> list[GenerationRequest]:
+def check(script: Script, config: GenerationConfig) -> list[GenerationRequest]:
     """The pictures asked for; raises OptionError for everything that is wrong without loading a model."""
     if config.checkpoint.tokenizer_cache_dir is not None:
         logger.info("--tokenizer_cache_dir has no effect: the CLIP vocabulary is part of this project")
@@ -88,11 +97,13 @@ def check(config: GenerationConfig) -> list[GenerationRequest]:
     for note in config.compute.attention.notes():
         logger.info(note)
     networks.check(config.networks)
-    requests = make_requests(read_lines(config.prompts), config.prompts, config.picture)
+    picture = config.picture.sized(script.native_size)
+    requests = make_requests(read_lines(config.prompts), config.prompts, picture)
     if alike := len(requests) - len(set(requests)):
         logger.warning("%s will be equal to another one: the same prompt with the same seed (--d in its line); "
                        "leave --d out for other seeds", counted(alike, "picture"))  # fmt: skip
-    probe(str(config.checkpoint.ckpt), flag="--ckpt", sdxl_script=SDXL_SCRIPT, v2=config.checkpoint.v2)
+    model = config.checkpoint
+    probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return requests

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from library.generate.options import NetworkFile, NetworkOptions
+from library.generate.network_options import NetworkFile, NetworkOptions
 from library.options import OptionError
 from library.targets import options as targets
 

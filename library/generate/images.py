@@ -14,9 +14,10 @@ from PIL import Image
 
 from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.generate.conditions import PromptEncoder
+from library.generate.config import GenerationConfig
 from library.generate.denoise import decode, denoise
 from library.generate.drawing import Part
-from library.generate.options import ComputeOptions, GenerationConfig
+from library.generate.options import ComputeOptions
 from library.generate.output import ModelNames, PictureWriter
 from library.generate.request import GenerationRequest, batches
 from library.options import OptionError

@@ -1,18 +1,14 @@
-"""Options of generation: which model, which pictures, which networks, where they go."""
+"""Options of generation: which model, which pictures, how they are computed, where they go."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from library.diffusion.samplers import SAMPLERS, check_steps
 from library.families.options import ModelOptions
 from library.models.options import AttentionOptions
-from library.options import named_values, opt, require
-from library.text.network_tag import network_tag
-from library.wording import counted
+from library.options import opt, require
 
 SIZE_STEP = 8  # pixels of one latent pixel
 LEAST_SIZE = 64  # pixels; the U-Net halves its 8 times smaller latents three times
@@ -94,8 +90,8 @@ class PromptOptions:
 class PictureOptions:
     """How a picture is made where its prompt line does not say otherwise."""
 
-    W: int | None = opt(help="width in pixels, a multiple of 8; 512 without this option")
-    H: int | None = opt(help="height in pixels, a multiple of 8; 512 without this option")
+    W: int | None = opt(help="width in pixels, a multiple of 8; without this option 512, and 1024 for SDXL")
+    H: int | None = opt(help="height in pixels, a multiple of 8; without this option 512, and 1024 for SDXL")
     steps: int = opt(50, help="denoising steps")
     scale: float = opt(7.5, help="classifier-free guidance; 1 or less switches it off")
     sampler: str = opt("ddim", choices=list(SAMPLERS), help="sampling method")
@@ -119,72 +115,14 @@ class PictureOptions:
     def height(self) -> int:
         return 512 if self.H is None else self.H
 
+    def sized(self, native: int) -> PictureOptions:
+        """The same with `native` pixels where no size is given."""
+        return replace(self, W=native if self.W is None else self.W, H=native if self.H is None else self.H)
+
     @property
     def windows(self) -> int:
         """Most windows of 75 content tokens per prompt."""
         return 1 if self.max_embeddings_multiples is None else self.max_embeddings_multiples
-
-
-@dataclass(frozen=True)
-class NetworkFile:
-    """One network to generate with."""
-
-    module: str
-    path: str
-    multiplier: float
-    arguments: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    """Networks (LoRA and its relatives): lists of equal length."""
-
-    network_module: tuple[str, ...] | None = opt(help="Python module per network, for example networks.lora")
-    network_weights: tuple[str, ...] | None = opt(help="file per network")
-    network_mul: tuple[float, ...] | None = opt(help="multiplier per network; 1.0 where missing")
-    network_args: tuple[str, ...] | None = opt(help='arguments per network, each as "name=value;name=value"')
-    network_merge: bool = opt(False, help="merge the networks into the model before generating: faster")
-
-    def __post_init__(self) -> None:
-        modules, weights = len(self.network_module or ()), len(self.network_weights or ())
-        require(
-            weights == 0 or modules > 0,
-            "--network_weights",
-            "no --network_module says what kind of network this is",
-            f"add --network_module {' '.join(['networks.lora'] * weights)} for a LoRA",
-        )
-        require(
-            modules == weights,
-            "--network_weights" if weights > modules else "--network_module",
-            f"{counted(modules, 'module')} but {counted(weights, 'file')}",
-            "give one module per file, in the same order",
-        )
-        for name in ("network_mul", "network_args"):
-            given = len(getattr(self, name) or ())
-            require(
-                given <= modules,
-                f"--{name}",
-                f"{counted(given, 'value')} for {counted(modules, 'network')}",
-                "give at most one per network, in the same order",
-            )
-        self.files  # noqa: B018  checks the form of --network_args
-        require(bool(modules) or not self.network_merge, "--network_merge", "there is no network to merge")
-
-    @property
-    def tags(self) -> str:
-        """The networks as prompts of web user interfaces ask for them."""
-        return " ".join(network_tag(Path(file.path).stem, file.multiplier) for file in self.files)
-
-    @property
-    def files(self) -> tuple[NetworkFile, ...]:
-        """The lists read side by side; missing multipliers are 1.0."""
-        modules, weights = self.network_module or (), self.network_weights or ()
-        multipliers = (self.network_mul or ()) + (1.0,) * len(modules)
-        arguments = (self.network_args or ()) + ("",) * len(modules)
-        return tuple(
-            NetworkFile(module, path, multiplier, network_arguments(text))
-            for module, path, multiplier, text in zip(modules, weights, multipliers, arguments, strict=False)
-        )
 
 
 @dataclass(frozen=True)
@@ -198,28 +136,6 @@ class OutputOptions:
         require(bool(self.outdir.strip()), "--outdir", "no folder named", 'name one, "." for the folder you are in')
 
 
-@dataclass(frozen=True)
-class GenerationConfig:
-    """Everything a generation run was asked to do: one field per option group."""
-
-    checkpoint: CheckpointOptions
-    compute: ComputeOptions
-    prompts: PromptOptions
-    picture: PictureOptions
-    networks: NetworkOptions
-    output: OutputOptions
-
-
-CONFIG_GROUPS: dict[str, Any] = {
-    "checkpoint": CheckpointOptions,
-    "prompts": PromptOptions,
-    "picture": PictureOptions,
-    "networks": NetworkOptions,
-    "compute": ComputeOptions,
-    "output": OutputOptions,
-}
-
-
 def check_size(where: str, pixels: int) -> None:
     """Raise OptionError unless a picture can be this wide or high."""
     require(pixels >= LEAST_SIZE, where, f"{pixels} is too small", f"use at least {LEAST_SIZE}")
@@ -231,8 +147,3 @@ def check_size(where: str, pixels: int) -> None:
 def check_seed(where: str, seed: int | None) -> None:
     way_out = "use 0 to 2^64 - 1, or leave it out for a random seed"
     require(seed is None or seed in SEED_RANGE, where, f"{seed} is out of range", way_out)
-
-
-def network_arguments(text: str) -> dict[str, str]:
-    """ "name=value;name=value" as a dict; a value may contain "="."""
-    return named_values([item.strip() for item in text.split(";") if item.strip()], "--network_args")

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import pytest
 
 import fine_tune
+import gen_img_diffusers
+import sdxl_gen_img
 import sdxl_train
 import sdxl_train_network
 import train_db
@@ -22,7 +24,6 @@ from library.cli import caching, config_file, generation, metadata_tools, prepar
 from library.cli.legacy import LegacyOptions
 from library.cli.reference import options_page
 from library.data import dataset_file
-from library.generate.options import CONFIG_GROUPS
 from library.options import options_of
 from library.train.optimizer_table import NAMES, TABLE
 from library.train.options import COUNTS_IN, LR_SCHEDULERS
@@ -37,16 +38,16 @@ SCRIPTS = {
     "train_network": train_network.SCRIPT, "sdxl_train_network": sdxl_train_network.SCRIPT,
     "train_db": train_db.SCRIPT, "fine_tune": fine_tune.SCRIPT, "sdxl_train": sdxl_train.SCRIPT,
 }  # fmt: skip
+GENERATORS = {"gen_img_diffusers": gen_img_diffusers.SCRIPT, "sdxl_gen_img": sdxl_gen_img.SCRIPT}
 
 
 def options_of_script(name: str) -> str:
-    script = SCRIPTS[name]
+    script = (SCRIPTS | GENERATORS)[name]
     return options_page(f"{name}.py", script.groups(), script.defaults, omitted=script.omits)
 
 
 PAGES = {
-    "gen_img_diffusers": lambda: options_page("gen_img_diffusers.py", CONFIG_GROUPS.values()),
-    **{name: partial(options_of_script, name) for name in SCRIPTS},
+    **{name: partial(options_of_script, name) for name in SCRIPTS | GENERATORS},
     "caching_tools": lambda: options_page(
         "tools/cache_latents.py and tools/cache_text_encoder_outputs.py",
         caching.groups_that_count(),
@@ -112,7 +113,11 @@ def known_flags() -> set[str]:
         caching.build_parser(cache_latents.TOOL),
         preparing.build_parser(None),
     )
-    parsers = [*map(training.build_parser, SCRIPTS.values()), generation.build_parser(""), *tools]
+    parsers = [
+        *map(training.build_parser, SCRIPTS.values()),
+        *map(generation.build_parser, GENERATORS.values()),
+        *tools,
+    ]
     in_prompts = {f"--{name}" for name in PREVIEW_LINE_OPTIONS}
     return OF_OTHERS.union(in_prompts, *(parser._option_string_actions for parser in parsers))
 
@@ -214,9 +219,11 @@ def test_examples_of_train_network_are_command_lines(page, words):
     config.check()
 
 
-@pytest.mark.parametrize(("page", "words"), command_lines("gen_img_diffusers.py"))
-def test_examples_of_the_generator_are_command_lines(page, words):
-    generation.build_parser("").parse_strictly(shlex.split(words))
+@pytest.mark.parametrize(
+    ("script", "page", "words"), [(name, *line) for name in GENERATORS for line in command_lines(f"{name}.py")]
+)
+def test_examples_of_the_generators_are_command_lines(script, page, words):
+    generation.build_parser(GENERATORS[script]).parse_strictly(shlex.split(words))
 
 
 @pytest.mark.parametrize(("page", "words"), command_lines("tools/cache_latents.py"))

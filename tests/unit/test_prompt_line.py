@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from library.generate.options import NetworkOptions, OutputOptions, PictureOptions, PromptOptions
+from library.generate.network_options import NetworkOptions
+from library.generate.options import OutputOptions, PictureOptions, PromptOptions
 from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
 from library.generate.request import GenerationRequest, batches, make_requests
 from library.options import OptionError

@@ -1,0 +1,37 @@
+"""Everything a generator is asked to do: its option groups, put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from library.generate.network_options import NetworkOptions
+from library.generate.options import (
+    CheckpointOptions,
+    ComputeOptions,
+    OutputOptions,
+    PictureOptions,
+    PromptOptions,
+)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Everything a generation run was asked to do: one field per option group."""
+
+    checkpoint: CheckpointOptions
+    compute: ComputeOptions
+    prompts: PromptOptions
+    picture: PictureOptions
+    networks: NetworkOptions
+    output: OutputOptions
+
+
+CONFIG_GROUPS: dict[str, Any] = {
+    "checkpoint": CheckpointOptions,
+    "prompts": PromptOptions,
+    "picture": PictureOptions,
+    "networks": NetworkOptions,
+    "compute": ComputeOptions,
+    "output": OutputOptions,
+}
