@@ -6,7 +6,7 @@ Shape letters: B samples, C channels, H W latent pixels, N windows of text, T to
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,25 +113,7 @@ class StableDiffusionXL:
         context_BTD = conditioning.context_BTD.to(dtype)
         return unet(noised_BCHW, timesteps_B, context_BTD, added_cond_kwargs=added, return_dict=False)[0]
 
-    def save(
-        self,
-        bundle: ModelBundle,
-        path: Path,
-        *,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        as_diffusers: bool,
-        safe_serialization: bool = True,
-    ) -> None:
-        """Write a single file or a Diffusers folder, see library.families.saving."""
-        save_model(
-            bundle,
-            path,
-            dtype=dtype,
-            metadata=metadata,
-            as_diffusers=as_diffusers,
-            safe_serialization=safe_serialization,
-        )
+    save = staticmethod(save_model)  # whole models of both families are written by the same code
 
     def describe(self, bundle: ModelBundle) -> dict[str, Any]:
         """ss_v2 and ss_base_model_version."""
