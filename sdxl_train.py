@@ -14,7 +14,7 @@ SCRIPT = Script(
     target="library.targets.full:FullTarget",
     target_options=SdxlFullOptions,
     tracker_name="finetuning",
-    other_script="fine_tune.py",
+    other_script="fine_tune.py or train_db.py",
     omits=frozenset({"no_metadata", "fp8_base_unet"}),
     more_groups={
         "text_cache": TextCacheOptions,

@@ -11,13 +11,16 @@ from tqdm import tqdm
 FORCED = "PROGRESS_BARS"  # environment variable: 1 where standard error only leads to a terminal
 SECONDS_BETWEEN_LINES = 60.0
 LINE = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go, {rate_fmt}{postfix}"
+ENDLESS_LINE = "{desc}: {n_fmt} in {elapsed}, {rate_fmt}{postfix}"  # of a number that nobody knows
 
 
 def progress_bar(*, is_inner: bool = False, disable: bool = False, **settings: Any) -> tqdm:
     """A bar of tqdm with its `settings`; one that `is_inner` is drawn below another and vanishes at its end."""
+    settings["unit"] = f" {settings.get('unit', 'it')}"  # tqdm writes it right behind the number
+    line = LINE if settings.get("total") is not None else ENDLESS_LINE
     if shows_bars():
         return tqdm(**{"leave": not is_inner, **settings}, disable=disable)
-    calm = {"mininterval": SECONDS_BETWEEN_LINES, "maxinterval": SECONDS_BETWEEN_LINES, "bar_format": LINE}
+    calm = {"mininterval": SECONDS_BETWEEN_LINES, "maxinterval": SECONDS_BETWEEN_LINES, "bar_format": line}
     return _Lines(**settings | calm, disable=disable or is_inner or settings.get("leave") is False)
 
 

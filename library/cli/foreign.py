@@ -26,6 +26,7 @@ GUI_KEYS = {
 GUI_NOTHING = {"dynamo_backend": "no"}  # values by which the GUI says that an option is off
 RATES = "text_encoder_lr"  # a list in later versions of the trade's scripts: one for each text encoder
 MOST_SCRIPTS_NAMED = 3
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @functools.cache
@@ -96,6 +97,7 @@ def _note_on_rates(rates: Sequence[Any]) -> str:
 
 
 def _names(scripts: tuple[str, ...] | list[str]) -> str:
+    scripts = [script for script in scripts if (ROOT / script).is_file()] or scripts  # rather those that are here
     shown = [script for script in scripts if script != OTHER_FAMILIES] or [OTHER_FAMILIES]
     more = " and others" if len(shown) > MOST_SCRIPTS_NAMED else ""
     return " and ".join(shown) if len(shown) < 3 else ", ".join(shown[:MOST_SCRIPTS_NAMED]) + more

@@ -21,6 +21,7 @@ import torch
 from library.data import cache_files
 from library.data.buckets import Size, central_cut
 from library.data.cache_files import NOT_OURS, UNCHECKED, VALID, CacheItem, SourceBytes, State, latent_shape
+from library.data.cache_report import report_counts
 from library.data.headers import BadImage
 from library.data.images import Picture, cut_out, load_picture, reason, to_tensor, usable_cores
 from library.data.masks import latent_mask
@@ -381,7 +382,4 @@ def report_states(states: Counter[str]) -> None:
     if foreign:
         count = counted(foreign, "cache file")
         logger.info("latents: %s of another program used: nothing in it tells of its VAE", count)
-    if stale:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(stale.items()))
-        logger.info("latents: %s rebuilt (%s)", counted(sum(stale.values()), "stale cache file"), reasons)
-    logger.info("latents: %d of %d cached before, %d new", total - new - sum(stale.values()), total, new)
+    report_counts("latents", total, new, stale)

@@ -15,7 +15,7 @@ from library.data.text_cache import EncodeText, making_of
 from library.data.text_cache_files import TextItem
 
 DAMAGED = ("unreadable", "not finite")
-VERDICTS = ("valid", "of another program", "missing", "stale", "damaged", "no cache file")
+VERDICTS = ("valid", "of another program", "missing", "stale", "damaged", "another file")
 
 
 class FileState(NamedTuple):
@@ -63,7 +63,7 @@ def verdicts(states: Sequence[FileState]) -> dict[str, int]:
 
 def _state(file: str, reason: str) -> FileState:
     if reason in (cache_files.NOT_OURS, text_cache_files.NOT_OURS):
-        return FileState(file, "no cache file", f"{reason}, and in its place")
+        return FileState(file, "another file", f"{reason}, but stands where one belongs: move it away")
     if reason in VERDICTS:
         return FileState(file, reason, reason)
     verdict = "damaged" if reason in DAMAGED else "stale"

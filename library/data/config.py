@@ -19,6 +19,7 @@ from library.data.dataset_file import Level
 from library.data.listing import count_images
 from library.data.metadata_file import Size, common_train_sizes, metadata_entries
 from library.data.options import (
+    BUCKET_SIDES,
     AugmentOptions,
     BucketOptions,
     CacheOptions,
@@ -253,7 +254,7 @@ def _checked(
     known = [sizes for sizes in train_sizes if sizes is not None]
     if not known or len(known) < len(train_sizes):
         if config.is_metadata and config.bucket.resolution is None:
-            way_out = "write it into every entry, or give a resolution"
+            way_out = "let finetune/prepare_buckets_latents.py write it, or give a resolution"
             raise OptionError(where("resolution"), "is not given, and not every image has a train_resolution", way_out)
         if config.subsets:
             config.bucket.check(where)
@@ -264,11 +265,17 @@ def _checked(
         "contradicts the metadata, where every image has its train_resolution",
         "leave one of them out",
     )
-    if not config.bucket.enable_bucket:
+    idle = [where(name) for name in ("resolution", *BUCKET_SIDES) if _is_given(config.bucket, name)]
+    if idle or not config.bucket.enable_bucket:
         names = ", ".join(subset.source.name for subset in config.subsets)
-        logger.info("%s: trained in buckets, the train_resolution of its images", names)
+        without = f"; no effect beside that: {', '.join(idle)}" if idle else ""
+        logger.info("%s: trained in buckets, the train_resolution of its images%s", names, without)
     sizes = tuple(sorted({size for sizes in known for size in sizes}))
     return replace(config, bucket=replace(config.bucket, enable_bucket=True), train_sizes=sizes)
+
+
+def _is_given(options: BucketOptions, name: str) -> bool:
+    return getattr(options, name) != getattr(BucketOptions, name)
 
 
 def _subset(levels: Sequence[Level], groups: Sequence[Any]) -> SubsetConfig:

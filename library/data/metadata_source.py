@@ -19,6 +19,7 @@ from library.data.progress import progress
 from library.data.same_files import file_keys
 from library.data.slow_files import FileCalls
 from library.data.sources import FolderContents, FromMetadata, ImageRecord, known_or_read, listed
+from library.options import OptionError
 from library.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ def scan_metadata(
             images.append(_record(entry, entry.joined(between, all_lines=all_lines), files, header))
             facts = images[-1].metadata
             turned += [file] if facts is not None and facts.train_wh != entry.train_size else []
+    if broken and not images and not any(os.path.exists(file) for file in broken):
+        problem = f"none of the {len(broken)} entries of {path} leads to an image in {image_dir}"
+        raise OptionError("train_data_dir", problem, "name the folder that the metadata was made of")
     _report(path, images, turned)
     empty = tuple(image.path for image in images if not image.caption)
     others, passed_over = _beside(image_dir, images)

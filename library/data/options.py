@@ -117,6 +117,9 @@ class ValidationSplitOptions:
         return ["--validation_seed has no effect without --validation_split"] * (self.validation_seed is not None)
 
 
+BUCKET_SIDES = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+
+
 @dataclass(frozen=True)
 class BucketOptions:
     """Training sizes."""
@@ -153,8 +156,7 @@ class BucketOptions:
         sentences = []
         if self.bucket_no_upscale and not self.enable_bucket:
             sentences.append("--bucket_no_upscale has no effect without --enable_bucket")
-        idle = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
-        given = [f"--{name}" for name in idle if getattr(self, name) != getattr(BucketOptions, name)]
+        given = [f"--{name}" for name in BUCKET_SIDES if getattr(self, name) != getattr(BucketOptions, name)]
         if given and not self.enable_bucket:
             verb = "has" if len(given) == 1 else "have"
             sentences.append(f"{', '.join(given)} {verb} no effect without --enable_bucket")
@@ -166,7 +168,9 @@ class BucketOptions:
     def check(self, where: Callable[[str], str] = "--{}".format) -> None:
         """The rules between these options, on the values one dataset really uses; `where` names an option's place."""
         if self.resolution is None:
-            raise OptionError(where("resolution"), "is not given", "512 is usual for SD 1.x, 768 for SD 2.x")
+            raise OptionError(
+                where("resolution"), "is not given", "512 is usual for SD 1.x, 768 for SD 2.x, 1024 for SDXL"
+            )
         low, high, step = self.min_bucket_reso, self.max_bucket_reso, self.side_step
         if not self.enable_bucket:
             for side in self.resolution:

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from library.data import text_cache_files
+from library.data.cache_report import report_counts
 from library.data.progress import progress
 from library.data.text_cache_files import OF_ANOTHER_PROGRAM, TextItem, TextMaking
 from library.data.text_cache_options import FLAG
@@ -240,7 +241,4 @@ def _report(states: Mapping[str, int]) -> None:
         logger.info("text: %d cache files taken unchecked, as --skip_cache_check asks", unchecked)
     if foreign := states.get(OF_ANOTHER_PROGRAM):
         logger.info("text: %d cache files of another program used; what they hold agrees with the encoders", foreign)
-    if stale:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(stale.items()))
-        logger.info("text: %d stale cache files are rebuilt (%s)", sum(stale.values()), reasons)
-    logger.info("text: %d of %d cached before, %d new", total - new - sum(stale.values()), total, new)
+    report_counts("text", total, new, stale)

@@ -24,6 +24,7 @@ from library.families.sdxl import StableDiffusionXL
 from library.models import float8, vae
 from library.train import placement
 from library.train.caching_preflight import CheckedCaching
+from library.train.run_sections import size
 from library.train.text_caching import encoded, fingerprint
 from library.wording import counted
 
@@ -130,15 +131,15 @@ def _verified(states: Sequence[FileState]) -> int:
 
 def _cleaned(leftovers: Leftovers, *, is_confirmed: bool) -> int:
     """List what belongs to nothing any more, and remove it where that is confirmed."""
-    size = sum(leftover.size for leftover in leftovers.files)
+    num_bytes = sum(leftover.size for leftover in leftovers.files)
     for leftover in leftovers.files:
         logger.info("%s: %s", leftover.file, leftover.reason)
-    found = f"{counted(len(leftovers.files), 'file')} ({size / 1e6:,.1f} MB) of {leftovers.num_looked_at:,} looked at"
+    found = f"{counted(len(leftovers.files), 'file')} ({size(num_bytes)}) of {leftovers.num_looked_at:,} looked at"
     if not leftovers.files:
         logger.info("nothing to remove: every cache file (%s looked at) belongs to the data", leftovers.num_looked_at)
     elif is_confirmed:
         removed = leftovers.remove()
-        logger.info("%s removed: %d", found, removed)
+        logger.info("%s: %d removed", found, removed)
     else:
-        logger.info("%s would be removed: add --yes", found)
+        logger.info("%s: would be removed, add --yes", found)
     return 0

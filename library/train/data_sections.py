@@ -49,7 +49,7 @@ def _folders(findings: Findings, source: SourceOptions) -> Section:
             )
         )  # fmt: skip
     if unread := len(findings.images) - findings.num_looked_at:
-        why = "their latents are in a valid cache, so they are not compared with others"
+        why = "caches beside them show that they can be read; they are not compared with others"
         blocks.append(Facts((("not looked at", f"{counted(unread, 'image')}: {why}"),)))
     if findings.num_validation:
         held_out = f"{counted(findings.num_validation, 'image')} held out: measured, not trained on"

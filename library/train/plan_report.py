@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from library.train.forecast import most_on_disk
 from library.train.report import Problem, Report, Section, brief_text, full_text, warnings_of
 from library.train.report_page import page, shown_pictures
 from library.train.resume import FileNames
-from library.train.run_sections import ReportedRun, run_sections, settings_section, size
+from library.train.run_sections import ReportedRun, run_sections, settings_section, size, text_updates
 from library.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,18 @@ def run_problems(facts: ReportedRun, findings: Findings) -> Iterator[Problem]:
             True,
             f"the run of {plan.steps} steps ends within its warm-up: the learning rate does not get to its full height",
             f"train longer, or shorten the warm-up (--lr_warmup_steps {schedule.warmup_steps(plan.steps)})",
+        )
+    if facts.config.loss.prior_loss_weight != 1 and not findings.regularisation:
+        yield Problem(
+            False,
+            f"--prior_loss_weight {facts.config.loss.prior_loss_weight:g} has no effect: there are no regularisation "
+            "pictures",
+            "name their folder (--reg_data_dir), or leave the flag out",
+        )
+    updates = text_updates(facts)
+    if plan.steps < updates < math.inf:
+        yield Problem(
+            False, f"the text encoder is trained for {updates:g} steps at most, and the run ends after {plan.steps}"
         )
     if facts.trained is not None:
         most = most_on_disk(facts.files, facts.trained.file_bytes, facts.trained.state_bytes)

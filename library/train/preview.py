@@ -223,6 +223,8 @@ class Previews(Callback):
         if run.average is not None:
             file = run.names.average_of(file)
         name = file.name.removesuffix(run.names.extension)
+        if moment.step and (run.target.trains_whole & {"unet", "text_encoders"}):
+            return ModelNames(name)  # the model itself has learned, and there may be no file of it yet
         return ModelNames.of(Path(run.bundle.source.path), run.target.prompt_tag(name) if moment.step else "")
 
     def _log(self, index: int, image: Image.Image, step: int, *, now: int) -> None:

@@ -194,11 +194,15 @@ def check_same_settings(
     """
     was = {name: state.settings.get(name, defaults.get(name)) for name in {*state.settings, *settings}}
     differing = [
-        f"--{name} was {was[name]!r} and is {settings.get(name)!r}"
+        f"--{name} was {_shown(was[name])} and is {_shown(settings.get(name))}"
         for name in sorted(was)
         if was[name] != settings.get(name) and not (name == "seed" and settings.get(name) is None)
     ]
     _require_same(folder, differing, "give the same settings")
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else repr(value)
 
 
 def share_name(process_index: int) -> str:
@@ -231,4 +235,4 @@ def _is_hash(value: Any) -> bool:
 def _require_same(folder: Path, differing: list[str], way_out: str) -> None:
     if differing:
         problem = f"{folder} belongs to a run with other settings: {'; '.join(differing)}"
-        raise OptionError("--resume", problem, f"{way_out}, or start a new run from its model with --network_weights")
+        raise OptionError("--resume", problem, f"{way_out}, or start a new run from its model")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.data.findings import DatasetUse, Findings
 from library.options import Option, options_of
@@ -73,11 +76,14 @@ def size(number: float) -> str:
 def _trained(facts: ReportedRun) -> Section:
     default = facts.config.optimizer.learning_rate
     module = getattr(facts.config.target, "network_module", "the network")
-    rows = [("base model", facts.model)]
+    rows = [("base model", facts.model), *_network_row(facts.config.target)]
     if facts.trained is None:
         rows.append(("trained", f"not known before loading: {module} asks for the model's weights"))
     else:
         rows += [_group_row(group, default, facts) for group in facts.trained.groups]
+        updates = text_updates(facts)
+        if 0 < updates < facts.plan.steps:
+            rows.append(("text encoder", f"trained in the first {counted(int(updates), 'step')}, then left as it is"))
     rows += [("optimizer", facts.optimizer), ("schedule", facts.schedule), ("seed", str(facts.seed))]
     blocks: list[Block] = [Facts(tuple(rows), brief=True)]
     if facts.rates:
@@ -87,6 +93,26 @@ def _trained(facts: ReportedRun) -> Section:
         blocks.append(Table(("learning rate", "first", "peak", "last"), rates, numbers=(1, 2, 3)))
         blocks.append(Curve("learning rate over the steps", tuple((c.group, c.points) for c in facts.rates)))
     return Section("What is trained", tuple(blocks))
+
+
+def _network_row(target: Any) -> Iterator[tuple[str, str]]:
+    """A network's rank and strength, which decide with the learning rate how fast it learns."""
+    if getattr(target, "network_module", None) is None:
+        return
+    if target.dim_from_weights:
+        yield "network", f"{target.network_module}, with the ranks and alphas of {target.network_weights}"
+    elif target.network_dim is not None:
+        dim, alpha = target.network_dim, target.network_alpha or target.network_dim
+        strength = f": strength {alpha / dim:.3g} (alpha / rank)" if dim > 0 else ""
+        yield "network", f"{target.network_module}, rank {dim}, alpha {alpha:g}{strength}"
+    else:
+        yield "network", f"{target.network_module}, of its own rank, alpha {target.network_alpha:g}"
+
+
+def text_updates(facts: ReportedRun) -> float:
+    """How many updates, from the first one, train text encoders; infinite where nothing limits them."""
+    updates: float = getattr(facts.config.target, "text_updates", math.inf)
+    return updates
 
 
 def _group_row(group: ParamGroup, default: float, facts: ReportedRun) -> tuple[str, str]:
@@ -109,9 +135,10 @@ def _steps(facts: ReportedRun, findings: Findings) -> Section:
     if plan.accumulation > 1:
         batches = f"{plan.batches_per_epoch} batches / {plan.accumulation} for each step = {plan.steps_per_epoch}"
         facts_of_plan.append(("steps per epoch", batches))
-    facts_of_plan.append(
-        ("steps", f"{plan.steps} in {counted(plan.epochs, 'epoch')} of {plan.steps_per_epoch}{_last_epoch(plan)}")
-    )
+    steps = f"{plan.steps} in {counted(plan.epochs, 'epoch')} of {plan.steps_per_epoch}{_last_epoch(plan)}"
+    if plan.epochs == 1 and plan.steps < plan.steps_per_epoch:
+        steps = f"{plan.steps} of the {plan.steps_per_epoch} of an epoch"
+    facts_of_plan.append(("steps", steps))
     if facts.start_step:
         facts_of_plan.append(("goes on after step", f"{facts.start_step}, {plan.steps - facts.start_step} to go"))
     return Section(
@@ -191,7 +218,8 @@ def _sizes(facts: ReportedRun) -> str:
     if facts.trained is None:
         return ""
     state = f", with a state of {size(facts.trained.state_bytes)}" if facts.config.saving.save_state else ""
-    return f" ({size(facts.trained.file_bytes)} each{state})"
+    each = " each" if len(_due(facts)) > 1 else ""
+    return f" ({size(facts.trained.file_bytes)}{each}{state})"
 
 
 def _beside(file: FileToCome, facts: ReportedRun) -> str:

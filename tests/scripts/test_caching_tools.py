@@ -149,11 +149,11 @@ def test_only_what_changed_is_made_anew(options, data, tmp_path, capfd):
     capfd.readouterr()
     assert caching_tool("cache_latents", **options) == 0
     told = said(capfd)
-    assert "2 stale cache files rebuilt (1 image changed, 1 unreadable)" in told
+    assert "2 to be rebuilt (1 image changed, 1 unreadable)" in told
     assert "4 of 6 cached before, 0 new" in told
     other = tiny_sd_checkpoint(tmp_path / "other.safetensors", "sd1", seed=5)
     assert caching_tool("cache_latents", **options, vae=other) == 0
-    assert "6 stale cache files rebuilt (6 other VAE)" in said(capfd)
+    assert "6 to be rebuilt (6 other VAE)" in said(capfd)
     assert caching_tool("cache_latents", **{**options, "resolution": 128, "vae": other}) == 0
     assert "other size" in said(capfd)
 

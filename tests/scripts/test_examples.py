@@ -53,7 +53,7 @@ def test_the_examples_train(tmp_path, tiny_sd1_path, monkeypatch):
     data = data.replace("resolution = 512", "resolution = 64").replace("min_bucket_reso = 256", "min_bucket_reso = 64")
     (tmp_path / "dataset.toml").write_text(data, encoding="utf-8")
     settings = (EXAMPLES / "lora.toml").read_text(encoding="utf-8")
-    settings = settings.replace("'models\\model.safetensors'", f"'{tiny_sd1_path}'")
+    settings = settings.replace('"models/model.safetensors"', f"'{tiny_sd1_path}'")
     settings = settings.replace("max_train_steps = 1600", "max_train_steps = 2")
     (tmp_path / "lora.toml").write_text(settings.replace("lr_warmup_steps = 100", "lr_warmup_steps = 1"))
     monkeypatch.chdir(tmp_path)

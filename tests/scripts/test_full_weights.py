@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from library.checkpoints.probe import probe
@@ -304,3 +305,28 @@ def test_a_large_model_that_diverges(start, tmp_path, capfd, monkeypatch):
     states = sorted(path.name for path in (tmp_path / "out").glob("*-state"))
     assert (states[-1] in message) if states else ("no state was saved before" in message)
     assert not (tmp_path / "out" / "net.safetensors").exists()
+
+
+def test_a_plan_says_when_the_text_encoder_stops(start, tmp_path):
+    options = {**start("train_db"), "plan": True}
+    assert run("train_db", **options, stop_text_encoder_training=1) == 0
+    text = (tmp_path / "out" / "net-plan.txt").read_text(encoding="utf-8")
+    assert "text encoder" in text and "trained in the first 1 step, then left as it is" in text
+    assert run("train_db", **options, stop_text_encoder_training=9) == 0
+    text = (tmp_path / "out" / "net-plan.txt").read_text(encoding="utf-8")
+    assert "the text encoder is trained for 9 steps at most, and the run ends after 3" in text
+
+
+def test_previews_are_not_signed_by_the_base_model(start, tmp_path):
+    """What has learned itself is not what the base model's hash names."""
+    (tmp_path / "prompts.txt").write_text("a disc --s 1 --w 64 --h 64 --d 1", encoding="utf-8")
+    options = {**start("fine_tune"), "sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 3}
+    assert run("fine_tune", **options) == 0
+    path = min((tmp_path / "out" / "sample").glob("net_*.png"))
+    with Image.open(path) as image:
+        assert "Model: net" in image.info["parameters"] and "Model hash" not in image.info["parameters"]
+
+
+def test_a_flag_of_other_scripts_names_those_that_are_here(start, capfd):
+    assert run("train_db", **start("train_db"), cache_text_encoder_outputs=True) == 2
+    assert "is a flag of sdxl_train.py and sdxl_train_network.py, not of this script" in capfd.readouterr().err

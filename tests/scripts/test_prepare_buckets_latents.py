@@ -156,7 +156,7 @@ def test_it_goes_on_and_makes_anew_what_changed(folder, tiny_sd1_path, capfd):
     capfd.readouterr()
     assert prepare(*places(folder), tiny_sd1_path) == 0
     told = said(capfd)
-    assert "1 stale cache file rebuilt (1 image changed)" in told and "5 of 6 cached before" in told
+    assert "1 to be rebuilt (1 image changed)" in told and "5 of 6 cached before" in told
     assert prepare(*places(folder), tiny_sd1_path, mixed_precision="bf16") == 0
     assert "6 other VAE" in said(capfd), "made anew as asked"
     out = folder.parent / "out.json"

@@ -135,6 +135,13 @@ def test_advice_on_sizes_knows_the_dataset_file(options, tmp_path):
     assert "--enable_bucket" not in text
 
 
+def test_a_plan_tells_rank_and_strength_and_what_has_no_effect(options, tmp_path):
+    assert train_network(**options, plan=True, prior_loss_weight=0.5) == 0
+    text = plan_text(tmp_path / "out")
+    assert fact(text, "network") == "networks.lora, rank 4, alpha 1: strength 0.25 (alpha / rank)"
+    assert "--prior_loss_weight 0.5 has no effect: there are no regularisation pictures" in text
+
+
 def test_a_plan_lists_what_would_stop_a_run(options, tmp_path, capfd):
     """Broken pictures, and entries of a metadata file that lead nowhere; each is said once."""
     folder = tmp_path / "1_a"
@@ -251,7 +258,7 @@ def test_a_network_that_needs_weights_is_not_known_before(options, tmp_path, mon
     assert train_network(**{**options, "network_module": "needs_weights"}, plan=True) == 0
     text = plan_text(tmp_path / "out")
     assert fact(text, "trained").startswith("not known before loading: needs_weights")
-    assert fact(text, "steps").startswith("3 in 1 epoch")
+    assert fact(text, "steps") == "3 of the 6 of an epoch"
 
 
 def test_a_report_that_cannot_be_written_does_not_stop_a_run(options, tmp_path, caplog):

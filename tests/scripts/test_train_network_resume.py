@@ -56,6 +56,9 @@ def test_resume_with_other_settings_says_which(options, tmp_path, capfd):
     assert train_network(**{**options, "learning_rate": 5e-4, "network_dim": 2}, resume=state) == 2
     message = capfd.readouterr().err.splitlines()[-1]
     assert "--learning_rate was 0.001 and is 0.0005" in message and "--network_dim was 4 and is 2" in message
+    assert message.endswith("give the same settings, or start a new run from its model")
+    assert train_network(**options, resume=state, unet_lr=1e-4) == 2
+    assert "--unet_lr was not given and is 0.0001" in capfd.readouterr().err
 
 
 def test_resume_with_other_captions_is_refused_but_a_moved_folder_is_not(options, tmp_path, images, capfd):

@@ -146,15 +146,20 @@ def test_without_a_size_for_each_there_are_normal_buckets(folder):
     write(folder.parent, {"a": {"train_resolution": [64, 48]}, "b": {"caption": "b"}})
     with pytest.raises(OptionError, match="^--resolution: is not given, and not every image has a train_resolution"):
         build(folder)
-    data = build(folder, bucket=BUCKETS)
-    assert {image.placement.bucket_wh for image in data.datasets[0].images} == {(64, 64)}
-    assert data.datasets[0].config.train_sizes is None
+    (dataset,) = build(folder, bucket=BUCKETS).datasets
+    assert {image.placement.bucket_wh for image in dataset.images} == {(64, 64)} and dataset.config.train_sizes is None
 
 
 def test_sizes_and_no_upscaling_contradict_each_other(folder):
     bucket = BucketOptions((64, 64), enable_bucket=True, bucket_no_upscale=True)
     with pytest.raises(OptionError, match="^--bucket_no_upscale: contradicts the metadata"):
         build(folder, bucket=bucket)
+
+
+def test_sizes_that_have_no_effect_beside_the_metadata_are_named(folder, caplog):
+    with caplog.at_level("INFO"):
+        build(folder, bucket=BucketOptions((512, 512), enable_bucket=True, bucket_reso_steps=8))
+    assert "the train_resolution of its images; no effect beside that: --resolution, --bucket_reso_steps" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------- entries

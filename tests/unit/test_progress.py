@@ -37,3 +37,12 @@ def test_a_terminal_gets_bars(monkeypatch):
 def test_bars_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("PROGRESS_BARS", "1")
     assert "\r" in shown(io.StringIO(), monkeypatch)
+
+
+def test_what_has_no_end_known_tells_none(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress_bar(total=None, desc="reading", unit="entry") as bar:
+        bar.update(3)
+    assert screen.getvalue().startswith("reading: 3 in 00:00") and "?" not in screen.getvalue().partition("in")[0]
+    assert " entry/s" in screen.getvalue()
