@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,21 +88,69 @@ class Engine:
         return [Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in decode(self.bundle, latents_BChw)]
 
 
+@dataclass(frozen=True)
+class Round:
+    """Pictures that are batched together, and finished before the next round is asked for."""
+
+    requests: Iterable[GenerationRequest]
+    is_typed: bool = False  # somebody waits for them: they are shown, and what can't be drawn ends this round alone
+
+    @property
+    def size(self) -> int | None:
+        """Number of pictures; None where it shows only later."""
+        return len(self.requests) if isinstance(self.requests, Sized) else None
+
+
+Drawn = tuple[GenerationRequest, Image.Image]
+
+
 def generate(
-    config: GenerationConfig, requests: Sequence[GenerationRequest], engine: Engine, folder: Path
+    config: GenerationConfig,
+    rounds: Iterable[Round],
+    engine: Engine,
+    folder: Path,
+    show: Callable[[Sequence[Drawn]], None] | None = None,
 ) -> list[Path]:
-    """Make the pictures and write them into `folder`; returns their paths in the order of the requests."""
+    """Make the pictures and write them into `folder`; returns their paths in the order of the requests.
+
+    The progress bar knows its end where `rounds` is a list of lists. `show` is given the pictures of a typed round.
+    """
     names = partial(ModelNames.of, Path(engine.bundle.source.path), config.networks.tags)
-    writer = PictureWriter(folder, config.output, names)
-    progress = progress_bar(total=len(requests), unit="picture", desc="pictures")
-    with writer, progress:
-        for batch in batches(requests, config.compute.batch_size, engine.encoder.windows):
-            with reasons_explained(config.compute):
-                pictures = engine.pictures(batch)
-            for index, (request, picture) in enumerate(zip(batch, pictures, strict=True)):
-                writer.write(picture, request, index)
-            progress.update(len(batch))
+    sizes = [item.size for item in rounds] if isinstance(rounds, Sequence) else [None]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    with (
+        PictureWriter(folder, config.output, names) as writer,
+        progress_bar(total=total, unit="picture", desc="pictures", disable=config.prompts.interactive) as progress,
+    ):
+        for item in rounds:
+            shown: list[Drawn] = []
+            with mistakes_said() if item.is_typed else nullcontext():
+                for drawn in _batches_drawn(item.requests, config.compute, engine):
+                    for index, (request, picture) in enumerate(drawn):
+                        writer.write(picture, request, index)
+                    shown += drawn if item.is_typed else []
+                    progress.update(len(drawn))
+            if show is not None and shown:
+                show(shown)
     return writer.paths
+
+
+def _batches_drawn(
+    requests: Iterable[GenerationRequest], compute: ComputeOptions, engine: Engine
+) -> Iterator[list[Drawn]]:
+    for batch in batches(requests, compute.batch_size, engine.encoder.windows):
+        with reasons_explained(compute):
+            pictures = engine.pictures(batch)
+        yield list(zip(batch, pictures, strict=True))
+
+
+@contextmanager
+def mistakes_said() -> Iterator[None]:
+    """What was asked for can't be drawn: somebody is there to ask for something else."""
+    try:
+        yield
+    except OptionError as error:
+        logger.error("%s", error)
 
 
 class NotFiniteError(ValueError):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from library.checkpoints.safetensors_io import file_sha256
 from library.diffusion.samplers import SAMPLERS
 from library.generate.options import OutputOptions
+from library.generate.picture_texts import EXIF_FOLDER, USER_COMMENT, as_comment
 from library.generate.request import GenerationRequest
 from library.options import OptionError, require
 
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 
 FLAG = "--outdir"
 SEQUENTIAL_NAME = re.compile(r"im_(\d{6,})\.png")
+# file name's suffix -> (Pillow's name of the format, settings); JPEG and WebP at their best quality
+FORMATS = {
+    ".png": ("PNG", {}),
+    ".webp": ("WEBP", {"quality": 100}),
+    ".jpg": ("JPEG", {"quality": 100, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 100, "subsampling": 0}),
+}
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # file systems such as exFAT
 MOST_WAITING = 16  # pictures that may wait for the disk before generation waits, too
 
@@ -55,13 +63,21 @@ def time_names(request: GenerationRequest, index: int, moment: time.struct_time)
     return numbered_names(f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{index:03d}_{request.seed}")
 
 
-def numbered_names(stem: str) -> Iterator[str]:
+def numbered_names(stem: str, suffix: str = ".png") -> Iterator[str]:
     """{stem}.png, {stem}_2.png, {stem}_3.png ..."""
-    yield f"{stem}.png"
+    yield f"{stem}{suffix}"
     number = 2
     while True:
-        yield f"{stem}_{number}.png"
+        yield f"{stem}_{number}{suffix}"
         number += 1
+
+
+def own_names(request: GenerationRequest) -> Iterator[str]:
+    """The name that a prompt's --f asks for, then with _2, _3 ...; without a suffix of FORMATS it is a PNG file."""
+    path = Path(request.file_name)
+    if path.suffix.lower() in FORMATS:
+        return numbered_names(path.stem, path.suffix)
+    return numbered_names(request.file_name)
 
 
 def sequential_names(folder: Path) -> Iterator[str]:
@@ -119,6 +135,23 @@ def infotext(request: GenerationRequest, names: ModelNames) -> str:
         values["Clip skip"] = request.clip_skip
     lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
     return "\n".join(lines)
+
+
+def encode(image: Image.Image, texts: dict[str, str], suffix: str) -> bytes:
+    """The picture as a file of the format that goes with `suffix`.
+
+    JPEG and WebP have no text chunks: there `parameters` stands in the EXIF comment, where web user interfaces look.
+    """
+    kind, settings = FORMATS[suffix.lower()]
+    if kind == "PNG":
+        return encode_png(image, texts)
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = as_comment(texts["parameters"])
+    buffer = io.BytesIO()
+    image.save(buffer, kind, exif=exif, **settings)
+    return buffer.getvalue()
 
 
 def encode_png(image: Image.Image, texts: dict[str, str]) -> bytes:
@@ -185,12 +218,19 @@ class PictureWriter:
     def write(self, image: Image.Image, request: GenerationRequest, index: int) -> None:
         """Hand over one picture; `index` is its place in the batch."""
         self._collect(MOST_WAITING)
-        names = self._running or time_names(request, index, time.localtime())
+        names = self._names(request, index)
 
         def to_disk() -> Path:
-            return write_new(self.folder, names, encode_png(image, metadata(request, self._model_names())))
+            suffix = Path(request.file_name).suffix if Path(request.file_name).suffix.lower() in FORMATS else ".png"
+            return write_new(self.folder, names, encode(image, metadata(request, self._model_names()), suffix))
 
         self._waiting.append(self._pool.submit(to_disk))
+
+    def _names(self, request: GenerationRequest, index: int) -> Iterator[str]:
+        """What the picture may be called, the best name first."""
+        if request.file_name:
+            return own_names(request)
+        return self._running or time_names(request, index, time.localtime())
 
     def _collect(self, most: int) -> None:
         while self._waiting and (len(self._waiting) > most or self._waiting[0].done()):

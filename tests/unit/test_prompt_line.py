@@ -10,7 +10,7 @@ import pytest
 
 from library.generate.network_options import NetworkOptions
 from library.generate.options import OutputOptions, PictureOptions, PromptOptions
-from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
+from library.generate.prompt_line import PromptLine, parse_prompt_line, read_raw_lines
 from library.generate.request import GenerationRequest, batches, make_requests
 from library.options import OptionError
 
@@ -61,20 +61,14 @@ def test_unknown_options_are_named_once(caplog: pytest.LogCaptureFixture) -> Non
     assert line.prompt == "a"
     assert line.width == 64
     assert [record.message for record in caplog.records] == [
-        "prompts.txt, line 7: no effect: --foo 3, --bar; prompt lines know --n, --w, --h, --d, --l, --s"
+        "prompts.txt, line 7: no effect: --foo 3, --bar; prompt lines know --n, --w, --h, --d, --l, --s, --f"
     ]
-
-
-def test_alternatives_are_said_to_stay(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert parse_prompt_line("a {red|blue} cat").prompt == "a {red|blue} cat"
-    assert "as it stands" in caplog.text
 
 
 def test_prompt_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeff# comment\r\n\r\nein Kätzchen --n häßlich\r\n  a dog  \r\n".encode())
-    first, second = read_prompt_file(path)
+    first, second = (parse_prompt_line(line.text, line.where) for line in read_raw_lines(path))
     assert (first.prompt, first.negative_prompt, second.prompt) == ("ein Kätzchen", "häßlich", "a dog")
     assert first.where == f"{path}, line 3"
 
@@ -82,13 +76,13 @@ def test_prompt_file(tmp_path: Path) -> None:
 def test_prompt_files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     with pytest.raises(OptionError, match="--from_file: can't read .*No such file"):
-        read_prompt_file(path)
+        read_raw_lines(path)
     path.write_bytes(b"fine\n\xff\xfe broken\n")
-    with pytest.raises(OptionError, match=r"not UTF-8 text \(line 2\)"):
-        read_prompt_file(path)
+    with pytest.raises(OptionError, match=r"line 2: is not UTF-8 text"):
+        [parse_prompt_line(line.text, line.where) for line in read_raw_lines(path)]
     path.write_text("\n# nothing\n")
     with pytest.raises(OptionError, match="holds no prompt"):
-        read_prompt_file(path)
+        read_raw_lines(path)
 
 
 def test_requests_take_the_line_before_the_command_line() -> None:
