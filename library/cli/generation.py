@@ -92,21 +92,24 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     family = getattr(importlib.import_module(module), name)()
     plan = images.load_plan(config.compute)
     factories = networks.import_modules(config.networks)
+    get_prompter = live_prompts.imported_prompter(config.prompts)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
     networks.attach(factories, config.networks, bundle, plan)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
     engine = images.Engine(family, bundle, encoder)
     show = None if config.prompts.no_preview else PreviewWindows().show
-    return images.generate(config, rounds(config, asked, bundle), engine, folder, show)
+    return images.generate(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
 
 
-def rounds(config: GenerationConfig, asked: Asked, bundle: ModelBundle) -> Iterable[Round]:
+def rounds(
+    config: GenerationConfig, asked: Asked, get_prompter: live_prompts.GetPrompter | None, bundle: ModelBundle
+) -> Iterable[Round]:
     """What is known, then what a module of the user's makes, then what is typed."""
     from library.generate.images import Round
 
     known = [Round(asked.requests)] if asked.requests else []
     live = live_prompts.LivePrompts(config, asked.maker, check_requests, asked.broken)
-    module = [Round(live.of_module(bundle))] if config.prompts.from_module is not None else []
+    module = [Round(live.of_module(get_prompter, bundle))] if get_prompter is not None else []
     typed = (Round(requests, is_typed=True) for requests in live.typed())
     return itertools.chain(known, module, typed) if config.prompts.interactive else [*known, *module]
 

@@ -42,6 +42,7 @@ MODULE = "--from_module"
 MOST_BROKEN = 100  # lines in a row that can't be drawn, until a prompter is taken to make no others
 QUESTION = "\nType prompt: "
 
+GetPrompter = Callable[..., Any]  # see above
 Check = Callable[[list[GenerationRequest]], None]  # raises OptionError, which names the line
 
 
@@ -76,11 +77,10 @@ class LivePrompts:
             if made:
                 yield made
 
-    def of_module(self, bundle: ModelBundle) -> Iterator[GenerationRequest]:
+    def of_module(self, get_prompter: GetPrompter, bundle: ModelBundle) -> Iterator[GenerationRequest]:
         """The pictures of the prompts that --from_module makes."""
         options = self.maker.prompts
         arguments, networks = flags_as_attributes(self.config), self.config.networks.files
-        get_prompter = module_function(Path(options.from_module or ""))
         prompter = get_prompter(arguments, bundle, networks)
         require(callable(prompter), MODULE, f"get_prompter() of {options.from_module} returned {prompter!r}",
                 "it returns a function that makes prompts")  # fmt: skip
@@ -125,8 +125,14 @@ def typed_lines() -> Iterator[RawLine]:
             yield RawLine(text, f"typed prompt {number}")
 
 
-def module_function(path: Path) -> Any:
-    """`get_prompter` of a Python file; OptionError where it has none. What else goes wrong in it is its own error."""
+def imported_prompter(options: PromptOptions) -> GetPrompter | None:
+    """`get_prompter` of --from_module's file, None without that flag; OptionError where the file has none.
+
+    What else goes wrong in the file is its own error.
+    """
+    if options.from_module is None:
+        return None
+    path = Path(options.from_module)
     spec = importlib.util.spec_from_file_location("prompter", path)
     way_out = "name a Python file that has get_prompter(args, pipe, networks)"
     if spec is None or spec.loader is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from library.generate.infotext import parse_infotext
@@ -38,11 +39,12 @@ def read_prompts(path: str | Path) -> Sequence[RawLine | PromptLine]:
 
 
 def prompts_of_pictures(paths: Sequence[str | Path]) -> list[PromptLine]:
-    """The prompt and the negative prompt of each picture, each with its picture; pictures without are left out.
+    """The prompt and the negative prompt of each picture to start from; pictures without one are left out.
 
     Raises OptionError where none has a prompt.
     """
-    lines = [line for path in paths if (line := prompt_of_picture(path)) is not None]
+    read = [prompt_of_picture(path) for path in paths]
+    lines = [replace(line, turn=turn) for turn, line in enumerate(read) if line is not None]
     if not lines:
         raise OptionError(IMAGE_PATH, f"no prompt given, and none in {counted(len(paths), 'picture')}", "add --prompt")
     return lines
@@ -51,11 +53,10 @@ def prompts_of_pictures(paths: Sequence[str | Path]) -> list[PromptLine]:
 def prompt_of_picture(path: str | Path) -> PromptLine | None:
     """What a picture tells of its prompts, None where it tells nothing."""
     texts = picture_texts(path, IMAGE_PATH)
-    where = str(path)
     if "prompt" in texts:
-        return PromptLine(texts["prompt"], texts.get("negative-prompt", ""), where=where, image=where)
+        return PromptLine(texts["prompt"], texts.get("negative-prompt", ""), where=str(path))
     if "parameters" in texts:
-        read = parse_infotext(texts["parameters"], where)
-        return PromptLine(read.prompt, read.negative_prompt, where=where, image=where)
+        line = parse_infotext(texts["parameters"], str(path))
+        return PromptLine(line.prompt, line.negative_prompt, where=str(path))
     logger.warning("%s: %s has no prompt in it and is left out", IMAGE_PATH, path)
     return None

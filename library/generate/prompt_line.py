@@ -32,7 +32,7 @@ class PromptLine:
     where: str = "--prompt"  # for messages: the flag, or file and line number
     sampler: str | None = None
     clip_skip: int | None = None
-    image: str = ""  # path of the picture to start from, where the prompt was written in it
+    turn: int | None = None  # which file of --image_path is this prompt's, from 0; None: they are taken in turn
     file_name: str = ""
     raw_prompt: str = ""  # what a dynamic prompt was before it was drawn
 

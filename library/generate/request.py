@@ -62,8 +62,8 @@ def make_requests(
 ) -> list[GenerationRequest]:
     """One request per picture: the whole list `n_iter` times, `images_per_prompt` pictures of each prompt in a row.
 
-    `complete` adds what a request says beyond its prompt, given its line and its number in the list, from 0. Raises
-    OptionError where a line asks for a size, a seed or an emphasis that can't be had.
+    `complete` adds what a request says beyond its prompt, given its line and its number in the list, from 0, or its
+    line's `turn`. Raises OptionError where a line asks for a size, a seed or an emphasis that can't be had.
     """
     return RequestMaker(prompts, picture, len(lines), complete).of_list(lines)
 
@@ -142,7 +142,8 @@ class RequestMaker:
         requests = []
         for index, (line, seed) in enumerate(zip(lines, drawn, strict=True)):
             own = line.seeds[min(index, len(line.seeds) - 1)] if line.seeds else seed
-            requests.append(self._complete(request_of(line, self.picture, own), line, self._number))
+            number = self._number if line.turn is None else line.turn
+            requests.append(self._complete(request_of(line, self.picture, own), line, number))
             self._number += 1
         return requests
 

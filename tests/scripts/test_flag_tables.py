@@ -49,14 +49,16 @@ OF_NETWORKS = {
     "--max_validation_steps", "--initial_step", "--initial_epoch", "--skip_until_initial_step",
     "--cpu_offload_checkpointing",
 }  # fmt: skip
+# of later versions of the trade's generator, and --skip_errors, which is of this project
+OF_PROMPTS = {"--from_module", "--prompter_module_args", "--skip_errors"}
 OWN = {
     "train_network": OF_TRAINING,
     "sdxl_train_network": OF_TRAINING | {"--text_variations"},
     "train_db": OF_TRAINING | OF_NETWORKS,
     "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
-    "gen_img_diffusers": {"--no_half_vae"},  # in later versions of the trade's generator
-    "sdxl_gen_img": {"--v_parameterization"},
+    "gen_img_diffusers": OF_PROMPTS | {"--no_half_vae"},  # in later versions of the trade's generator
+    "sdxl_gen_img": OF_PROMPTS | {"--v_parameterization", "--shuffle_prompts"},
     "merge_captions_to_metadata": {"--on_missing_text"},
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
@@ -86,24 +88,19 @@ NOT_YET = {  # flags of the generators that are still to come
     "--highres_fix_upscaler",
     "--highres_fix_upscaler_args",
     "--image_path",
-    "--interactive",
-    "--iter_same_seed",
     "--mask_path",
     "--negative_scale",
     "--network_merge_n_models",
     "--network_pre_calc",
     "--network_regional_mask_max_color_codes",
     "--network_show_meta",
-    "--no_preview",
     "--opt_channels_last",
     "--original_height",
     "--original_height_negative",
     "--original_width",
     "--original_width_negative",
-    "--shuffle_prompts",
     "--strength",
     "--textual_inversion_embeddings",
-    "--use_original_file_name",
     "--vae_batch_size",
     "--vae_slices",
     "--vgg16_guidance_layer",
