@@ -10,12 +10,16 @@ from dataclasses import dataclass, replace
 from library.diffusion.samplers import SAMPLERS
 from library.generate.options import PictureOptions, PromptOptions, check_seed, check_size
 from library.generate.prompt_line import PromptLine
+from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions
+from library.generate.start_options import StartNoiseOptions, UpscalerChoice
 from library.options import require
 from library.text.prompt_weights import LARGEST_EMPHASIS, parse_prompt_weights
 
 logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**32 - 1
+
+Completion = Callable[["GenerationRequest", PromptLine, int], "GenerationRequest"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,30 @@ class GenerationRequest:
     sampler: str = "ddim"
     clip_skip: int | None = None
     max_windows: int = 1  # of 75 content tokens; what goes beyond is cut off
+    image: str = ""  # path of the picture to start from
+    mask: str = ""  # path of a mask: what is white there is drawn anew, the rest of `image` stays
+    strength: float = 1.0  # share of the steps that are done where a picture does not start from noise alone
+    first_stage: GenerationRequest | None = None  # whose result, enlarged, this picture starts from
+    upscaler: UpscalerChoice = UpscalerChoice()  # by what it is enlarged
+    deep_shrink: DeepShrinkOptions = DeepShrinkOptions()
+    gradual_latent: GradualLatentOptions = GradualLatentOptions()
+    start_noise: StartNoiseOptions = StartNoiseOptions()
+    zero_terminal_snr: bool = False  # asked for; models that need it say so themselves
+
+    @property
+    def is_second_stage(self) -> bool:
+        """Whether this picture is another one, enlarged and gone over (highres fix)."""
+        return self.first_stage is not None
+
+    @property
+    def noise_seed(self) -> int:
+        """Of the picture's noise; a second stage has other noise than its first one, which has the same seed."""
+        return (self.seed + self.is_second_stage) % 2**64
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that are really done: all, where a picture starts from noise alone."""
+        return min(int(self.steps * self.strength), self.steps)
 
     @property
     def is_guided(self) -> bool:
@@ -45,23 +73,28 @@ class GenerationRequest:
     @property
     def batch_key(self) -> Hashable:
         """Requests with equal keys can be one batch, as far as the request alone tells."""
-        return (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
+        own = (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
+        start = (bool(self.image), bool(self.mask), self.strength, self.upscaler)
+        drawing = (self.deep_shrink, self.gradual_latent, self.zero_terminal_snr)
+        return (*own, *start, *drawing, self.first_stage and self.first_stage.batch_key)
 
 
 def make_requests(
-    lines: Sequence[PromptLine], prompts: PromptOptions, picture: PictureOptions
+    lines: Sequence[PromptLine], prompts: PromptOptions, picture: PictureOptions, complete: Completion | None = None
 ) -> list[GenerationRequest]:
     """One request per picture: the whole list `n_iter` times, `images_per_prompt` pictures of each prompt in a row.
 
-    Raises OptionError where a line asks for a size, a seed or an emphasis that can't be had.
+    `complete` adds what a request says beyond its prompt, given its line and its number in the list, from 0. Raises
+    OptionError where a line asks for a size, a seed or an emphasis that can't be had.
     """
     lines = [checked_line(line, picture.sampler) for line in lines]
     drawn = seeds(prompts.seed, count=prompts.n_iter * len(lines) * prompts.images_per_prompt)
+    complete = complete or (lambda request, _line, _number: request)
+    places = [(line, index) for line in lines for index in range(prompts.images_per_prompt)]
     return [
-        request_of(line, picture, _own_seed(line, index, drawn))
+        complete(request_of(line, picture, _own_seed(line, index, drawn)), line, number)
         for _ in range(prompts.n_iter)
-        for line in lines
-        for index in range(prompts.images_per_prompt)
+        for number, (line, index) in enumerate(places)
     ]
 
 
