@@ -16,6 +16,7 @@ from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
 from library.cli import networks
 from library.cli.console import start_console
 from library.cli.ending import Ending, leave
+from library.generate.completion import Completion
 from library.generate.config import CONFIG_GROUPS, GenerationConfig
 from library.generate.options import PromptOptions
 from library.generate.output import prepare_folder
@@ -70,15 +71,27 @@ def generate(
     """Load the model and its networks, and make the pictures. This is where torch is loaded."""
     from library.generate import images
     from library.generate.conditions import PromptEncoder
+    from library.generate.deep_shrink import DeepShrink
+    from library.generate.gradual_latent import GradualLatent
+    from library.generate.highres import create_upscaler
+    from library.generate.inpainting import Inpainting, InpaintingModel
+    from library.models.vae_strips import compute_in_strips
 
     module, _, name = family_name.partition(":")
     family = getattr(importlib.import_module(module), name)()
     plan = images.load_plan(config.compute)
     factories = networks.import_modules(config.networks)
+    upscaler = create_upscaler(config.highres.upscaler)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
+    if config.compute.opt_channels_last:
+        images.put_channels_last(bundle)
+    if config.vae.vae_slices is not None:
+        compute_in_strips(bundle.vae, config.vae.vae_slices)
     networks.attach(factories, config.networks, bundle, plan)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
-    return images.generate(config, requests, images.Engine(family, bundle, encoder), folder)
+    parts = (DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
+    engine = images.Engine(family, bundle, encoder, parts, config.vae, upscaler)
+    return images.generate(config, requests, engine, folder)
 
 
 def build_parser(script: Script) -> OptionParser:
@@ -98,7 +111,10 @@ def check(script: Script, config: GenerationConfig) -> list[GenerationRequest]:
         logger.info(note)
     networks.check(config.networks)
     picture = config.picture.sized(script.native_size)
-    requests = make_requests(read_lines(config.prompts), config.prompts, picture)
+    for note in config.start.notes():
+        logger.info(note)
+    completion = Completion.of(config, script.models)
+    requests = make_requests(read_lines(config.prompts), config.prompts, picture, completion)
     if alike := len(requests) - len(set(requests)):
         logger.warning("%s will be equal to another one: the same prompt with the same seed (--d in its line); "
                        "leave --d out for other seeds", counted(alike, "picture"))  # fmt: skip

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FLAG = "--outdir"
-SEQUENTIAL_NAME = re.compile(r"im_(\d{6,})\.png")
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # file systems such as exFAT
 MOST_WAITING = 16  # pictures that may wait for the disk before generation waits, too
 
@@ -50,9 +49,9 @@ def prepare_folder(path: str | Path, largest_bytes: int) -> Path:
     return folder
 
 
-def time_names(request: GenerationRequest, index: int, moment: time.struct_time) -> Iterator[str]:
-    """im_{local time}_{index in the batch}_{seed}.png, and the same with _2, _3 ... behind it."""
-    return numbered_names(f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{index:03d}_{request.seed}")
+def time_names(request: GenerationRequest, index: int, moment: time.struct_time, stage: str = "") -> Iterator[str]:
+    """im_{local time}_{stage}{index in the batch}_{seed}.png, and the same with _2, _3 ... behind it."""
+    return numbered_names(f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{stage}{index:03d}_{request.seed}")
 
 
 def numbered_names(stem: str) -> Iterator[str]:
@@ -64,13 +63,14 @@ def numbered_names(stem: str) -> Iterator[str]:
         number += 1
 
 
-def sequential_names(folder: Path) -> Iterator[str]:
-    """im_000001.png and on, behind the highest number that the folder holds."""
-    taken = [int(match[1]) for entry in os.scandir(folder) if (match := SEQUENTIAL_NAME.fullmatch(entry.name))]
+def sequential_names(folder: Path, stage: str = "") -> Iterator[str]:
+    """im_{stage}000001.png and on, behind the highest number that the folder holds."""
+    pattern = re.compile(rf"im_{stage}(\d{{6,}})\.png")
+    taken = [int(match[1]) for entry in os.scandir(folder) if (match := pattern.fullmatch(entry.name))]
     number = max(taken, default=0)
     while True:
         number += 1
-        yield f"im_{number:06d}.png"
+        yield f"im_{stage}{number:06d}.png"
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,18 @@ class PictureWriter:
         self.folder = folder
         self._model_names = functools.cache(model_names)
         self.paths: list[Path] = []
-        self._running = sequential_names(folder) if options.sequential_file_name else None
+        self._is_sequential = options.sequential_file_name
+        self._running: dict[str, Iterator[str]] = {}  # by stage
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
         self._waiting: deque[Future[Path]] = deque()
 
-    def write(self, image: Image.Image, request: GenerationRequest, index: int) -> None:
-        """Hand over one picture; `index` is its place in the batch."""
+    def write(self, image: Image.Image, request: GenerationRequest, index: int, stage: str = "") -> None:
+        """Hand over one picture; `index` is its place in the batch, `stage` goes into its name."""
         self._collect(MOST_WAITING)
-        names = self._running or time_names(request, index, time.localtime())
+        if self._is_sequential:
+            names = self._running.setdefault(stage, sequential_names(self.folder, stage))
+        else:
+            names = time_names(request, index, time.localtime(), stage)
 
         def to_disk() -> Path:
             return write_new(self.folder, names, encode_png(image, metadata(request, self._model_names())))

@@ -29,7 +29,9 @@ class DeepShrinkOptions:
     def __post_init__(self) -> None:
         for name in ("ds_depth_1", "ds_depth_2"):
             depth = getattr(self, name)
-            require(depth is None or 0 <= depth <= 8, f"--{name}", f"{depth} is out of range", "use 0 to 3, SDXL 0 to 8")
+            require(
+                depth is None or 0 <= depth <= 8, f"--{name}", f"{depth} is out of range", "use 0 to 3, SDXL 0 to 8"
+            )
         require(0 < self.ds_ratio <= 1, "--ds_ratio", f"{self.ds_ratio} is out of range", "use 0.5 or so")
 
     def depth_at(self, timestep: float) -> int | None:

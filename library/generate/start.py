@@ -73,8 +73,6 @@ def resized(image: Image.Image, request: GenerationRequest) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-
-
 def vary(noise_Chw: torch.Tensor, options: StartNoiseOptions, seed: int) -> torch.Tensor:
     """A picture's start noise with pyramid noise and an offset, where its seed draws them."""
     if not options.is_on:

@@ -77,7 +77,9 @@ class HighresOptions:
         way_out = "use tools.latent_upscaler, or a module of your own beside these scripts"
         require(is_there, "--highres_fix_upscaler", f"there is no Python module {module!r}", way_out)
         arguments = "--highres_fix_upscaler_args"
-        require(module is not None or not self.highres_fix_upscaler_args, arguments, "there is no --highres_fix_upscaler")
+        require(
+            module is not None or not self.highres_fix_upscaler_args, arguments, "there is no --highres_fix_upscaler"
+        )
         upscaler_arguments(self.highres_fix_upscaler_args or "")
 
     @property
