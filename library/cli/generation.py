@@ -17,10 +17,11 @@ from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
 from library.cli import live_prompts, networks
 from library.cli.console import start_console
 from library.cli.ending import USER_MISTAKE, Ending, leave
+from library.generate.completion import Completion
 from library.generate.config import CONFIG_GROUPS, GenerationConfig
 from library.generate.options import PictureOptions, PromptOptions
 from library.generate.output import prepare_folder
-from library.generate.prompt_files import read_prompts
+from library.generate.prompt_files import prompts_of_pictures, read_prompts
 from library.generate.prompt_line import PromptLine, RawLine
 from library.generate.request import BrokenLines, GenerationRequest, RequestMaker
 from library.options import OptionError, OptionParser, add_arguments, build, require
@@ -86,6 +87,11 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     """Load the model and its networks, and make the pictures. This is where torch is loaded."""
     from library.generate import images
     from library.generate.conditions import PromptEncoder
+    from library.generate.deep_shrink import DeepShrink
+    from library.generate.gradual_latent import GradualLatent
+    from library.generate.highres import create_upscaler
+    from library.generate.inpainting import Inpainting, InpaintingModel
+    from library.models.vae_strips import compute_in_strips
     from library.generate.preview_window import PreviewWindows
 
     module, _, name = family_name.partition(":")
@@ -93,10 +99,16 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     plan = images.load_plan(config.compute)
     factories = networks.import_modules(config.networks)
     get_prompter = live_prompts.imported_prompter(config.prompts)
+    upscaler = create_upscaler(config.highres.upscaler)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
+    if config.compute.opt_channels_last:
+        images.put_channels_last(bundle)
+    if config.vae.vae_slices is not None:
+        compute_in_strips(bundle.vae, config.vae.vae_slices)
     networks.attach(factories, config.networks, bundle, plan)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
-    engine = images.Engine(family, bundle, encoder)
+    parts = (DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
+    engine = images.Engine(family, bundle, encoder, parts, config.vae, upscaler)
     show = None if config.prompts.no_preview else PreviewWindows().show
     return images.generate(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
 
@@ -130,7 +142,10 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     for note in config.compute.attention.notes():
         logger.info(note)
     networks.check(config.networks)
-    asked = read_requests(config, config.picture.sized(script.native_size))
+    for note in config.start.notes():
+        logger.info(note)
+    completion = Completion.of(config, script.models)
+    asked = read_requests(config, config.picture.sized(script.native_size), completion)
     check_requests(asked.requests)
     model = config.checkpoint
     probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
@@ -146,15 +161,15 @@ def check_requests(requests: Sequence[GenerationRequest]) -> None:
                        "leave --d out for other seeds", counted(alike, "picture"))  # fmt: skip
 
 
-def read_requests(config: GenerationConfig, picture: PictureOptions) -> Asked:
+def read_requests(config: GenerationConfig, picture: PictureOptions, completion: Completion) -> Asked:
     """The pictures of all prompts that are known beforehand."""
     prompts = config.prompts
     live_prompts.check(prompts)
-    lines = read_lines(prompts)
+    lines = read_lines(prompts, completion.sources.images)
     if prompts.interactive and prompts.n_iter > 1:
         logger.warning("--n_iter has no effect beside --interactive")
         prompts = replace(prompts, n_iter=1)
-    maker = RequestMaker(prompts, picture, None if prompts.is_live else len(lines))
+    maker = RequestMaker(prompts, picture, None if prompts.is_live else len(lines), completion)
     broken = BrokenLines()
     requests = maker.of_list(lines, broken if prompts.skip_errors else None)
     if not requests and not prompts.is_live:
@@ -162,8 +177,8 @@ def read_requests(config: GenerationConfig, picture: PictureOptions) -> Asked:
     return Asked(requests, maker, broken)
 
 
-def read_lines(prompts: PromptOptions) -> Sequence[RawLine | PromptLine]:
-    """The prompts of --from_file, or of --prompt; none where all of them show later."""
+def read_lines(prompts: PromptOptions, images: Sequence[str]) -> Sequence[RawLine | PromptLine]:
+    """The prompts of --from_file, of --prompt or of the pictures to start from; none where all of them show later."""
     if prompts.from_module is not None:
         for name in ("from_file", "prompt"):
             if getattr(prompts, name) is not None:
@@ -176,5 +191,5 @@ def read_lines(prompts: PromptOptions) -> Sequence[RawLine | PromptLine]:
     if prompts.prompt is not None:
         return [RawLine(prompts.prompt)]
     way_out = 'give --prompt "a photo of a cat", or a file of prompts with --from_file'
-    require(prompts.interactive, "--prompt", "no prompt given", way_out)
-    return []
+    require(prompts.interactive or bool(images), "--prompt", "no prompt given", way_out)
+    return [] if prompts.interactive else prompts_of_pictures(images)

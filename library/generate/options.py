@@ -53,6 +53,8 @@ class ComputeOptions:
     bf16: bool = opt(False, help="bfloat16 precision; --fp16 takes precedence")
     xformers: bool = opt(False, help="xformers' memory-efficient attention (package xformers)")
     sdpa: bool = opt(False, help="PyTorch's scaled dot-product attention; the default")
+    diffusers_xformers: bool = opt(False, help="the same as --xformers")
+    opt_channels_last: bool = opt(False, help="weights and pictures with channels last in memory: often faster")
     no_half_vae: bool = opt(False, help="run the VAE in float32 beside --fp16 or --bf16")
     batch_size: int = opt(1, help="pictures computed at once; a picture does not depend on its batch")
 
@@ -61,7 +63,7 @@ class ComputeOptions:
 
     @property
     def attention(self) -> AttentionOptions:
-        return AttentionOptions(xformers=self.xformers, sdpa=self.sdpa)
+        return AttentionOptions(xformers=self.xformers or self.diffusers_xformers, sdpa=self.sdpa)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FLAG = "--outdir"
-SEQUENTIAL_NAME = re.compile(r"im_(\d{6,})\.png")
 # file name's suffix -> (Pillow's name of the format, settings); JPEG and WebP at their best quality
 FORMATS = {
     ".png": ("PNG", {}),
@@ -58,9 +57,9 @@ def prepare_folder(path: str | Path, largest_bytes: int) -> Path:
     return folder
 
 
-def time_names(request: GenerationRequest, index: int, moment: time.struct_time) -> Iterator[str]:
-    """im_{local time}_{index in the batch}_{seed}.png, and the same with _2, _3 ... behind it."""
-    return numbered_names(f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{index:03d}_{request.seed}")
+def time_names(request: GenerationRequest, index: int, moment: time.struct_time, stage: str = "") -> Iterator[str]:
+    """im_{local time}_{stage}{index in the batch}_{seed}.png, and the same with _2, _3 ... behind it."""
+    return numbered_names(f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{stage}{index:03d}_{request.seed}")
 
 
 def numbered_names(stem: str, suffix: str = ".png") -> Iterator[str]:
@@ -72,21 +71,29 @@ def numbered_names(stem: str, suffix: str = ".png") -> Iterator[str]:
         number += 1
 
 
-def own_names(request: GenerationRequest) -> Iterator[str]:
-    """The name that a prompt's --f asks for, then with _2, _3 ...; without a suffix of FORMATS it is a PNG file."""
-    path = Path(request.file_name)
-    if path.suffix.lower() in FORMATS:
-        return numbered_names(path.stem, path.suffix)
-    return numbered_names(request.file_name)
+def own_names(file_name: str, stage: str = "") -> Iterator[str]:
+    """The name that a prompt's --f or a picture's source gives, then with _2, _3 ...
+
+    Without a suffix of FORMATS it is a PNG file. First stages of highres fix ("0") get _1st.
+    """
+    stem, suffix = split_name(file_name)
+    return numbered_names(f"{stem}_1st" if stage == "0" else stem, suffix)
 
 
-def sequential_names(folder: Path) -> Iterator[str]:
-    """im_000001.png and on, behind the highest number that the folder holds."""
-    taken = [int(match[1]) for entry in os.scandir(folder) if (match := SEQUENTIAL_NAME.fullmatch(entry.name))]
+def split_name(file_name: str) -> tuple[str, str]:
+    """Stem and suffix of a name that prompts ask for; the suffix is one of FORMATS."""
+    path = Path(file_name)
+    return (path.stem, path.suffix) if path.suffix.lower() in FORMATS else (file_name, ".png")
+
+
+def sequential_names(folder: Path, stage: str = "") -> Iterator[str]:
+    """im_{stage}000001.png and on, behind the highest number that the folder holds."""
+    pattern = re.compile(rf"im_{stage}(\d{{6,}})\.png")
+    taken = [int(match[1]) for entry in os.scandir(folder) if (match := pattern.fullmatch(entry.name))]
     number = max(taken, default=0)
     while True:
         number += 1
-        yield f"im_{number:06d}.png"
+        yield f"im_{stage}{number:06d}.png"
 
 
 @dataclass(frozen=True)
@@ -211,26 +218,32 @@ class PictureWriter:
         self.folder = folder
         self._model_names = functools.cache(model_names)
         self.paths: list[Path] = []
-        self._running = sequential_names(folder) if options.sequential_file_name else None
+        self._options = options
+        self._running: dict[str, Iterator[str]] = {}  # by stage
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
         self._waiting: deque[Future[Path]] = deque()
 
-    def write(self, image: Image.Image, request: GenerationRequest, index: int) -> None:
-        """Hand over one picture; `index` is its place in the batch."""
+    def write(self, image: Image.Image, request: GenerationRequest, index: int, stage: str = "") -> None:
+        """Hand over one picture; `index` is its place in the batch, `stage` goes into its name."""
         self._collect(MOST_WAITING)
-        names = self._names(request, index)
+        names = self._names(request, index, stage)
 
         def to_disk() -> Path:
-            suffix = Path(request.file_name).suffix if Path(request.file_name).suffix.lower() in FORMATS else ".png"
+            suffix = split_name(request.file_name)[1]
             return write_new(self.folder, names, encode(image, metadata(request, self._model_names()), suffix))
 
         self._waiting.append(self._pool.submit(to_disk))
 
-    def _names(self, request: GenerationRequest, index: int) -> Iterator[str]:
+    def _names(self, request: GenerationRequest, index: int, stage: str) -> Iterator[str]:
         """What the picture may be called, the best name first."""
         if request.file_name:
-            return own_names(request)
-        return self._running or time_names(request, index, time.localtime())
+            return own_names(request.file_name, stage)
+        source = (request.first_stage or request).image
+        if self._options.use_original_file_name and source:
+            return own_names(f"{Path(source).stem}.png", stage)
+        if self._options.sequential_file_name:
+            return self._running.setdefault(stage, sequential_names(self.folder, stage))
+        return time_names(request, index, time.localtime(), stage)
 
     def _collect(self, most: int) -> None:
         while self._waiting and (len(self._waiting) > most or self._waiting[0].done()):

@@ -31,6 +31,18 @@ class PromptLine:
     seeds: tuple[int, ...] = ()  # one per picture; the last one serves all further pictures
     where: str = "--prompt"  # for messages: the flag, or file and line number
     sampler: str | None = None
+    strength: float | None = None  # of img2img, or of a second stage
+    ds_depth_1: int | None = None  # Deep Shrink and gradual latent: as the flags of these names, for this line alone
+    ds_timesteps_1: int | None = None
+    ds_depth_2: int | None = None
+    ds_timesteps_2: int | None = None
+    ds_ratio: float | None = None
+    gradual_latent_timesteps: int | None = None
+    gradual_latent_ratio: float | None = None
+    gradual_latent_every_n_steps: int | None = None
+    gradual_latent_ratio_step: float | None = None
+    gradual_latent_s_noise: float | None = None
+    gradual_latent_unsharp_params: str | None = None
     clip_skip: int | None = None
     turn: int | None = None  # which file of --image_path is this prompt's, from 0; None: they are taken in turn
     file_name: str = ""
@@ -138,6 +150,18 @@ LINE_OPTIONS: LineOptions = {
     "d": ("seeds", "a seed or several joined by commas", seed_list),
     "l": ("scale", "a number", finite_number),
     "s": ("steps", "a whole number", int),
+    "t": ("strength", "a number", finite_number),
+    "dsd1": ("ds_depth_1", "a whole number", int),
+    "dst1": ("ds_timesteps_1", "a whole number", int),
+    "dsd2": ("ds_depth_2", "a whole number", int),
+    "dst2": ("ds_timesteps_2", "a whole number", int),
+    "dsr": ("ds_ratio", "a number", finite_number),
+    "glt": ("gradual_latent_timesteps", "a whole number", int),
+    "glr": ("gradual_latent_ratio", "a number", finite_number),
+    "gle": ("gradual_latent_every_n_steps", "a whole number", int),
+    "gls": ("gradual_latent_ratio_step", "a number", finite_number),
+    "glsn": ("gradual_latent_s_noise", "a number", finite_number),
+    "glus": ("gradual_latent_unsharp_params", "a list of numbers", str),
     "f": ("file_name", FILE_NAME, file_name),
 }
 

@@ -12,7 +12,9 @@ from library.diffusion.samplers import SAMPLERS
 from library.generate.dynamic_prompts import parse_dynamic_prompt
 from library.generate.options import PictureOptions, PromptOptions, check_seed, check_size
 from library.generate.prompt_line import PromptLine, RawLine, parse_prompt_line, seeds_of_line
+from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions
 from library.generate.seeds import PictureSeeds, shuffled
+from library.generate.start_options import StartNoiseOptions, UpscalerChoice
 from library.options import OptionError, require
 from library.text.prompt_weights import LARGEST_EMPHASIS, parse_prompt_weights
 
@@ -35,9 +37,33 @@ class GenerationRequest:
     sampler: str = "ddim"
     clip_skip: int | None = None
     max_windows: int = 1  # of 75 content tokens; what goes beyond is cut off
+    image: str = ""  # path of the picture to start from
+    mask: str = ""  # path of a mask: what is white there is drawn anew, the rest of `image` stays
+    strength: float = 1.0  # share of the steps that are done where a picture does not start from noise alone
+    first_stage: GenerationRequest | None = None  # whose result, enlarged, this picture starts from
+    upscaler: UpscalerChoice = UpscalerChoice()  # by what it is enlarged
+    deep_shrink: DeepShrinkOptions = DeepShrinkOptions()
+    gradual_latent: GradualLatentOptions = GradualLatentOptions()
+    start_noise: StartNoiseOptions = StartNoiseOptions()
+    zero_terminal_snr: bool = False  # asked for; models that need it say so themselves
     # what says nothing about the picture
     file_name: str = field(default="", compare=False)  # of its file; "": as the command line says
     raw_prompt: str = field(default="", compare=False)  # the line of a dynamic prompt, as it was written
+
+    @property
+    def is_second_stage(self) -> bool:
+        """Whether this picture is another one, enlarged and gone over (highres fix)."""
+        return self.first_stage is not None
+
+    @property
+    def noise_seed(self) -> int:
+        """Of the picture's noise; a second stage has other noise than its first one, which has the same seed."""
+        return (self.seed + self.is_second_stage) % 2**64
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that are really done: all, where a picture starts from noise alone."""
+        return min(int(self.steps * self.strength), self.steps)
 
     @property
     def is_guided(self) -> bool:
@@ -51,7 +77,10 @@ class GenerationRequest:
     @property
     def batch_key(self) -> Hashable:
         """Requests with equal keys can be one batch, as far as the request alone tells."""
-        return (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
+        own = (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
+        start = (bool(self.image), bool(self.mask), self.strength, self.upscaler)
+        drawing = (self.deep_shrink, self.gradual_latent, self.zero_terminal_snr)
+        return (*own, *start, *drawing, self.first_stage and self.first_stage.batch_key)
 
 
 def make_requests(

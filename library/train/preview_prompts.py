@@ -29,9 +29,8 @@ logger = logging.getLogger(__name__)
 FLAG = "--sample_prompts"
 STEPS = 30
 WINDOWS = 3  # longest prompt, in windows of 75 tokens
-PREVIEW_LINE_OPTIONS: LineOptions = {
-    **{name: LINE_OPTIONS[name] for name in ("n", "w", "h", "d", "l", "s")},
-    "ss": ("sampler", "a sampler", str),
+PREVIEW_LINE_OPTIONS: LineOptions = {name: LINE_OPTIONS[name] for name in "nwhdls"} | {
+    "ss": ("sampler", "a sampler", str)
 }
 DYNAMIC_PROMPT = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*(?<!\\)\}")
 OTHER_MODELS = {
