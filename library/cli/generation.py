@@ -166,6 +166,8 @@ def read_requests(config: GenerationConfig, picture: PictureOptions, completion:
     prompts = config.prompts
     live_prompts.check(prompts)
     lines = read_lines(prompts, completion.sources.images)
+    if config.output.use_original_file_name and not completion.sources.images:
+        logger.warning("--use_original_file_name has no effect without --image_path")
     if prompts.interactive and prompts.n_iter > 1:
         logger.warning("--n_iter has no effect beside --interactive")
         prompts = replace(prompts, n_iter=1)
