@@ -91,8 +91,8 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     from library.generate.gradual_latent import GradualLatent
     from library.generate.highres import create_upscaler
     from library.generate.inpainting import Inpainting, InpaintingModel
-    from library.models.vae_strips import compute_in_strips
     from library.generate.preview_window import PreviewWindows
+    from library.models.vae_strips import compute_in_strips
 
     module, _, name = family_name.partition(":")
     family = getattr(importlib.import_module(module), name)()
