@@ -119,7 +119,7 @@ def check(script: Script, config: GenerationConfig) -> list[GenerationRequest]:
         logger.warning("%s will be equal to another one: the same prompt with the same seed (--d in its line); "
                        "leave --d out for other seeds", counted(alike, "picture"))  # fmt: skip
     model = config.checkpoint
-    probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
+    probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, may_inpaint=True, **SCRIPTS)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return requests

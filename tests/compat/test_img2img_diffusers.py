@@ -151,7 +151,9 @@ def test_inpainting_models(tmp_path: Path, files: tuple[str, str]) -> None:
     from tests.tiny_models import tiny_state
 
     save_file(single_file_state(nine_channels(tiny_state("sd1"))), tmp_path / "inpainting.safetensors")
-    bundle = load(tmp_path / "inpainting.safetensors")
+    plan = LoadPlan(torch.float32, torch.float32, torch.float32, torch.device("cpu"))
+    options = ModelOptions(str(tmp_path / "inpainting.safetensors"), may_inpaint=True)
+    bundle = SD.load(options, AttentionOptions(), plan)
     components = diffusers_pipeline(bundle, tmp_path / "model", "ddim").components
     image, mask = files
     asked = requests("euler", image, mask=mask)
