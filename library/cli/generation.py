@@ -148,7 +148,7 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     asked = read_requests(config, config.picture.sized(script.native_size), completion)
     check_requests(asked.requests)
     model = config.checkpoint
-    probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
+    probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, may_inpaint=True, **SCRIPTS)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return asked

@@ -42,6 +42,7 @@ class CheckpointOptions:
             v2=self.v2,
             v_parameterization=self.v_parameterization,
             vae=self.vae,
+            may_inpaint=True,
         )
 
 
