@@ -107,7 +107,8 @@ class Previews(Callback):
         begun = time.monotonic()
         drawn: list[tuple[Preview, Image.Image]] = []
         failures: list[str] = []
-        with reported(failures), self._model_at_hand(moment.step) if self.share else contextlib.nullcontext():
+        takes_part = self.share or not self.run.updates.writes_alone
+        with reported(failures), self._model_at_hand(moment.step) if takes_part else contextlib.nullcontext():
             drawn = self._drawn(failures)
         seconds = time.monotonic() - begun
         for preview, image in drawn:
@@ -167,6 +168,7 @@ class Previews(Callback):
         try:
             with (
                 run.weights_for_output(),
+                run.updates.at_hand(),
                 evaluating(run.model),
                 on_device(run.bundle.vae, run.device),
                 run.accelerator.autocast(),
