@@ -221,6 +221,9 @@ class SplitUpdates(PieceUpdates):
 
         The others hand over their rows of whatever it asks for. Raises OptionError there if the main process fails.
         """
+        for share in self.model.shares:
+            moved = share.own.data_ptr() != share.split.to_local().data_ptr()
+            assert not moved, "the model's parameters have been moved away from the optimizer's"
         names = [(part, name) for part in self.model.parts for name, _ in part.named_parameters()]
         tensors = [dict(part.named_parameters())[name] for part, name in names]
         if not self.accelerator.is_main_process:

@@ -181,7 +181,8 @@ class Previews(Callback):
 
     def _encode_ahead(self) -> None:
         """Encode all prompts at once where text encoders wait on the CPU, because the run's captions are cached."""
-        encoders = [encoder for encoder in self.run.bundle.text_encoders if device_of(encoder) != self.run.device]
+        kind = self.run.device.type
+        encoders = [encoder for encoder in self.run.bundle.text_encoders if device_of(encoder).type != kind]
         if not encoders or self._has_encoded:
             return
         with contextlib.ExitStack() as stack:
