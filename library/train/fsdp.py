@@ -155,19 +155,21 @@ def check_splittable(config: RunConfig, device: torch.device) -> None:
     Found by trying: a matrix and its two halves must move alike.
     """
     generator = torch.Generator().manual_seed(0)
-    start, *gradients = (torch.randn(256, 128, generator=generator).to(device) for _ in range(4))
+    sizes = torch.logspace(-1, 1, 256)[:, None]  # rows are not alike
+    start, *gradients = ((sizes * torch.randn(256, 128, generator=generator)).to(device) for _ in range(4))
+    options = replace(config.optimizer, learning_rate=0.1)  # far above rounding
     with quietly():
         results = []
         for num_parts in (1, 2):
             parameters = tuple(torch.nn.Parameter(part.clone()) for part in start.chunk(num_parts))
-            built = build_optimizer(config.optimizer, [ParamGroup("", parameters, None)])
+            built = build_optimizer(options, [ParamGroup("", parameters, None)])
             is_splittable = not built.needs_all_gradients
             for gradient in gradients if is_splittable else ():
                 for parameter, part in zip(parameters, gradient.chunk(num_parts), strict=True):
                     parameter.grad = part.clone()
                 built.optimizer.step()
             results.append(torch.cat([parameter.detach() for parameter in parameters]))
-    if not is_splittable or not torch.allclose(*results, rtol=1e-5, atol=1e-7):
+    if not is_splittable or not torch.allclose(*results, rtol=1e-4, atol=1e-4):
         name = config.optimizer.optimizer_type
         problem = f"{name} looks at more than a number and its gradient, and with FSDP each process has some rows"
         raise OptionError("--optimizer_type", problem, "use AdamW, Lion or SGDNesterov")
@@ -333,6 +335,6 @@ class Gathered(torch.Tensor):
         super().__init__()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        whole = tree_map_only(cls, lambda tensor: tensor.gather(), (args, kwargs or {}))
-        return func(*whole[0], **whole[1])
+    def __torch_dispatch__(cls, func: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        values, named_values = tree_map_only(cls, lambda tensor: tensor.gather(), (given, named or {}))
+        return func(*values, **named_values)

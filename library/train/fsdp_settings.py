@@ -35,7 +35,7 @@ class SplitSettings:
     has_own_units: bool = False  # the configuration names them
 
 
-def split_settings(environment: Mapping[str, str] = os.environ) -> SplitSettings | None:
+def split_settings(environment: Mapping[str, str]) -> SplitSettings | None:
     """What the environment asks for; None where that is not FSDP. Raises OptionError for what is not done here."""
     if environment.get(SWITCH, "false").lower() != "true":
         return None
@@ -69,7 +69,7 @@ def wanted(config: RunConfig, target: Any) -> SplitSettings | None:
 
     Raises OptionError where something does not go together.
     """
-    settings = split_settings()
+    settings = split_settings(os.environ)
     if settings is None:
         return None
     if not target.trains_whole:
@@ -79,7 +79,7 @@ def wanted(config: RunConfig, target: Any) -> SplitSettings | None:
         logger.warning("FSDP has no effect: there is one process")
         return None
     check_split(config)
-    for note in notes_on():
+    for note in notes_on(os.environ):
         logger.warning(note)
     return settings
 
@@ -106,7 +106,7 @@ def check_split(config: RunConfig) -> None:
     require(not is_fp16, "--mixed_precision", "fp16 scales gradients, which FSDP does not do here", "use bf16")
 
 
-def notes_on(environment: Mapping[str, str] = os.environ) -> list[str]:
+def notes_on(environment: Mapping[str, str]) -> list[str]:
     """A sentence for each setting that would matter and has no effect."""
     notes = []
     if _is_true(environment, "ACTIVATION_CHECKPOINTING"):
