@@ -69,7 +69,7 @@ def test_two_processes_equal_one_and_go_on_at_their_state(settings, tmp_path, ca
 
 
 def test_half_precision_weights_learn_from_all_processes(settings, tmp_path):
-    """bfloat16 weights, rounded at random, whole until their backward pass: near one process, far from half its data."""
+    """bfloat16 weights, rounded at random, whole until their backward pass: near one process, not half its data."""
     half = {
         **settings, "mixed_precision": "bf16", "full_bf16": True, "optimizer_type": "SGDNesterov",
         "learning_rate": 0.1, "lr_scheduler": None, "lr_warmup_steps": None,

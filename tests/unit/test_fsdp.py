@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from library.options import OptionError
-from library.train.fsdp import Gathered, check_splittable
+from library.train.checkpoints import load_state
+from library.train.fsdp import Gathered, SplitState, check_splittable
 from library.train.options import OptimizerOptions
 
 
@@ -22,14 +23,14 @@ def test_optimizers_that_look_at_more(name):
     package = {"Prodigy": "prodigyopt", "AdamWScheduleFree": "schedulefree"}.get(name)
     if package:
         pytest.importorskip(package)
-    config = SimpleNamespace(optimizer=OptimizerOptions(optimizer_type=name, optimizer_args=[]))
+    config = SimpleNamespace(optimizer=OptimizerOptions(optimizer_type=name, optimizer_args=()))
     with pytest.raises(OptionError, match=f"--optimizer_type: {name} looks at more.*AdamW"):
         check_splittable(config, torch.device("cpu"))
 
 
 def test_a_rate_near_zero_hides_nothing():
     options = OptimizerOptions(
-        optimizer_type="AdaFactor", learning_rate=1e-12, optimizer_args=["relative_step=False", "scale_parameter=False"]
+        optimizer_type="AdaFactor", learning_rate=1e-12, optimizer_args=("relative_step=False", "scale_parameter=False")
     )
     with pytest.raises(OptionError, match="AdaFactor"):
         check_splittable(SimpleNamespace(optimizer=options), torch.device("cpu"))
@@ -47,3 +48,17 @@ def test_stand_ins_gather_when_values_are_asked_for_and_not_before():
     assert stand_in.shape == (2, 3) and stand_in.dtype == torch.float32 and len(stand_in) == 2 and not asked
     assert torch.equal(stand_in.detach().to("cpu", torch.float64), whole.double()) and len(asked) == 1
     assert torch.equal(stand_in.T, whole.T) and type(stand_in.T) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("has_shares", "others", "words"),
+    [
+        (False, {"split": SplitState({}, 0)}, "this run has its weights split"),
+        (True, {}, "this run does not"),
+    ],
+)
+def test_a_state_written_the_other_way_is_refused(tmp_path, has_shares, others, words):
+    if has_shares:
+        (tmp_path / "shares").mkdir()
+    with pytest.raises(OptionError, match=f"--resume: .*{words}.*start it as before"):
+        load_state(tmp_path, trained=None, others=others)
