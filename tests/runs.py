@@ -99,6 +99,17 @@ def with_deepspeed(name: str, num_processes: int = 2, **options) -> subprocess.C
     return _launched([*command, *flags(**options, deepspeed=True)])
 
 
+def with_fsdp(name: str, settings: Mapping[str, object], folder: Path, **options) -> None:
+    """A script as accelerate starts it with an FSDP configuration, whose file is put into `folder`, on the CPU."""
+    file = folder / "accelerate.yaml"
+    lines = [f"  fsdp_{key}: {value}" for key, value in settings.items()]
+    head = ["distributed_type: FSDP", "num_machines: 1", "num_processes: 2", "mixed_precision: 'no'", "fsdp_config:"]
+    file.write_text("\n".join([*head, *lines]), encoding="utf-8")
+    command = ["accelerate.commands.launch", "--config_file", file, "--dynamo_backend", "no", ROOT / name]
+    done = _launched([*command, *flags(**options)], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+
+
 def _launched(command: Sequence[Any], **variables: str) -> subprocess.CompletedProcess[str]:
     """What starts several processes and waits for them."""
     words = [sys.executable, "-m", *map(str, command)]

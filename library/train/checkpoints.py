@@ -30,7 +30,7 @@ from library.train.callbacks import Callback
 from library.train.output_options import SavingOptions
 from library.train.plan import TrainPlan
 from library.train.resume import PARTIAL, REPLACED, SHARES, STATE_FILE, STATE_FORMAT, FileNames, RunState
-from library.train.zero_state import EngineState
+from library.train.shares import ProcessState
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def save_state(
     """Write a state folder; it appears under its name only when everything in it is on the disk.
 
     `others` are further objects with a state_dict (optimizer, schedule, gradient scaler) by name. `shares` is the
-    folder of what each process has written of DeepSpeed's state; it is moved into the state.
+    folder of what each process has written for itself; it is moved into the state.
     """
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -222,7 +222,7 @@ def save_state(
             save_file(tensors, partial / "trained.safetensors", {"format": "pt"})
         if shares is not None:
             shares.rename(partial / SHARES)
-        states = {name: part.state_dict() for name, part in others.items() if not isinstance(part, EngineState)}
+        states = {name: part.state_dict() for name, part in others.items() if not isinstance(part, ProcessState)}
         with open(partial / "optimizer.pt", "wb") as file:
             torch.save(states, file)
             file.flush()
@@ -253,13 +253,19 @@ def _replace_folder(new: Path, folder: Path) -> None:
 
 def load_state(folder: Path, *, trained: RawTensors | None, others: Mapping[str, Any]) -> None:
     """Put a state's weights and everything else in place; raises OptionError for a damaged state."""
+    is_split = any(isinstance(part, ProcessState) for part in others.values())
+    if is_split != (folder / SHARES).is_dir():
+        problem = f"this run has its weights split over processes (FSDP), and {folder} was written by one that had not"
+        if not is_split:
+            problem = f"{folder} was written by processes that had split the weights (FSDP), and this run does not"
+        raise OptionError("--resume", problem, "start it as before, or start a new run from its model")
     try:
         tensors = load_file(folder / "trained.safetensors") if trained is not None else {}
         states = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         if trained is not None:
             trained.load_state_dict(tensors)
         for name, part in others.items():
-            if isinstance(part, EngineState):
+            if isinstance(part, ProcessState):
                 part.read(folder / SHARES)
             else:
                 part.load_state_dict(states[name])

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 
 from library.checkpoints.safetensors_io import NonFiniteError
 from library.options import OptionError
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from library.train.run import Run
 
 logger = logging.getLogger(__name__)
-
-SPREAD = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # the weights are in parts on several processes
 
 
 class ModelFiles:
@@ -36,24 +33,35 @@ class ModelFiles:
         """Write the file users take away; raises OptionError where it can't be, and for weights that are not finite."""
         run = self.run
         self.background.wait()
-        if not run.accelerator.is_main_process:
+        if not self._takes_part:
             return
         with given_out_by(run.optimizer, run.parameters):
-            self._write_weights(path, self._metadata(step, epoch, looked_at=run.average is None))
-        run.tell_saved(path)
+            self._write(path, step, epoch, looked_at=run.average is None)
         if run.average is not None:
             of_average = run.names.average_of(path)
             logger.info("saving %s", of_average)
             with run.average.applied():
-                self._write_weights(of_average, self._metadata(step, epoch, looked_at=True, ending="-ema"))
-            run.tell_saved(of_average)
+                self._write(of_average, step, epoch, looked_at=True, ending="-ema")
 
     def write_best(self, path: Path, step: int, epoch: int) -> None:
         """Write the weights that validation looks at."""
-        if self.run.accelerator.is_main_process:
+        if self._takes_part:
             with self.run.weights_for_output():
-                self._write_weights(path, self._metadata(step, epoch, looked_at=True, ending="-best"))
+                self._write(path, step, epoch, looked_at=True, ending="-best")
+
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this process writes files, or holds a part of the weights for the one that does."""
+        return self.run.accelerator.is_main_process or not self.run.updates.writes_alone
+
+    def _write(self, path: Path, step: int, epoch: int, **about: Any) -> None:
+        """Let the main process write the weights as they are now; `about` them as for `_metadata`."""
+
+        def write() -> None:
+            self._write_weights(path, self._metadata(step, epoch, **about))
             self.run.tell_saved(path)
+
+        self.run.updates.read_whole(write)
 
     def begin(self, path: Path, step: int, epoch: int, then: Then) -> bool:
         """Start to write the file beside training; False, and nothing is done, where that can't be.
@@ -80,7 +88,7 @@ class ModelFiles:
         return (
             run.target.saves_beside_training
             and run.accelerator.is_main_process
-            and run.accelerator.distributed_type not in SPREAD
+            and run.updates.writes_alone
             and run.average is None
             and not gives_out_others(run.optimizer)
         )

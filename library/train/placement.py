@@ -26,6 +26,7 @@ from library.targets.base import TrainTarget
 from library.text.states import TextStates
 from library.train.compilation import compile_unet
 from library.train.config import RunConfig
+from library.train.fsdp_settings import take_over
 from library.train.memory_options import DistributedOptions
 from library.train.offload import ActivationOffload
 from library.train.output_options import LoggingOptions
@@ -51,6 +52,7 @@ def make_accelerator(config: RunConfig, *, autocast: bool, skips_parameters: boo
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         raise OptionError("--mixed_precision", "this GPU has no bf16", "use fp16")
+    take_over()
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=list(config.logging.trackers) or None,

@@ -16,7 +16,7 @@ from library.options import OptionError
 from library.randomness import seed_global_generators
 from library.targets.base import ParamGroup, TrainTarget
 from library.text.lengths import count_tokens
-from library.train import placement
+from library.train import fsdp_settings, placement
 from library.train.beginning import Beginning, begin, param_groups
 from library.train.forecast import (
     check_free_space,
@@ -156,6 +156,7 @@ def plan_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget)
     Raises the OptionErrors that the run would raise before its first step.
     """
     config = checked.config
+    fsdp_settings.wanted(config, target)
     accelerator = placement.make_accelerator(
         config, autocast=target.needs_autocast, skips_parameters=target.skips_parameters
     )

@@ -108,7 +108,8 @@ class Previews(Callback):
         begun = time.monotonic()
         drawn: list[tuple[Preview, Image.Image]] = []
         failures: list[str] = []
-        with reported(failures), self._model_at_hand(moment.step) if self.share else contextlib.nullcontext():
+        takes_part = self.share or not self.run.updates.writes_alone
+        with reported(failures), self._model_at_hand(moment.step) if takes_part else contextlib.nullcontext():
             drawn = self._drawn(failures)
         seconds = time.monotonic() - begun
         for preview, image in drawn:
@@ -162,6 +163,7 @@ class Previews(Callback):
         try:
             with (
                 run.weights_for_output(),
+                run.updates.at_hand(),
                 evaluating(run.model),
                 on_device(run.bundle.vae, run.device),
                 run.accelerator.autocast(),
@@ -174,7 +176,8 @@ class Previews(Callback):
 
     def _encode_ahead(self) -> None:
         """Encode all prompts at once where text encoders wait on the CPU, because the run's captions are cached."""
-        encoders = [encoder for encoder in self.run.bundle.text_encoders if device_of(encoder) != self.run.device]
+        kind = self.run.device.type
+        encoders = [encoder for encoder in self.run.bundle.text_encoders if device_of(encoder).type != kind]
         if not encoders or self._has_encoded:
             return
         with contextlib.ExitStack() as stack:

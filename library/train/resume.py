@@ -19,7 +19,7 @@ STATE_FORMAT = 1
 STATE_FILE = "train_state.json"  # written last: where it is, the state is complete
 OF_ANOTHER_PROGRAM = ("optimizer.bin", "random_states_0.pkl")  # accelerate's states, as the trade's tools keep them
 PLACE_OF_ANOTHER_PROGRAM = {"current_epoch", "current_step"}  # what such a program writes into the file of our name
-SHARES = "shares"  # folder of a state written with DeepSpeed: what each process keeps for itself
+SHARES = "shares"  # folder of a state: what each process keeps for itself, with DeepSpeed or FSDP
 PARTIAL, REPLACED = ".partial", ".old"  # endings of hidden folders while a state is written and put in place
 
 # options that may differ between a run and its continuation: they don't change what a step computes, or, for the
@@ -214,7 +214,7 @@ def check_processes(folder: Path, num_processes: int) -> None:
     """Raise OptionError for a state whose shares were written by another number of processes."""
     count = sum(1 for _ in (folder / SHARES).glob("process-*.pt"))
     if count not in (0, num_processes):
-        problem = f"{folder} holds the shares of {count} processes with DeepSpeed, and this run has {num_processes}"
+        problem = f"{folder} holds the shares of {count} processes, and this run has {num_processes}"
         raise OptionError("--resume", problem, f"start {count}, or start a new run from its model")
 
 

@@ -7,7 +7,7 @@ probability of the nearer side, the sum is right on average and steps add up (Gu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,27 @@ def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> to
 
     The expectation is the value itself; what bfloat16 holds exactly stays as it is, and so does what is not finite.
     """
+    return round_with(values, rounding_noise(values.numel(), generator).view(values.shape))
+
+
+def rounding_noise(count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` random numbers of 16 bits, as int32, on the generator's device."""
+    return torch.randint(0, 1 << 16, (count,), dtype=torch.int32, device=generator.device, generator=generator)
+
+
+def round_with(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """float32 `values` as bfloat16, rounded by noise of :func:`rounding_noise`, which is used up."""
     # the upper 16 bits of a float32 are a bfloat16; noise in the lower ones carries over with the right probability
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The place of a parameter that is a run of a larger one's numbers: of `whole`, those from `start` on."""
+
+    whole: int
+    start: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,11 @@ class WideUpdates:
         self._seed = 0
         self._step: Callable[[], int] = lambda: 0
         self._narrow: list[_Narrow] = []
+        self._rows: Mapping[int, Rows] = {}
+
+    def draw_for(self, rows: Mapping[int, Rows]) -> None:
+        """Say by `id` which parameters are parts of larger ones: each number has the noise it would have in these."""
+        self._rows = rows
 
     def draw_with(self, seed: int, step: Callable[[], int]) -> None:
         """Let the noise follow from the run's seed and the number of updates done, the same on all processes."""
@@ -84,9 +106,18 @@ class WideUpdates:
             generator = torch.Generator(wide[0].device)
             generator.manual_seed(seed_for(self._seed, "rounding", self._step(), first))
             flat = torch.cat([values.flatten() for values in wide])
-            wide = round_stochastically(flat, generator).split([values.numel() for values in wide])
+            wide = round_with(flat, self._noise(narrowed, generator)).split([values.numel() for values in wide])
         for values, narrow in zip(wide, narrowed, strict=True):
             narrow.data.copy_(values.view(narrow.data.shape))
             narrow.parameter.grad = None
             narrow.parameter.data = narrow.data
             narrow.parameter.grad = narrow.grad
+
+    def _noise(self, narrowed: Sequence[_Narrow], generator: torch.Generator) -> torch.Tensor:
+        """Noise for all numbers of these parameters, in a row."""
+        places = [self._rows.get(id(narrow.parameter), Rows(narrow.parameter.numel(), 0)) for narrow in narrowed]
+        whole = rounding_noise(sum(rows.whole for rows in places), generator).split([rows.whole for rows in places])
+        sizes = [narrow.parameter.numel() for narrow in narrowed]
+        return torch.cat(
+            [noise[rows.start : rows.start + size] for noise, rows, size in zip(whole, places, sizes, strict=True)]
+        )

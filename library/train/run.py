@@ -122,8 +122,7 @@ class Run:
     def last_good(self) -> LastGood:
         stay = {callback.state_name for callback in self.callbacks if not callback.is_of_the_weights}
         parts = {name: part for name, part in self._parts().items() if name not in stay}
-        counts = (getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.parameters)  # split or not
-        size = sum(count * parameter.element_size() for count, parameter in zip(counts, self.parameters, strict=True))
+        size = sum(self.updates.numel_of(parameter) * parameter.element_size() for parameter in self.parameters)
         return LastGood(parts, self.start_step, keeps=size <= LARGEST)
 
     @cached_property
@@ -247,7 +246,8 @@ class Run:
             callback.on_saved(path)
 
     def write_state(self, folder: Path, step: int) -> None:
-        shares = self.updates.write_shares(folder)
+        parts = self._parts()
+        shares = self.updates.write_shares(folder, parts)
         if not self.accelerator.is_main_process:
             return
         state = RunState(
@@ -259,7 +259,6 @@ class Run:
             skipped_steps=self.guard.total,
             planned_steps=self.plan.steps,
         )
-        parts = self._parts()
         checkpoints.save_state(folder, state, trained=parts.pop("trained", None), others=parts, shares=shares)
         self.tell_saved(folder)
 
@@ -284,12 +283,13 @@ class Run:
     def _parts(self) -> dict[str, Any]:
         """Everything with a state that changes while training."""
         parts = {
-            **self.updates.parts(checkpoints.RawTensors(self.target.trained_module()), self.built),
+            "trained": checkpoints.RawTensors(self.target.trained_module()),
+            "optimizer": self.built,
             "lr_scheduler": self.lr_scheduler,
             "scaler": self.accelerator.scaler,
             **{callback.state_name: callback for callback in self.callbacks if callback.state_name},
         }
-        return {name: part for name, part in parts.items() if part is not None}
+        return self.updates.parts({name: part for name, part in parts.items() if part is not None})
 
     def finish(self) -> int:
         """Save what the run ends with: the final file, or, when it was asked to stop, model and state."""

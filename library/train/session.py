@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -23,12 +23,13 @@ from library.models import vae
 from library.options import OptionError
 from library.randomness import seed_global_generators
 from library.targets.base import TrainTarget
-from library.train import logs, metadata, placement
+from library.train import fsdp_settings, logs, metadata, placement
 from library.train.beginning import begin, param_groups
 from library.train.config import RunConfig
 from library.train.ema import WeightAverage
 from library.train.final_check import FinalCheck
 from library.train.forecast import try_out
+from library.train.fsdp_settings import SplitSettings
 from library.train.guard import NonFiniteGuard, StopRequest
 from library.train.hub import HubUploader, remove_leftovers
 from library.train.loop import train
@@ -45,6 +46,9 @@ from library.train.updates import PIECE, FusedUpdates, PieceUpdates, Updates
 from library.train.validation import Validation
 from library.train.zero import DeepSpeedUpdates, keep_whole
 
+if TYPE_CHECKING:
+    from library.train.fsdp import SplitModel
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,12 +56,13 @@ def run_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget, 
     """Build the run, train, save; returns the exit code. Raises OptionError for what the user can mend."""
     started_at = time.time()
     config = checked.config
+    splits = fsdp_settings.wanted(config, target)
     accelerator = placement.make_accelerator(
         config, autocast=target.needs_autocast, skips_parameters=target.skips_parameters
     )
     check_optimizer(config.optimizer)
     logs.start_trackers(accelerator, config.logging, tracker_name, logs.settings_to_show(config.groups()))
-    run = build_run(checked, family, target, accelerator)
+    run = build_run(checked, family, target, accelerator, splits)
     if accelerator.is_main_process:
         run.describe(_facts(run, started_at))
     run.open_log()
@@ -76,8 +81,17 @@ def run_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget, 
             tracker.finish()  # the processes' group is left as it is, see library.cli.ending.leave
 
 
-def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, accelerator: Accelerator) -> Run:
-    """Everything in its order: data, model, cache, target, optimizer, schedule, state."""
+def build_run(
+    checked: CheckedRun,
+    family: ModelFamily,
+    target: TrainTarget,
+    accelerator: Accelerator,
+    splits: SplitSettings | None = None,
+) -> Run:
+    """Everything in its order: data, model, cache, target, optimizer, schedule, state.
+
+    `splits`: several processes share what is trained.
+    """
     config = checked.config
     begun = begin(checked, accelerator, family)
     seed, data, plan, digest = begun.seed, begun.data, begun.plan, begun.digest
@@ -92,18 +106,29 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     groups = param_groups(target, config.optimizer.learning_rate)
     placement.set_precision(config, bundle, target)
     try_out(config, groups, plan.steps, accelerator.device)
+    split = None
+    if splits is not None and accelerator.num_processes > 1:
+        from library.train import fsdp  # takes a second to import
+
+        fsdp.check_splittable(config, accelerator.device)
+        split = fsdp.split_model(config, splits, bundle, target, groups, accelerator.device)
+        groups = split.groups
     built = build_optimizer(config.optimizer, groups, skips_parameters=target.skips_parameters)
     lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
     if accelerator.is_main_process:
-        announce(checked, begun, Trained(bundle, target, groups), accelerator.num_processes)
+        whole_groups = groups if split is None else split.whole_groups()
+        announce(checked, begun, Trained(bundle, target, whole_groups), accelerator.num_processes)
     keep_whole(accelerator.state.deepspeed_plugin, [p for group in groups for p in group.parameters], target)
-    model, optimizer = accelerator.prepare(placement.step_module(config, family, bundle, target), built.optimizer)
+    module = placement.step_module(config, family, bundle, target)
+    model, optimizer = prepared(accelerator, module, built, is_split=split is not None)
     cache_latents(config, data, bundle, accelerator)  # last: it may take long, and everything else could have failed
     cache_texts(config, data, family, bundle, accelerator)
     run = Run(
         config=config, accelerator=accelerator, family=family, bundle=bundle, target=target, model=model,
         groups=groups, optimizer=optimizer, built=built, lr_scheduler=lr_scheduler,
-        updates=make_updates(config, accelerator, built, optimizer, skips_parameters=target.skips_parameters),
+        updates=make_updates(
+            config, accelerator, built, optimizer, skips_parameters=target.skips_parameters, split=split
+        ),
         schedule=NoiseSchedule.make(zero_terminal_snr=config.noise.zero_terminal_snr, device=accelerator.device),
         data=data, plan=plan, seed=seed, settings=settings_that_matter(config.values(), seed), digest=digest,
         names=checked.names, guard=NonFiniteGuard(config.training.max_nonfinite_steps), stop=StopRequest(),
@@ -119,8 +144,24 @@ def build_run(checked: CheckedRun, family: ModelFamily, target: TrainTarget, acc
     return run
 
 
+def prepared(
+    accelerator: Accelerator, module: torch.nn.Module, built: BuiltOptimizer, *, is_split: bool
+) -> tuple[torch.nn.Module, Any]:
+    """The module and the optimizer as accelerate wraps them; one that is split takes no part in data parallelism."""
+    if not is_split:
+        return accelerator.prepare(module, built.optimizer)
+    model = accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
+    return model, accelerator.prepare_optimizer(built.optimizer)
+
+
 def make_updates(
-    config: RunConfig, accelerator: Accelerator, built: BuiltOptimizer, optimizer: Any, *, skips_parameters: bool
+    config: RunConfig,
+    accelerator: Accelerator,
+    built: BuiltOptimizer,
+    optimizer: Any,
+    *,
+    skips_parameters: bool,
+    split: SplitModel | None = None,
 ) -> Updates:
     """How gradients become an update: all together, or each inside the backward pass.
 
@@ -132,9 +173,12 @@ def make_updates(
     if flag := config.memory.fused_flag:
         settings |= {"flag": flag, "num_groups": config.memory.num_fused_groups}
         return FusedUpdates(built, accelerator, optimizer, parameters, **settings)
-    is_large = placement.master_dtype(config) != torch.float32 and sum(p.numel() for p in parameters) > PIECE
-    shares_weights = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    if is_large and not (shares_weights or built.needs_all_gradients or accelerator.scaler is not None):
+    is_half = placement.master_dtype(config) != torch.float32
+    if split is not None:
+        return split.updates(built, accelerator, optimizer, parameters, in_pieces=is_half, **settings)
+    is_large = is_half and sum(p.numel() for p in parameters) > PIECE
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if is_large and not (is_deepspeed or built.needs_all_gradients or accelerator.scaler is not None):
         return PieceUpdates(built, accelerator, optimizer, parameters, **settings)
     kind = DeepSpeedUpdates if config.distributed.deepspeed else Updates
     return kind(accelerator, optimizer, parameters, **settings)

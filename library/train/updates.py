@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from library.train.exchange import exchange_gradients
 from library.train.guard import apply_if_finite, decided_on_device
 from library.train.optimizers import BuiltOptimizer
 from library.train.rounding import HALF, WideUpdates
+from library.train.shares import ProcessState, write_shares
 
 FUSED = "--fused_backward_pass"
 PIECE = 2**26  # numbers that are wide at a time: 256 MiB, and as much for their gradients
@@ -74,16 +75,33 @@ class Updates:
 
     # What sharing a run's weights and its optimizer between processes changes about states and files.
 
-    def parts(self, trained: Any, built: BuiltOptimizer) -> dict[str, Any]:
-        """What a run needs to go on, by name: objects with a state_dict, that of `trained` being tensors alone."""
-        return {"trained": trained, "optimizer": built}
+    def parts(self, whole: Mapping[str, Any]) -> dict[str, Any]:
+        """What a run needs to go on, by name: objects with a state_dict, that of "trained" being tensors alone.
 
-    def write_shares(self, folder: Path) -> Path | None:
+        `whole` is what that is where nothing is shared.
+        """
+        return dict(whole)
+
+    def write_shares(self, folder: Path, parts: Mapping[str, Any]) -> Path | None:
         """For a state that becomes `folder`: write what each process keeps for itself; where it is written, if it is.
 
-        All processes call it.
+        All processes call it, with what `parts` gave.
         """
-        return None
+        (state,) = [part for part in parts.values() if isinstance(part, ProcessState)] or (None,)
+        return write_shares(state, self.accelerator, folder) if state is not None else None
+
+    def numel_of(self, parameter: torch.nn.Parameter) -> int:
+        """The numbers that a trained parameter has on all processes together."""
+        return parameter.numel()
+
+    def read_whole(self, read: Callable[[], None]) -> None:
+        """Call `read`, which reads all weights, on the main process. All processes call it where weights are split."""
+        if self.accelerator.is_main_process:
+            read()
+
+    def at_hand(self) -> AbstractContextManager[None]:
+        """Inside the block each process can use the model without the others. All of them enter it together."""
+        return contextlib.nullcontext()
 
     def together(self, write: Callable[..., None], *, whole: bool = False) -> Callable[..., None]:
         """`write`, a function of a path and more that all processes call, in a form in which none is left behind.
@@ -99,19 +117,25 @@ class PieceUpdates(Updates):
     For optimizers whose state belongs to single parameters, without a gradient scaler.
     """
 
+    flag = "--full_bf16"
+
     def __init__(self, built: BuiltOptimizer, *args: Any, piece: int = PIECE, **kwargs: Any) -> None:
         """`piece`: numbers in a piece, about; a larger parameter is a piece of its own."""
         super().__init__(*args, **kwargs)
         self.bare = built.optimizer
         members = members_of(self.bare)
-        total = sum(parameter.numel() for _, parameter in members)
-        self._pieces = divided(members, max(1, -(-total // piece)))
+        total = sum(self.numel_of(parameter) for _, parameter in members)
+        self._pieces = divided(members, max(1, -(-total // piece)), self.numel_of)
+
+    def norm(self) -> torch.Tensor:
+        """The norm of all gradients together."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def clip(self) -> torch.Tensor:
         self.exchange()
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norm = self.norm()
         self._factor = (self.limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         return norm
 
@@ -129,7 +153,7 @@ class PieceUpdates(Updates):
             try:
                 torch._foreach_mul_([p.grad for _, p in members], self._factor)  # pyright: ignore
                 with decided_on_device(self.bare, is_finite) if decides_on_device else contextlib.nullcontext():
-                    step_alone(self.bare, members, "--full_bf16")
+                    step_alone(self.bare, [member for member in members if member[1].numel()], self.flag)
             finally:
                 self.wide.narrow()
 
@@ -232,12 +256,14 @@ class FusedUpdates(Updates):
             parameter.grad = None
 
 
-def divided(members: Sequence[Member], num_groups: int) -> list[list[Member]]:
+def divided(
+    members: Sequence[Member], num_groups: int, numel_of: Callable[[Any], int] = torch.Tensor.numel
+) -> list[list[Member]]:
     """The parameters in up to `num_groups` runs of about as many numbers each, in their order."""
-    total = sum(parameter.numel() for _, parameter in members)
+    total = sum(numel_of(parameter) for _, parameter in members)
     parts: list[list[Member]] = [[] for _ in range(num_groups)]
     before = 0
     for member in members:
         parts[min(before * num_groups // max(total, 1), num_groups - 1)].append(member)
-        before += member[1].numel()
+        before += numel_of(member[1])
     return [part for part in parts if part]

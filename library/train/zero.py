@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from accelerate import Accelerator, DeepSpeedPlugin, DistributedType
 from library.options import OptionError
 from library.targets.base import TrainTarget
 from library.train.config import RunConfig
-from library.train.optimizers import BuiltOptimizer
+from library.train.shares import together
 from library.train.updates import Updates
-from library.train.zero_state import WHOLE, EngineState, together, write_shares
+from library.train.zero_state import WHOLE, EngineState
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,6 @@ def deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin | None:
 def check_engine(config: RunConfig, accelerator: Accelerator) -> None:
     """Raise OptionError where accelerate's way of sharing work is not the one that the options ask for."""
     kind, is_asked = accelerator.distributed_type, config.distributed.deepspeed
-    if kind == DistributedType.FSDP:
-        way_out = "start plain processes (accelerate launch --multi_gpu), or with --deepspeed and --zero_stage 2 or 3"
-        raise OptionError("accelerate launch --use_fsdp", "FSDP is not supported", way_out)
     if is_asked and kind != DistributedType.DEEPSPEED:
         problem = "accelerate leaves DeepSpeed out where it was told to use the CPU (ACCELERATE_USE_CPU, --cpu)"
         raise OptionError("--deepspeed", problem, "start without that, or leave --deepspeed out")
@@ -115,13 +112,15 @@ class DeepSpeedUpdates(Updates):
 
     # ------------------------------------------------------------------ states and files
 
-    def parts(self, trained: Any, built: BuiltOptimizer) -> dict[str, Any]:
+    def parts(self, whole: Mapping[str, Any]) -> dict[str, Any]:
         """With stage 3 the weights follow from the engine's state; the optimizer is the engine's in any case."""
-        state = EngineState(self.engine, self.accelerator.process_index)
-        return {"engine": state} if self._splits_weights else {"trained": trained, "engine": state}
+        mine = {"trained", "optimizer"} if self._splits_weights else {"optimizer"}
+        others = {name: part for name, part in whole.items() if name not in mine}
+        trained = {name: others.pop(name) for name in ("trained",) if name in others}
+        return {**trained, "engine": EngineState(self.engine, self.accelerator.process_index), **others}
 
-    def write_shares(self, folder: Path) -> Path:
-        return write_shares(EngineState(self.engine, self.accelerator.process_index), self.accelerator, folder)
+    def numel_of(self, parameter: torch.nn.Parameter) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel())
 
     def together(self, write: Callable[..., None], *, whole: bool = False) -> Callable[..., None]:
         gathered = self._whole_weights if whole and self._splits_weights else contextlib.nullcontext

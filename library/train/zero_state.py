@@ -1,33 +1,21 @@
-"""What DeepSpeed keeps of a run, one share on each process: taken, put back, and written to files.
-
-Shares are files in the folder SHARES of a state, one for each process. They are complete when that folder is moved
-into the state, which happens after every process has written its own.
-"""
+"""What DeepSpeed keeps of a run on each process: taken and put back."""
 
 from __future__ import annotations
 
 import inspect
-import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
-from library.options import OptionError
-from library.train.resume import SHARES, share_name
-
-logger = logging.getLogger(__name__)
+from library.train.shares import ProcessState
 
 WHOLE = 3  # the stage that splits weights too
 
 
-class EngineState:
+class EngineState(ProcessState):
     """The float32 masters, the optimizer's moments and the loss scaler as this process has them.
 
     `engine` is a deepspeed.DeepSpeedEngine. The trained weights themselves are in it only with stage 3, where they
@@ -49,16 +37,9 @@ class EngineState:
             else:  # nothing is split: the optimizer itself, or one with masters
                 optimizer.load_state_dict(state)
 
-    def write(self, folder: Path) -> None:
-        with open(folder / share_name(self.process_index), "wb") as file:
-            torch.save(self.state_dict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-
     def read(self, folder: Path) -> None:
         with torch.serialization.safe_globals(_plain_classes()):
-            path = folder / share_name(self.process_index)
-            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            super().read(folder)
 
 
 @contextmanager
@@ -79,61 +60,3 @@ def _plain_classes() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address  # pyright: ignore[reportMissingImports]
 
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
-def write_shares(state: EngineState, accelerator: Accelerator, folder: Path) -> Path:
-    """Let each process write its share for the state `folder`; returns the hidden folder that holds them.
-
-    All processes call it, and none returns before all shares are on the disk. Raises OptionError on all of them where
-    one could not write.
-    """
-    hidden = folder.with_name(f".{folder.name}.{SHARES}")
-
-    def prepare() -> None:
-        if accelerator.is_main_process:
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir(parents=True)
-
-    def write() -> None:
-        if not hidden.is_dir():  # on another machine
-            problem = f"{folder.parent} is not the same folder on all machines, and each process writes its share of it"
-            raise OptionError("--output_dir", problem, "name a folder that all machines share")
-        state.write(hidden)
-
-    for part in (prepare, write):
-        _agreed(part, accelerator, hidden)
-    return hidden
-
-
-def together(write: Callable[..., None], accelerator: Accelerator) -> Callable[..., None]:
-    """`write`, a function of a path and more: called by all processes with the main one's path; failing on all or none.
-
-    So that no process waits for others that have gone another way.
-    """
-
-    def write_together(path: Path, *where: Any) -> None:
-        names = [str(path)]
-        broadcast_object_list(names)
-        path = Path(names[0])
-        _agreed(lambda: write(path, *where), accelerator, path)
-
-    return write_together
-
-
-def _agreed(act: Callable[[], None], accelerator: Accelerator, path: Path) -> None:
-    """Do it on all processes; where one can't, OptionError on all of them."""
-    error: OptionError | None = None
-    try:
-        act()
-    except OptionError as problem:
-        error = problem
-    except OSError as problem:
-        way_out = "free some space or choose another --output_dir"
-        error = OptionError("--save_state", f"can't write {path} ({problem.strerror or problem})", way_out)
-    failed = torch.tensor(float(error is not None), device=accelerator.device)
-    total = accelerator.reduce(failed, "sum")
-    assert isinstance(total, torch.Tensor)
-    if error is not None:
-        raise error
-    if bool(total):
-        raise OptionError("", f"another process could not write its part of {path}", "see its message")

@@ -66,6 +66,7 @@ OPTIONS = train_network.SCRIPT.options()
 OF_OTHERS = {
     "--torch-index-url", "--logdir", "--num_processes", "--use_deepspeed", "--multi_gpu", "--num_machines",
     "--machine_rank", "--main_process_ip", "--main_process_port", "--use_fsdp", "--nproc_per_node",
+    "--fsdp_version",
 }  # fmt: skip
 ENDINGS = {"\\\n": " ", "^\n": " "}
 

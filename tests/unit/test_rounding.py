@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from library.targets.base import ParamGroup
 from library.train.optimizers import build_optimizer
 from library.train.options import OptimizerOptions
-from library.train.rounding import WideUpdates, round_stochastically
+from library.train.rounding import Rows, WideUpdates, round_stochastically
 
 
 def generator(seed=0):
@@ -121,3 +121,32 @@ def test_full_precision_is_left_alone():
     wide.widen([parameter])
     assert parameter.data_ptr() == storage
     wide.narrow()
+
+
+def test_rows_have_the_noise_of_the_whole():
+    """Which process holds an element has no say in how it is rounded."""
+    whole = [torch.randn(6, 5), torch.randn(3)]
+    cut = [
+        (whole[0][:4], Rows(30, 0)),
+        (whole[0][4:], Rows(30, 20)),
+        (whole[1][:2], Rows(3, 0)),
+        (whole[1][2:], Rows(3, 2)),
+    ]
+
+    def rounded(tensors, rows=None):
+        parameters = [torch.nn.Parameter(tensor.clone().bfloat16()) for tensor in tensors]
+        updates = WideUpdates(parameters)
+        updates.draw_for({id(p): place for p, place in zip(parameters, rows or (), strict=False)})
+        updates.draw_with(7, lambda: 3)
+        updates.widen(parameters)
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            parameter.data.copy_(tensor)
+        updates.narrow()
+        return parameters
+
+    expected = rounded(whole)
+    for process in (0, 1):
+        mine = cut[process::2]
+        parts = rounded([tensor for tensor, _ in mine], [rows for _, rows in mine])
+        for part, all_of_it, (tensor, rows) in zip(parts, expected, mine, strict=True):
+            assert torch.equal(part.flatten(), all_of_it.flatten()[rows.start : rows.start + tensor.numel()])

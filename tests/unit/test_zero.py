@@ -8,7 +8,7 @@ from accelerate import DistributedType
 
 from library.data.options import LoaderOptions
 from library.options import OptionError
-from library.train import zero_state
+from library.train import shares, zero_state
 from library.train.memory_options import DistributedOptions
 from library.train.options import OptimizerOptions
 from library.train.resume import check_processes
@@ -78,7 +78,6 @@ def test_weights_of_a_whole_model_are_split(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "is_asked", "words"),
     [
-        (DistributedType.FSDP, False, ["--use_fsdp", "--zero_stage 2 or 3"]),
         (DistributedType.MULTI_CPU, True, ["--deepspeed", "ACCELERATE_USE_CPU"]),
         (DistributedType.DEEPSPEED, False, ["--use_deepspeed", "add --deepspeed"]),
     ],
@@ -119,7 +118,7 @@ def stepped(engine):
 def test_shares_come_back(tmp_path, monkeypatch):
     monkeypatch.setattr(zero_state, "_plain_classes", list)
     before = stepped(engine())
-    hidden = zero_state.write_shares(zero_state.EngineState(before, 0), Alone(), tmp_path / "net-state")
+    hidden = shares.write_shares(zero_state.EngineState(before, 0), Alone(), tmp_path / "net-state")
     assert [path.name for path in hidden.iterdir()] == ["process-00000.pt"] and hidden.name == ".net-state.shares"
     after = engine()
     zero_state.EngineState(after, 0).read(hidden)
@@ -130,18 +129,18 @@ def test_shares_come_back(tmp_path, monkeypatch):
 def test_one_process_that_cannot_write_stops_all(tmp_path):
     state = zero_state.EngineState(engine(), 0)
     with pytest.raises(OptionError, match="another process"):
-        zero_state.write_shares(state, Alone(failures_elsewhere=1), tmp_path / "net-state")
+        shares.write_shares(state, Alone(failures_elsewhere=1), tmp_path / "net-state")
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="--save_state.*can't write"):
-        zero_state.write_shares(state, Alone(), tmp_path / "file" / "net-state")
+        shares.write_shares(state, Alone(), tmp_path / "file" / "net-state")
 
 
 def test_a_state_of_another_number_of_processes(tmp_path):
-    shares = tmp_path / "shares"
+    folder = tmp_path / "shares"
     check_processes(tmp_path, 3)  # a state without shares is anybody's
-    shares.mkdir()
+    folder.mkdir()
     for index in range(2):
-        (shares / f"process-{index:05d}.pt").write_text("")
+        (folder / f"process-{index:05d}.pt").write_text("")
     check_processes(tmp_path, 2)
     with pytest.raises(OptionError, match="--resume.*2 processes.*this run has 3"):
         check_processes(tmp_path, 3)
