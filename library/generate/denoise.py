@@ -44,6 +44,8 @@ def denoise(
     """
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     with ExitStack() as block:
+        for part in parts:
+            block.enter_context(part.prepared(requests))
         drawing = begin(family, bundle, requests, encoder or PromptEncoder(family, bundle), generators)
         for part in parts:
             block.enter_context(part.taking_part(drawing))

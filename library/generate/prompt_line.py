@@ -31,6 +31,7 @@ class PromptLine:
     seeds: tuple[int, ...] = ()  # one per picture; the last one serves all further pictures
     where: str = "--prompt"  # for messages: the flag, or file and line number
     sampler: str | None = None
+    multipliers: tuple[float, ...] | None = None  # of the networks, in their order; the last one serves all further ones
 
 
 # name of a line's option -> (field of PromptLine, what its value must be, parser of the value)
@@ -93,6 +94,10 @@ def finite_number(text: str) -> float:
     return value
 
 
+def number_list(text: str) -> tuple[float, ...]:
+    return tuple(finite_number(number) for number in text.split(",") if number.strip()) or (finite_number(text),)
+
+
 def seed_list(text: str) -> tuple[int, ...]:
     return tuple(int(seed) for seed in text.split(",") if seed.strip()) or (int(text),)
 
@@ -104,6 +109,7 @@ LINE_OPTIONS: LineOptions = {
     "d": ("seeds", "a seed or several joined by commas", seed_list),
     "l": ("scale", "a number", finite_number),
     "s": ("steps", "a whole number", int),
+    "am": ("multipliers", "a multiplier or several joined by commas", number_list),
 }
 
 DYNAMIC_PROMPT = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*(?<!\\)\}")
