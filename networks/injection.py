@@ -166,7 +166,13 @@ class Network(torch.nn.Module):
             self._is_coupled = True
 
     def set_current_generation(
-        self, batch_size: int, num_sub_prompts: int, width: int, height: int, shared: dict[Any, Any], ds_ratio: Any = None
+        self,
+        batch_size: int,
+        num_sub_prompts: int,
+        width: int,
+        height: int,
+        shared: dict[Any, Any],
+        ds_ratio: Any = None,
     ) -> None:
         """A batch begins, of pictures of `width` and `height` pixels; `shared` is one dictionary for all networks.
 

@@ -20,6 +20,7 @@ from library.generate.config import CONFIG_GROUPS, GenerationConfig
 from library.generate.options import PromptOptions
 from library.generate.output import prepare_folder
 from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
+from library.generate.region_map import in_regions, region_map
 from library.generate.request import GenerationRequest, make_requests
 from library.options import OptionParser, add_arguments, build
 from library.wording import counted
@@ -76,9 +77,12 @@ def generate(
     plan = images.load_plan(config.compute)
     factories = networks.import_modules(config.networks)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
-    networks.attach(factories, config.networks, bundle, plan)
+    is_regional = any(request.is_regional for request in requests)
+    in_use = networks.attach(factories, config.networks, bundle, plan, is_regional=is_regional)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
-    return images.generate(config, requests, images.Engine(family, bundle, encoder), folder)
+    encoder.networks = in_use
+    parts = () if in_use is None else (in_use,)
+    return images.generate(config, requests, images.Engine(family, bundle, encoder, parts), folder)
 
 
 def build_parser(script: Script) -> OptionParser:
@@ -99,11 +103,20 @@ def check(script: Script, config: GenerationConfig) -> list[GenerationRequest]:
     networks.check(config.networks)
     picture = config.picture.sized(script.native_size)
     requests = make_requests(read_lines(config.prompts), config.prompts, picture)
+    networks.check_multipliers(config.networks, [request.multipliers or () for request in requests])
+    path = region_map(config)
+    if path is not None:
+        requests = [in_regions(request, path, config) for request in requests]
+    for note in config.networks.notes(is_regional=path is not None):
+        logger.info(note)
     if alike := len(requests) - len(set(requests)):
         logger.warning("%s will be equal to another one: the same prompt with the same seed (--d in its line); "
                        "leave --d out for other seeds", counted(alike, "picture"))  # fmt: skip
     model = config.checkpoint
-    probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
+    source = probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
+    networks.check_kind(config.networks, source.kind)
+    if config.networks.network_show_meta:
+        networks.show_metadata(config.networks)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return requests

@@ -112,9 +112,7 @@ class PromptEncoder:
             self._tokens[key] = tokens
         return self._tokens[key]
 
-    def _encoded(
-        self, text: str, num_windows: int, request: GenerationRequest, part: int | None = None
-    ) -> TextStates:
+    def _encoded(self, text: str, num_windows: int, request: GenerationRequest, part: int | None = None) -> TextStates:
         """`part` is the text's place among the parts of the prompt, in regional use."""
         networks = (request.multipliers, request.is_regional, part)
         key = (text, num_windows, request.max_windows, request.clip_skip, networks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from library.generate.mask_options import MaskOptions
 from library.generate.network_options import NetworkOptions
 from library.generate.options import (
     CheckpointOptions,
@@ -23,6 +24,7 @@ class GenerationConfig:
     compute: ComputeOptions
     prompts: PromptOptions
     picture: PictureOptions
+    masks: MaskOptions
     networks: NetworkOptions
     output: OutputOptions
 
@@ -31,6 +33,7 @@ CONFIG_GROUPS: dict[str, Any] = {
     "checkpoint": CheckpointOptions,
     "prompts": PromptOptions,
     "picture": PictureOptions,
+    "masks": MaskOptions,
     "networks": NetworkOptions,
     "compute": ComputeOptions,
     "output": OutputOptions,

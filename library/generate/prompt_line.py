@@ -31,7 +31,9 @@ class PromptLine:
     seeds: tuple[int, ...] = ()  # one per picture; the last one serves all further pictures
     where: str = "--prompt"  # for messages: the flag, or file and line number
     sampler: str | None = None
-    multipliers: tuple[float, ...] | None = None  # of the networks, in their order; the last one serves all further ones
+    multipliers: tuple[float, ...] | None = (
+        None  # of the networks, in their order; the last one serves all further ones
+    )
 
 
 # name of a line's option -> (field of PromptLine, what its value must be, parser of the value)

@@ -33,7 +33,9 @@ class GenerationRequest:
     sampler: str = "ddim"
     clip_skip: int | None = None
     max_windows: int = 1  # of 75 content tokens; what goes beyond is cut off
-    multipliers: tuple[float, ...] | None = None  # of the networks; None: the command line's, the last serves all others
+    multipliers: tuple[float, ...] | None = (
+        None  # of the networks; None: the command line's, the last serves all others
+    )
     region_map: str | None = None  # picture of where each part of the prompt works, see library.generate.regions
     region_colors: int | None = None  # colour codes in it; None: its red, green and blue
 
@@ -55,7 +57,7 @@ class GenerationRequest:
 
     @property
     def part_weights(self) -> tuple[float, ...]:
-        """A weight for each prediction that the parts get: each its own in a composition, in regional use one for all."""
+        """A weight for each prediction that the parts get: their own in a composition, one for all in regional use."""
         return (1.0,) if self.is_regional else tuple(part.weight for part in prompt_parts(self.prompt))
 
     @property
