@@ -23,6 +23,7 @@ from library.generate.options import PictureOptions, PromptOptions
 from library.generate.output import prepare_folder
 from library.generate.prompt_files import prompts_of_pictures, read_prompts
 from library.generate.prompt_line import PromptLine, RawLine
+from library.generate.region_map import region_map
 from library.generate.request import BrokenLines, GenerationRequest, RequestMaker
 from library.options import OptionError, OptionParser, add_arguments, build, require
 from library.wording import counted
@@ -91,8 +92,8 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     from library.generate.gradual_latent import GradualLatent
     from library.generate.highres import create_upscaler
     from library.generate.inpainting import Inpainting, InpaintingModel
-    from library.models.vae_strips import compute_in_strips
     from library.generate.preview_window import PreviewWindows
+    from library.models.vae_strips import compute_in_strips
 
     module, _, name = family_name.partition(":")
     family = getattr(importlib.import_module(module), name)()
@@ -105,9 +106,11 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
         images.put_channels_last(bundle)
     if config.vae.vae_slices is not None:
         compute_in_strips(bundle.vae, config.vae.vae_slices)
-    networks.attach(factories, config.networks, bundle, plan)
+    in_use = networks.attach(factories, config.networks, bundle, plan, is_regional=region_map(config) is not None)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
-    parts = (DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
+    encoder.networks = in_use
+    own = (DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
+    parts = own if in_use is None else (in_use, *own)
     engine = images.Engine(family, bundle, encoder, parts, config.vae, upscaler)
     show = None if config.prompts.no_preview else PreviewWindows().show
     return images.generate(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
@@ -145,10 +148,16 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     for note in config.start.notes():
         logger.info(note)
     completion = Completion.of(config, script.models)
+    for note in config.networks.notes(is_regional=completion.region_map is not None):
+        logger.info(note)
     asked = read_requests(config, config.picture.sized(script.native_size), completion)
+    networks.check_multipliers(config.networks, [request.multipliers or () for request in asked.requests])
     check_requests(asked.requests)
     model = config.checkpoint
-    probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
+    source = probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
+    networks.check_kind(config.networks, source.kind)
+    if config.networks.network_show_meta:
+        networks.show_metadata(config.networks)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return asked
