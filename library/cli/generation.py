@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
-from library.cli import live_prompts, networks
+from library.cli import embeddings, live_prompts, networks
 from library.cli.console import start_console
 from library.cli.ending import USER_MISTAKE, Ending, leave
 from library.generate.completion import Completion
@@ -101,7 +101,9 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     factories = networks.import_modules(config.networks)
     get_prompter = live_prompts.imported_prompter(config.prompts)
     upscaler = create_upscaler(config.highres.upscaler)
+    words = embeddings.read(config.embeddings)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
+    embeddings.teach(words, bundle)
     if config.compute.opt_channels_last:
         images.put_channels_last(bundle)
     if config.vae.vae_slices is not None:
@@ -109,7 +111,7 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     in_use = networks.attach(factories, config.networks, bundle, plan, is_regional=region_map(config) is not None)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
     encoder.networks = in_use
-    own = (DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
+    own = (*embeddings.part_for(words, encoder), DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
     parts = own if in_use is None else (in_use, *own)
     engine = images.Engine(family, bundle, encoder, parts, config.vae, upscaler)
     show = None if config.prompts.no_preview else PreviewWindows().show
@@ -145,6 +147,7 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     for note in config.compute.attention.notes():
         logger.info(note)
     networks.check(config.networks)
+    config.embeddings.check()
     for note in config.start.notes():
         logger.info(note)
     completion = Completion.of(config, script.models)

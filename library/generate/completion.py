@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from library.diffusion.samplers import check_steps
+from library.diffusion.samplers import check_sigmas, check_steps
 from library.generate.config import GenerationConfig
 from library.generate.network_options import NetworkOptions
 from library.generate.options import LEAST_SIZE
@@ -14,6 +14,7 @@ from library.generate.prompt_line import PromptLine
 from library.generate.region_map import in_regions, region_map
 from library.generate.request import GenerationRequest
 from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions, overridden
+from library.generate.size_options import SizeOptions
 from library.generate.sources import SIZE_STEP, Sources
 from library.generate.start_options import DEFAULT_STRENGTH, StartOptions, check_strength
 from library.options import OptionError, require
@@ -51,6 +52,10 @@ class Completion:
             gradual_latent=self._gradual_latent(line, request.sampler),
             start_noise=self.config.start_noise,
             zero_terminal_snr=self.config.schedule.zero_terminal_snr,
+            negative_scale=self._negative_scale(line),
+            weighting=self.config.guidance.emb_normalize_mode,
+            sizes=self._sizes(line),
+            sigmas=self._sigmas(line, request.sampler),
         )
         is_fading = request.gradual_latent != GradualLatentOptions()
         problem = "gradual latent and a mask can't go together: what stays would have to be enlarged"
@@ -91,6 +96,26 @@ class Completion:
         logger.warning("%s: gradual latent has no effect with %s: euler_a alone can do it", line.where, sampler)
         return GradualLatentOptions()
 
+    def _negative_scale(self, line: PromptLine) -> float | None:
+        scale = self.config.guidance.negative_scale if line.negative_scale is None else line.negative_scale
+        return scale if isinstance(scale, (int, float)) else None  # a line may say "none"
+
+    def _sizes(self, line: PromptLine) -> SizeOptions:
+        sizes = self.config.sizes.of_line(line)
+        if sizes == SizeOptions() or self.family == "sdxl":
+            return sizes
+        logger.warning(
+            "%s: --ow, --oh, --nw, --nh, --ct and --cl have no effect: this model knows no sizes", line.where
+        )
+        return SizeOptions()
+
+    def _sigmas(self, line: PromptLine, sampler: str) -> str:
+        if line.sigmas is not None:
+            return line.sigmas
+        sigmas = self.config.schedule.sigmas
+        check_sigmas("--sigmas", sampler, sigmas)
+        return sigmas
+
     def _in_two_stages(self, request: GenerationRequest, line: PromptLine) -> GenerationRequest:
         """Highres fix: the first stage is a request of its own, smaller, and all that an image and a mask mean is its.
 
@@ -105,7 +130,9 @@ class Completion:
         problem = f"{scale} of {request.width}x{request.height} is a first stage of {width}x{height}"
         way_out = f"{LEAST_SIZE} pixels are the least, in multiples of {SIZE_STEP}"
         require(min(width, height) >= LEAST_SIZE, "--highres_fix_scale", problem, way_out)
-        first = replace(request, width=width, height=height, steps=options.highres_fix_steps)
+        first = replace(
+            request, width=width, height=height, steps=options.highres_fix_steps, sizes=request.sizes.scaled(scale)
+        )
         if first.image:
             strength = options.highres_fix_strength
             first = with_strength(first, request.strength if strength is None else strength, line.where)

@@ -16,6 +16,8 @@ import torch
 from library.families.base import Conditioning, ModelBundle, ModelFamily, PictureSizes
 from library.families.options import TextOptions
 from library.generate.request import GenerationRequest
+from library.models.added_words import LayeredWords
+from library.text.added_words import NUM_LAYERS
 from library.text.states import TextStates
 from library.text.tokens import WINDOW
 from library.text.weighted_tokens import (
@@ -52,6 +54,7 @@ class PromptEncoder:
         self._way_out = f" ({way_out})" if way_out else ""
         self._tokens: dict[tuple[str, int], tuple[WeightedTokens, ...]] = {}
         self._kept: OrderedDict[Hashable, TextStates] = OrderedDict()
+        self.layered_words: LayeredWords | None = None
         self.networks: RegionalNetworks | None = None  # for regional use
 
     def forget(self) -> None:
@@ -71,9 +74,19 @@ class PromptEncoder:
         groups = zip(*(request.texts for request in requests), strict=True)
         rows = [(text, request) for group in groups for text, request in zip(group, requests, strict=True)]
         joined = _joined([self._encoded(text, num_windows, request) for text, request in rows])
-        device = _device(self.bundle.unet)
-        sizes = PictureSizes.whole(requests[0].width, requests[0].height, len(rows), device)
-        return self.family.condition(joined, sizes)
+        return self.family.condition(joined, self._sizes(requests, len(requests[0].texts)))
+
+    def _sizes(self, requests: Sequence[GenerationRequest], num_groups: int) -> PictureSizes:
+        """What is told of sizes: a row for each request, `num_groups` times; the first is the negative prompt's."""
+        rows = []
+        for group in range(num_groups):
+            for request in requests:
+                is_negative = request.is_guided and group == 0
+                told = request.sizes.negative_original_hw if is_negative else request.sizes.original_hw
+                target = (request.height, request.width)
+                rows.append((told(*target), request.sizes.crop_yx, target))
+        original, crop, target = torch.tensor(rows, device=_device(self.bundle.unet)).unbind(1)
+        return PictureSizes(original, crop, target)
 
     def _regional(self, requests: Sequence[GenerationRequest], num_windows: int) -> Conditioning:
         """Conditioning of which the parts of a prompt share a row of the U-Net.
@@ -95,7 +108,7 @@ class PromptEncoder:
         ]
         text = _joined([*before, *(row for of_picture in parts for row in of_picture), *after])
         shared = [*before, *(of_picture[-1] for of_picture in parts), *after]
-        sizes = PictureSizes.whole(first.width, first.height, len(shared), _device(self.bundle.unet))
+        sizes = self._sizes(requests, len(shared) // len(requests))
         return self.family.condition(TextStates(text.by_encoder, _joined(shared).pooled_BP), sizes)
 
     def _tokenize(self, text: str, max_windows: int) -> tuple[WeightedTokens, ...]:
@@ -115,30 +128,43 @@ class PromptEncoder:
     def _encoded(self, text: str, num_windows: int, request: GenerationRequest, part: int | None = None) -> TextStates:
         """`part` is the text's place among the parts of the prompt, in regional use."""
         networks = (request.multipliers, request.is_regional, part)
-        key = (text, num_windows, request.max_windows, request.clip_skip, networks)
+        key = (text, num_windows, request.max_windows, request.clip_skip, request.weighting, networks)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         tokens = self._tokenize(text, request.max_windows)
         of_part = self.networks.for_text_of(part) if request.is_regional and self.networks else nullcontext()
         with of_part:
-            self._kept[key] = states = self._encode(tokens, num_windows, TextOptions(clip_skip=request.clip_skip))
+            self._kept[key] = states = self._encode(tokens, num_windows, request)
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return states
 
-    def _encode(self, tokens: tuple[WeightedTokens, ...], num_windows: int, text: TextOptions) -> TextStates:
+    def _encode(self, tokens: tuple[WeightedTokens, ...], num_windows: int, request: GenerationRequest) -> TextStates:
         """One prompt, at the U-Net's place: its windows are encoded each for itself and joined with their begin and
-        end states; the pooled text is that of the first one."""
+        end states; the pooled text is that of the first one. Words that mean something else to each cross-attention
+        layer make as many sets of features, side by side."""
         ids = tuple(
             token_ids(tokenizer, [item], num_windows).transpose(0, 1).to(_device(encoder))  # (N, 1, 77)
             for tokenizer, item, encoder in zip(self.bundle.tokenizers, tokens, self.bundle.text_encoders, strict=True)
         )
+        weights_1T = token_weights([tokens[0]], num_windows).flatten(1) if tokens[0].is_weighted else None
+        if self.layered_words is None:
+            return self._states(ids, weights_1T, request)
+        states = [self._states((variant,), weights_1T, request) for variant in self.layered_words.variants(ids[0])]
+        of_layers = states * NUM_LAYERS if len(states) == 1 else states
+        return TextStates((torch.cat([each.context_BTD for each in of_layers], dim=-1),))
+
+    def _states(
+        self, ids: tuple[torch.Tensor, ...], weights_1T: torch.Tensor | None, request: GenerationRequest
+    ) -> TextStates:
+        """What the encoders say of the ids (N, 1, 77) of one prompt."""
+        text = TextOptions(clip_skip=request.clip_skip)
         encoded = self.family.encode_text(self.bundle.text_encoders, ids, text)
         device = _device(self.bundle.unet)
-        weights_1T = token_weights([tokens[0]], num_windows).flatten(1) if tokens[0].is_weighted else None
-        joined = (states_NTD.to(device).flatten(0, 1).unsqueeze(0) for states_NTD in encoded.by_encoder)
-        by_encoder = tuple(states if weights_1T is None else apply_weights(states, weights_1T) for states in joined)
+        by_encoder = tuple(states_NTD.to(device).flatten(0, 1).unsqueeze(0) for states_NTD in encoded.by_encoder)
+        if weights_1T is not None:
+            by_encoder = tuple(apply_weights(states, weights_1T, request.weighting) for states in by_encoder)
         return TextStates(by_encoder, None if encoded.pooled_BP is None else encoded.pooled_BP[:1].to(device))
 
 

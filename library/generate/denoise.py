@@ -85,6 +85,7 @@ def begin(
         first.sampler,
         v_prediction=model.v_prediction,
         zero_terminal_snr=model.zero_terminal_snr or first.zero_terminal_snr,
+        sigmas=first.sigmas,
     )
     scheduler.set_timesteps(first.steps, device="cpu")  # the sampler's few scalars stay with the host: no waiting
     noise_BChw = start_noise(bundle, requests, generators).to(next(bundle.unet.parameters()).device)

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from library.checkpoints.safetensors_io import file_sha256
-from library.diffusion.samplers import SAMPLERS
+from library.diffusion.samplers import label_of
 from library.generate.options import OutputOptions
 from library.generate.picture_texts import EXIF_FOLDER, USER_COMMENT, as_comment
 from library.generate.request import GenerationRequest
@@ -112,15 +112,18 @@ class ModelNames:
 
 def metadata(request: GenerationRequest, names: ModelNames) -> dict[str, str]:
     """PNG text chunks in the trade's order; `parameters` is what web user interfaces read."""
-    return {
+    texts = {
         "prompt": request.prompt,
         "seed": str(request.seed),
         "sampler": request.sampler,
         "steps": str(request.steps),
         "scale": str(request.scale),
         "negative-prompt": request.negative_prompt,
-        "parameters": infotext(request, names),
     }
+    if request.negative_scale is not None:
+        texts["negative-scale"] = str(request.negative_scale)
+    texts |= {name.replace("_", "-"): str(value) for name, value in request.sizes.given.items()}
+    return texts | {"parameters": infotext(request, names)}
 
 
 def infotext(request: GenerationRequest, names: ModelNames) -> str:
@@ -130,7 +133,7 @@ def infotext(request: GenerationRequest, names: ModelNames) -> str:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     values = {
         "Steps": request.steps,
-        "Sampler": SAMPLERS[request.sampler].label,
+        "Sampler": label_of(request.sampler, request.sigmas),
         "CFG scale": f"{request.scale:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
@@ -140,6 +143,8 @@ def infotext(request: GenerationRequest, names: ModelNames) -> str:
     values["Model"] = _quoted(names.model)
     if request.clip_skip is not None:
         values["Clip skip"] = request.clip_skip
+    if request.weighting == "none":
+        values["Emphasis"] = "No norm"
     lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
     return "\n".join(lines)
 

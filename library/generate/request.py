@@ -15,6 +15,7 @@ from library.generate.options import PictureOptions, PromptOptions, check_seed, 
 from library.generate.prompt_line import PromptLine, RawLine, parse_prompt_line, seeds_of_line
 from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions
 from library.generate.seeds import PictureSeeds, shuffled
+from library.generate.size_options import SizeOptions
 from library.generate.start_options import StartNoiseOptions, UpscalerChoice
 from library.options import OptionError, require
 from library.text.prompt_weights import LARGEST_EMPHASIS, parse_prompt_weights
@@ -51,6 +52,10 @@ class GenerationRequest:
     multipliers: tuple[float, ...] | None = None
     region_map: str | None = None  # picture of where each part of the prompt works, see library.generate.regions
     region_colors: int | None = None  # colour codes in it; None: its red, green and blue
+    negative_scale: float | None = None  # of the negative prompt on its own; None: it is the origin of guidance
+    weighting: str = "original"  # what emphasis keeps: "original" | "abs" | "none", see library.text.weighted_tokens
+    sizes: SizeOptions = SizeOptions()  # what SDXL is told otherwise than by the picture itself
+    sigmas: str = "default"  # how the sampler's noise levels are spaced, see library.diffusion.samplers
     # what says nothing about the picture
     file_name: str = field(default="", compare=False)  # of its file; "": as the command line says
     raw_prompt: str = field(default="", compare=False)  # the line of a dynamic prompt, as it was written
@@ -76,6 +81,11 @@ class GenerationRequest:
         return self.scale > 1 or len(self.part_weights) > 1
 
     @property
+    def weighs_negative(self) -> bool:
+        """Whether an empty prompt is asked about, too, from which both prompts are measured."""
+        return self.is_guided and self.negative_scale is not None
+
+    @property
     def is_regional(self) -> bool:
         return self.region_map is not None
 
@@ -99,7 +109,9 @@ class GenerationRequest:
     @property
     def texts(self) -> tuple[str, ...]:
         """What the U-Net is asked about side by side, see library.generate.guidance."""
-        return (self.negative_prompt, *self.part_texts) if self.is_guided else self.part_texts
+        if not self.is_guided:
+            return self.part_texts
+        return (self.negative_prompt, *self.part_texts, *("",) * self.weighs_negative)
 
     @property
     def batch_key(self) -> Hashable:
@@ -107,8 +119,9 @@ class GenerationRequest:
         own = (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
         start = (bool(self.image), bool(self.mask), self.strength, self.upscaler)
         drawing = (self.deep_shrink, self.gradual_latent, self.zero_terminal_snr)
+        guidance = (self.negative_scale, self.sigmas)
         networks = (self.part_weights, self.multipliers, self.region_map, self.region_colors)
-        return (*own, *start, *drawing, *networks, self.first_stage and self.first_stage.batch_key)
+        return (*own, *start, *drawing, *guidance, *networks, self.first_stage and self.first_stage.batch_key)
 
 
 def make_requests(

@@ -85,7 +85,7 @@ def test_schedules_with_zero_terminal_snr(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_samplers_without_such_a_schedule_keep_theirs(name: str) -> None:
-    if name not in ("ddim", "euler", "euler_a", "dpmsolver", "dpmsolver++"):
+    if name not in ("ddim", "euler", "euler_a", "dpmsolver", "dpmsolver++", "dpmsolver++_sde"):
         plain, asked = (make_scheduler(name, v_prediction=True, zero_terminal_snr=is_on) for is_on in (False, True))
         assert plain.config == asked.config
 
@@ -108,7 +108,7 @@ def test_a_picture_does_not_depend_on_its_batch(name: str) -> None:
         assert torch.equal(alone[0], together[index])
 
 
-@pytest.mark.parametrize("name", ["euler_a", "dpm_2_a"])
+@pytest.mark.parametrize("name", ["euler_a", "dpm_2_a", "dpmsolver++_sde"])
 def test_ancestral_samplers_add_noise(name: str) -> None:
     ends = []
     for seed in (1, 2):
