@@ -29,6 +29,9 @@ class EmbeddingOptions:
                 flag, word = f"--{name}", Path(path).stem
                 require(Path(path).is_file(), flag, f"{path} does not exist", "check the path")
                 check_name(flag, word, path)
-                other = words.setdefault(word.lower(), path)
-                require(other == path, flag, f"{path} and {other} are the same word {word!r}", "rename one of them")
-                require(words[word.lower()] is path, flag, f"{path} is named twice", "leave one out")
+                other = words.get(word.lower())
+                problem = (
+                    f"{path} is named twice" if other == path else f"{path} and {other} are the same word {word!r}"
+                )
+                require(other is None, flag, problem, "leave one out" if other == path else "rename one of them")
+                words[word.lower()] = path

@@ -88,9 +88,7 @@ def test_sizes_are_those_of_the_picture(bundle: ModelBundle) -> None:
 
 
 def test_each_prompt_has_sizes_of_its_own(bundle: ModelBundle) -> None:
-    sizes = SizeOptions(
-        original_height=800, original_width=900, original_height_negative=100, crop_top=7, crop_left=9
-    )
+    sizes = SizeOptions(original_height=800, original_width=900, original_height_negative=100, crop_top=7, crop_left=9)
     positive, negative = [800, 900, 7, 9, 72, 64], [100, 900, 7, 9, 72, 64]
     plain = [72, 64, 0, 0, 72, 64]
     assert told(bundle, changed(sizes=sizes)) == [negative, positive]
