@@ -31,8 +31,8 @@ def ours(family: Any, bundle: ModelBundle, request: GenerationRequest) -> np.nda
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean, in steps of 1/255."""
-    return float(np.abs(one - other).mean() * 255)
+    """Mean, in steps of 1/255, of pictures that are rounded to such steps."""
+    return float(np.abs((one * 255).round() - (other * 255).round()).mean())
 
 
 def theirs(pipeline: Any, request: GenerationRequest, **more: Any) -> np.ndarray:
