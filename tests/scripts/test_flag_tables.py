@@ -15,6 +15,7 @@ import pytest
 import fine_tune
 import gen_img_diffusers
 import sdxl_gen_img
+import sdxl_minimal_inference
 import sdxl_train
 import sdxl_train_network
 import train_db
@@ -32,6 +33,7 @@ PARSERS = {
     "sdxl_train": lambda: training.build_parser(sdxl_train.SCRIPT),
     "gen_img_diffusers": lambda: generation.build_parser(gen_img_diffusers.SCRIPT),
     "sdxl_gen_img": lambda: generation.build_parser(sdxl_gen_img.SCRIPT),
+    "sdxl_minimal_inference": sdxl_minimal_inference.build_parser,
     "merge_captions_to_metadata": merge_captions_to_metadata.TOOL.parser,
     "merge_dd_tags_to_metadata": merge_dd_tags_to_metadata.TOOL.parser,
     "clean_captions_and_tags": lambda: metadata_tools.clean_parser(None),
@@ -70,6 +72,7 @@ OWN = {
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
     "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | WEIGHING | {"--no_half_vae"},
     "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | WEIGHING | {"--v_parameterization", "--shuffle_prompts"},
+    "sdxl_minimal_inference": {"--steps", "--seed", "--width", "--height"},
     "merge_captions_to_metadata": {"--on_missing_text"},
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
