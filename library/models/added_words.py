@@ -140,7 +140,7 @@ def _check_widths(word: Word, text_encoders: Sequence[Any], flag: str) -> None:
     raise OptionError(flag, problem, "use a word that was made for this kind of model")
 
 
-def _model_of(widths: tuple[int, ...]) -> str:
+def _model_of(widths: Sequence[int]) -> str:
     if len(widths) > 1:
         return f"SDXL (vectors of {' and '.join(map(str, widths))})"
     kind = KINDS.get(widths[0], "")
