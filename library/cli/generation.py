@@ -77,7 +77,7 @@ def generate(
     plan = images.load_plan(config.compute)
     factories = networks.import_modules(config.networks)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
-    is_regional = any(request.is_regional for request in requests)
+    is_regional = region_map(config) is not None
     in_use = networks.attach(factories, config.networks, bundle, plan, is_regional=is_regional)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
     encoder.networks = in_use
