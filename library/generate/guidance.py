@@ -1,7 +1,7 @@
 """Classifier-free guidance (Ho and Salimans 2022) and composition (Liu et al. 2022, arXiv:2206.01714).
 
 A request's `texts` are asked about side by side, each a group of rows of the U-Net, in the order negative, then each
-part of the prompt. In regional use all parts share one group, see library.generate.regions.
+part of the prompt. In regional use all parts share one group, see library.generate.region_map.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def generate(
     config: GenerationConfig, requests: Sequence[GenerationRequest], engine: Engine, folder: Path
 ) -> list[Path]:
     """Make the pictures and write them into `folder`; returns their paths in the order of the requests."""
-    names = partial(ModelNames.of, Path(engine.bundle.source.path), config.networks.tags)
+    names = partial(ModelNames.of, Path(engine.bundle.source.path), config.networks.tags, config.networks.tags_at)
     writer = PictureWriter(folder, config.output, names)
     progress = progress_bar(total=len(requests), unit="picture", desc="pictures")
     with writer, progress:

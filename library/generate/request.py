@@ -36,7 +36,7 @@ class GenerationRequest:
     multipliers: tuple[float, ...] | None = (
         None  # of the networks; None: the command line's, the last serves all others
     )
-    region_map: str | None = None  # picture of where each part of the prompt works, see library.generate.regions
+    region_map: str | None = None  # picture of where each part of the prompt works, see library.generate.region_map
     region_colors: int | None = None  # colour codes in it; None: its red, green and blue
 
     @property

@@ -183,7 +183,7 @@ def test_pre_calculation_and_back(case):
 
 @each_case
 def test_regional(case):
-    """One network with the whole picture is the plain network; with half of it another one; afterwards the plain one."""
+    """A network with the whole picture is the plain network; with half of it another one; afterwards the plain one."""
     on = models(case)
     network = created(case, on).network
     for adapter in network.text_adapters:

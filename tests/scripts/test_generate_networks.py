@@ -55,9 +55,7 @@ def loras_for(family: Any, model: Path, folder: Path) -> list[Path]:
     encoders = list(bundle.text_encoders)
     files = []
     for seed in range(3):
-        network = create_network(
-            1.0, 4, 4.0, bundle.vae, encoders[0] if len(encoders) == 1 else encoders, bundle.unet
-        )
+        network = create_network(1.0, 4, 4.0, bundle.vae, encoders[0] if len(encoders) == 1 else encoders, bundle.unet)
         perturb(network, seed=seed, std=0.15)
         files.append(folder / f"lora{seed}.safetensors")
         network.save_weights(files[-1], None, {"ss_network_dim": "4", "ss_tag_frequency": '{"cat": 3}'})
@@ -99,6 +97,9 @@ def test_multipliers_of_a_prompt(sd1: Set, tmp_path: Path) -> None:
     bare, *_ = sd1.draw(tmp_path / "bare", "--prompt", "a cat --d 3")
     halves, *_ = sd1.draw(tmp_path / "halves", *sd1.networks(0.5, -0.5), "--prompt", "a cat --d 3")
     one, *_ = sd1.draw(tmp_path / "one", *sd1.networks(1.0), "--prompt", "a cat --d 3")
+    texts = [Image.open(path).text["parameters"] for path in sorted((tmp_path / "am").glob("*.png"))]
+    assert texts[0].startswith("a cat <lora:lora0:1> <lora:lora1:0.5>\n")
+    assert texts[2].startswith("a cat <lora:lora0:0.5> <lora:lora1:-0.5>\n")
     assert difference(got[1], bare) == 0
     assert difference(got[2], halves) == 0
     assert difference(got[3], one) == 0 and difference(got[4], one) == 0
@@ -113,7 +114,9 @@ def test_networks_that_work_together_are_all_there(sdxl: Set, tmp_path: Path) ->
     assert min(difference(pictures[1], pictures[2]), difference(pictures[2], pictures[3])) > 0.5
 
 
-@pytest.mark.parametrize("flags", [["--network_merge"], ["--network_merge_n_models", 1], ["--network_pre_calc"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [["--network_merge"], ["--network_merge_n_models", 1], ["--network_pre_calc"]], ids=str
+)
 def test_the_faster_ways_draw_the_same(sd1: Set, tmp_path: Path, flags: list[object]) -> None:
     networks = sd1.networks(1.0, 0.5)
     applied = sd1.draw(tmp_path / "applied", *networks, "--prompt", "a cat --n dog")
@@ -232,7 +235,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     cases = [
         (
             [*two, "--prompt", 'a "cat"', "--mask_path", stripes],
-            '--network_weights: 2 networks for 1 part of the prompt "a \\"cat\\""; with --mask_path write a part for each',
+            '--network_weights: 2 networks for 1 part of the prompt "a \\"cat\\""; with --mask_path write a part',
         ),
         ([*parts, tmp_path / "none.png"], f"--mask_path: {tmp_path}/none.png does not exist"),
         ([*parts, tmp_path / "broken.png"], f"--mask_path: {tmp_path}/broken.png is no picture that can be read"),

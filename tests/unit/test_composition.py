@@ -133,7 +133,9 @@ def test_multipliers_of_a_line() -> None:
 
 @pytest.mark.parametrize("value", ["", "x", "0.5;1", "nan", "1,inf"])
 def test_multipliers_that_are_no_numbers(value: str) -> None:
-    with pytest.raises(OptionError, match="prompts.txt, line 2: --am .* is not a multiplier or several joined by commas"):
+    with pytest.raises(
+        OptionError, match="prompts.txt, line 2: --am .* is not a multiplier or several joined by commas"
+    ):
         parse_prompt_line(f"a cat --am {value}", "prompts.txt, line 2")
 
 

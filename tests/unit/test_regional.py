@@ -17,7 +17,8 @@ from library.families.sd import StableDiffusion
 from library.families.sdxl import StableDiffusionXL
 from library.generate.conditions import PromptEncoder
 from library.generate.denoise import begin, denoise
-from library.generate.networks import Networks, NetworkInUse, multipliers_of, region_masks
+from library.generate.network_options import multipliers_of
+from library.generate.networks import NetworkInUse, Networks, region_masks
 from library.generate.request import GenerationRequest
 from library.models.options import AttentionOptions
 from library.targets.adapter import Adapted
@@ -193,7 +194,9 @@ def test_other_layers_change_their_region_exactly() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["lora_unet_mid_block_resnets_0_time_emb_proj", "lora_unet_middle_block_0_emb_layers_1"])
+@pytest.mark.parametrize(
+    "name", ["lora_unet_mid_block_resnets_0_time_emb_proj", "lora_unet_middle_block_0_emb_layers_1"]
+)
 def test_layers_of_the_time_have_no_place(name: str) -> None:
     layer = torch.nn.Linear(6, 5)
     x = torch.randn(4, 6)
@@ -230,7 +233,7 @@ def test_parts_are_put_together_by_their_masks(groups: int) -> None:
     masks = [halves(), torch.full((16, 16), 0.5)]
     adapters, shared = [], {}
     networks = []
-    for mask in masks:
+    for _ in masks:
         adapter = LoRAModule("lora_unet_attn2_to_out_0", to_out, rank=2, alpha=2.0)
         perturb(adapter, seed=len(adapters), std=1.0)
         adapters.append(adapter)
@@ -262,7 +265,15 @@ def test_parts_are_put_together_by_their_masks(groups: int) -> None:
 
 
 def test_rules_by_name() -> None:
-    names = ["lora_te_a", "lora_te1_a", "lora_te2_a", "x_attn2_to_k", "x_attn2_to_out_0", "x_time_emb_proj", "x_attn2_to_q"]
+    names = [
+        "lora_te_a",
+        "lora_te1_a",
+        "lora_te2_a",
+        "x_attn2_to_k",
+        "x_attn2_to_out_0",
+        "x_time_emb_proj",
+        "x_attn2_to_q",
+    ]
     rules = [rule_of(name).__name__ for name in names]
     assert rules == ["_of_own_text"] * 3 + ["_of_own_context", "_put_aside", "_everywhere", "_masked"]
 
@@ -319,8 +330,19 @@ def test_another_network_and_another_text_change_cross_attention_in_their_half_a
         assert bool(((other[:, :, 4:] - before[:, :, 4:]).abs().amax(dim=-1) > 1e-4).all())
 
 
+def test_attention_is_coupled_where_no_network_stands(paths: dict[str, Path], tmp_path: Path) -> None:
+    dims = {"block_dims": ",".join(["0"] * 24 + ["4"])}  # the outermost block alone
+    studio = Studio("sd1", paths["sd1"], (1, 2), **dims)
+    assert not any("down_blocks" in adapter.name for adapter in studio.networks[1].network.adapters)
+    path = region_file(tmp_path, (255, 0, 0), (0, 255, 0))
+    one, other = (
+        studio.draw(changed(prompt=f"a cat AND a {thing}", scale=4.0, region_map=path)) for thing in ("dog", "house")
+    )
+    assert difference(one, other) > 1e-3
+
+
 def test_each_text_is_encoded_with_its_own_network(paths: dict[str, Path], tmp_path: Path) -> None:
-    """Rows: negative prompt without networks, then each part with its network alone, then no pooled text but the last."""
+    """Rows: the negative prompt without networks, then each part with its network alone; one pooled text, the last."""
     studio = Studio("sdxl", paths["sdxl"], (1, 2))
     path = region_file(tmp_path, (255, 0, 0), (0, 255, 0))
     request = changed(prompt="a cat AND a dog AND a tree", scale=4.0, region_map=path)
@@ -357,7 +379,7 @@ def test_models_beside_the_unet_get_the_last_part(paths: dict[str, Path], tmp_pa
 def test_short_lists_are_padded_with_their_last_value() -> None:
     defaults = (0.1, 0.2, 0.3)
     asked = [None, (1.0,), (1.0, 2.0), (1.0, 2.0, 3.0, 4.0)]
-    got = [multipliers_of(changed(multipliers=multipliers), defaults) for multipliers in asked]
+    got = [multipliers_of(multipliers, defaults) for multipliers in asked]
     assert got == [defaults, (1.0, 1.0, 1.0), (1.0, 2.0, 2.0), (1.0, 2.0, 3.0)]
 
 
