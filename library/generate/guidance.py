@@ -2,7 +2,7 @@
 
 A request's `texts` are asked about side by side, each a group of rows of the U-Net, in the order negative, then each
 part of the prompt, then the empty prompt where the negative one has a scale of its own. In regional use all parts share
-one group, see library.generate.regions.
+one group, see library.generate.region_map.
 """
 
 from __future__ import annotations

@@ -107,7 +107,15 @@ class NetworkOptions:
     @property
     def tags(self) -> str:
         """The networks as prompts of web user interfaces ask for them."""
-        return " ".join(network_tag(Path(file.path).stem, file.multiplier) for file in self.files)
+        return self.tags_at(None)
+
+    def tags_at(self, multipliers: tuple[float, ...] | None) -> str:
+        """The same with the multipliers of a prompt line, if any, for the networks that follow them."""
+        own = tuple(file.multiplier for file in self.files)
+        used = own[: self.num_merged] + multipliers_of(multipliers, own[self.num_merged :])
+        return " ".join(
+            network_tag(Path(file.path).stem, multiplier) for file, multiplier in zip(self.files, used, strict=True)
+        )
 
     @property
     def files(self) -> tuple[NetworkFile, ...]:
@@ -119,6 +127,11 @@ class NetworkOptions:
             NetworkFile(module, path, multiplier, network_arguments(text))
             for module, path, multiplier, text in zip(modules, weights, multipliers, arguments, strict=False)
         )
+
+
+def multipliers_of(given: tuple[float, ...] | None, defaults: tuple[float, ...]) -> tuple[float, ...]:
+    """A multiplier for each network: those given, of which the last one serves all further ones, or the defaults."""
+    return (given + given[-1:] * len(defaults))[: len(defaults)] if given else defaults
 
 
 def network_arguments(text: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from library.generate.drawing import Drawing, Part
+from library.generate.network_options import multipliers_of
 from library.generate.request import GenerationRequest
 
 ANY_SIZE = (64, 64)  # of pictures, where none is drawn
@@ -65,9 +66,9 @@ class Networks(Part):
 
     @contextmanager
     def prepared(self, requests: Sequence[GenerationRequest]) -> Iterator[None]:
-        """The multipliers of the batch; see also :func:`multipliers_of`."""
+        """The multipliers that the batch asks for."""
         first = requests[0]
-        self._set(multipliers_of(first, self._defaults))
+        self._set(multipliers_of(first.multipliers, self._defaults))
         if self._calculated and self._calculated_at != self._now:
             for network in self._calculated:
                 network.back_up_weights() if self._calculated_at is None else network.restore_weights()
@@ -131,12 +132,6 @@ class Networks(Part):
         if key not in self._masks:
             self._masks[key] = region_masks(*key, len(self._networks)).to(self._device)
         return self._masks[key]
-
-
-def multipliers_of(request: GenerationRequest, defaults: tuple[float, ...]) -> tuple[float, ...]:
-    """A multiplier for each network: what the request says, its last one for all further networks, or the defaults."""
-    given = request.multipliers
-    return (given + given[-1:] * len(defaults))[: len(defaults)] if given else defaults
 
 
 def region_masks(path: str, num_colors: int | None, count: int) -> torch.Tensor:

@@ -103,11 +103,14 @@ class ModelNames:
     model: str
     model_hash: str = ""  # the first 10 digits of the file's SHA-256
     networks: str = ""  # tags such as "<lora:name:1>", as prompts ask for networks there
+    networks_at: Callable[[tuple[float, ...] | None], str] | None = None  # the same with the multipliers of a request
 
     @classmethod
-    def of(cls, model: Path, networks: str = "") -> ModelNames:
+    def of(
+        cls, model: Path, networks: str = "", networks_at: Callable[[tuple[float, ...] | None], str] | None = None
+    ) -> ModelNames:
         """Of a model's file or folder; a file is read as a whole for its hash, once."""
-        return cls(model.stem, file_sha256(model)[:10] if model.is_file() else "", networks)
+        return cls(model.stem, file_sha256(model)[:10] if model.is_file() else "", networks, networks_at)
 
 
 def metadata(request: GenerationRequest, names: ModelNames) -> dict[str, str]:
@@ -128,7 +131,8 @@ def metadata(request: GenerationRequest, names: ModelNames) -> dict[str, str]:
 
 def infotext(request: GenerationRequest, names: ModelNames) -> str:
     """The specification as web user interfaces write and read it."""
-    lines = [f"{request.prompt} {names.networks}".strip()]
+    tags = names.networks if names.networks_at is None else names.networks_at(request.multipliers)
+    lines = [f"{request.prompt} {tags}".strip()]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     values = {

@@ -50,7 +50,7 @@ class GenerationRequest:
     zero_terminal_snr: bool = False  # asked for; models that need it say so themselves
     # of the networks, in their order; the last one serves all further ones; None: the command line's
     multipliers: tuple[float, ...] | None = None
-    region_map: str | None = None  # picture of where each part of the prompt works, see library.generate.regions
+    region_map: str | None = None  # picture of where each part of the prompt works, see library.generate.region_map
     region_colors: int | None = None  # colour codes in it; None: its red, green and blue
     negative_scale: float | None = None  # of the negative prompt on its own; None: it is the origin of guidance
     weighting: str = "original"  # what emphasis keeps: "original" | "abs" | "none", see library.text.weighted_tokens
