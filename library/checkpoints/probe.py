@@ -43,11 +43,13 @@ def probe(
     sd_script: str = SD_SCRIPT,
     sdxl_script: str = SDXL_SCRIPT,
     v2: bool = False,
+    may_inpaint: bool = False,
 ) -> ModelSource:
     """The source of a single file, a Diffusers folder or a hub id; headers only, no weights.
 
     Raises OptionError naming `flag` for what is no model of `family` ("sd": SD 1.x / 2.x, "sdxl"); for one of the other
-    family it names that one's script, for a contradiction with --v2 that flag. Only a hub id may use the network (see
+    family it names that one's script, for a contradiction with --v2 that flag. Inpainting models, whose U-Nets have
+    nine input channels, are taken only by who says that it `may_inpaint`. Only a hub id may use the network (see
     resolve_model).
     """
     found = resolve_model(path, flag)
@@ -55,6 +57,8 @@ def probe(
     if _family(source.kind) != family:
         script = sdxl_script if source.kind == "sdxl" else sd_script
         raise OptionError(flag, f"{path} is an {KIND_NAMES[source.kind]} model", f"use {script}")
+    if not (may_inpaint and source.in_channels == 9):
+        _require_four_channels(path, source.in_channels, flag)
     if v2 and source.kind != "sd2":
         raise OptionError("--v2", f"the model {path} is {KIND_NAMES[source.kind]}", "remove the flag")
     return source
@@ -122,18 +126,19 @@ def _probe_file(path: str, found: Path, family: str, flag: str) -> ModelSource:
             raise OptionError(
                 flag, f"{path} is no Stable Diffusion model: it holds no U-Net", "name a complete checkpoint"
             )
-        if _family(kind) == family:
-            _check_parts(path, shapes, kind, flag)
+        in_channels = _check_parts(path, shapes, kind, flag) if _family(kind) == family else 4
         return ModelSource(
             path,
             kind,
             is_single_file=True,
             v_prediction=_says_v_prediction(shapes, metadata),
             zero_terminal_snr=ZERO_TERMINAL_SNR_MARKER in shapes,
+            in_channels=in_channels,
         )
 
 
-def _check_parts(path: str, shapes: Mapping[str, tuple[int, ...]], kind: str, flag: str) -> None:
+def _check_parts(path: str, shapes: Mapping[str, tuple[int, ...]], kind: str, flag: str) -> int:
+    """The U-Net's input channels; raises OptionError for a model that is not complete or of a special kind."""
     if is_refiner(shapes):
         raise _is_refiner(path, flag)
     if any(key in shapes for key in EDM_KEYS):
@@ -146,9 +151,9 @@ def _check_parts(path: str, shapes: Mapping[str, tuple[int, ...]], kind: str, fl
             raise ArchitectureError(f"its U-Net takes a vector of {unet.vector_width} numbers, not {own}")
     except ArchitectureError as error:
         raise OptionError(flag, f"{path} is no complete {KIND_NAMES[kind]} model: {error}") from None
-    _require_four_channels(path, unet.in_channels, flag)
     if kind != "sdxl" and unet.vector_width:
         raise OptionError(flag, f"{path} is an unCLIP model, which also takes a picture", PLAIN_MODEL)
+    return unet.in_channels
 
 
 def _says_v_prediction(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
@@ -179,13 +184,13 @@ def _probe_folder(path: str, folder: Path, family: str, flag: str) -> ModelSourc
     if is_sdxl:
         read_config(folder / "text_encoder_2" / "config.json", flag)
         kind = "sdxl"
-    _require_four_channels(path, unet.get("in_channels", 4), flag)
     return ModelSource(
         path,
         kind,
         is_single_file=False,
         v_prediction=scheduler.get("prediction_type") == "v_prediction",
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
+        in_channels=unet.get("in_channels", 4),
     )
 
 

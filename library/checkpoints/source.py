@@ -14,3 +14,4 @@ class ModelSource:
     is_single_file: bool
     v_prediction: bool
     zero_terminal_snr: bool = False  # its last timestep is pure noise (Lin et al. 2023), as the model itself says
+    in_channels: int = 4  # of the U-Net; 9 for inpainting models, which are told a mask and a picture beside latents

@@ -157,7 +157,7 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     networks.check_multipliers(config.networks, [request.multipliers or () for request in asked.requests])
     check_requests(asked.requests)
     model = config.checkpoint
-    source = probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
+    source = probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, may_inpaint=True, **SCRIPTS)
     networks.check_kind(config.networks, source.kind)
     if config.networks.network_show_meta:
         networks.show_metadata(config.networks)

@@ -22,6 +22,7 @@ class ModelOptions:
     )
     vae: str | None = opt(help="replace the VAE: a VAE file, a full checkpoint, a Diffusers folder or a hub id")
     no_half_vae: bool = opt(False, help="run the VAE in float32 whatever --mixed_precision says")
+    may_inpaint: bool = False  # no option: whether inpainting models, of nine channels, are of use
 
     def __post_init__(self) -> None:
         require(

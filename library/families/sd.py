@@ -55,7 +55,7 @@ class StableDiffusion:
         path = options.pretrained_model_name_or_path
         assert path is not None  # ModelOptions checks it
         found = resolve_model(path)
-        source = replace(probe(str(found), v2=options.v2), path=path)
+        source = replace(probe(str(found), v2=options.v2, may_inpaint=options.may_inpaint), path=path)
         return found, self._with_prediction_type(source, options)
 
     def _tokenizer(self, source: ModelSource) -> ClipTokenizer:

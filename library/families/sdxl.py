@@ -57,7 +57,8 @@ class StableDiffusionXL:
         path = options.pretrained_model_name_or_path
         assert path is not None  # ModelOptions checks it
         found = resolve_model(path)
-        source = replace(probe(str(found), family=self.name, v2=options.v2), path=path)
+        source = probe(str(found), family=self.name, v2=options.v2, may_inpaint=options.may_inpaint)
+        source = replace(source, path=path)
         return found, replace(source, v_prediction=source.v_prediction or options.v_parameterization)
 
     def _tokenizers(self) -> tuple[ClipTokenizer, ClipTokenizer]:

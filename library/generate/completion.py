@@ -17,7 +17,7 @@ from library.generate.resolution_options import DeepShrinkOptions, GradualLatent
 from library.generate.size_options import SizeOptions
 from library.generate.sources import SIZE_STEP, Sources
 from library.generate.start_options import DEFAULT_STRENGTH, StartOptions, check_strength
-from library.options import OptionError, require
+from library.options import require
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +83,14 @@ class Completion:
         return DEFAULT_STRENGTH
 
     def _deep_shrink(self, line: PromptLine) -> DeepShrinkOptions:
-        options = _named(line, self.config.deep_shrink)
+        options = overridden(self.config.deep_shrink, line)
         for depth in (options.ds_depth_1, options.ds_depth_2):
             most = BLOCKS[self.family]
             require(depth is None or depth <= most, line.where, f"this model has no block {depth}", f"use 0 to {most}")
         return options
 
     def _gradual_latent(self, line: PromptLine, sampler: str) -> GradualLatentOptions:
-        options = _named(line, self.config.gradual_latent)
+        options = overridden(self.config.gradual_latent, line)
         if options.gradual_latent_timesteps is None or sampler in GRADUAL_SAMPLERS:
             return options
         logger.warning("%s: gradual latent has no effect with %s: euler_a alone can do it", line.where, sampler)
@@ -154,10 +154,3 @@ def with_strength(request: GenerationRequest, strength: float, where: str) -> Ge
     problem = f"a strength of {strength} leaves none of {request.steps} steps"
     require(request.steps_done >= 1, where, problem, "use more steps or a larger --strength")
     return request
-
-
-def _named(line: PromptLine, options: DeepShrinkOptions | GradualLatentOptions) -> ...:
-    try:
-        return overridden(options, line)
-    except OptionError as error:
-        raise OptionError(line.where, str(error)) from None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
@@ -36,8 +36,8 @@ class GradualLatent(Part):
         options = drawing.first.gradual_latent
         if options != GradualLatentOptions():
             whole_hw = (drawing.latents_BChw.shape[2], drawing.latents_BChw.shape[3])
-            scheduler = EnlargingEulerAncestral.like(drawing.scheduler, options, whole_hw)
-            drawing.scheduler = self._scheduler = scheduler
+            self._scheduler = EnlargingEulerAncestral.like(drawing.scheduler, options, whole_hw)
+            drawing.scheduler = self._scheduler  # pyright: ignore[reportAttributeAccessIssue]
             size_hw = scaled_size(whole_hw, options.gradual_latent_ratio)
             drawing.latents_BChw = enlarged(drawing.latents_BChw, size_hw, options.unsharp)
         try:
@@ -114,7 +114,7 @@ class EnlargingEulerAncestral(EulerAncestralDiscreteScheduler):
             next_sample = sample + enlarged(derivative, self.size_hw, None) * (sigma_down - sigma)
         noise = randn_tensor(next_sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)  # pyright: ignore[reportArgumentType]
         next_sample = next_sample + noise * sigma_up * self.options.gradual_latent_s_noise
-        self._step_index += 1
+        self._step_index = self.step_index + 1
         return (next_sample, clean)
 
     def _clean(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from library.options import OptionError
 logger = logging.getLogger(__name__)
 
 NEGATIVE = "Negative prompt:"
+WINDOWS = "Max embeddings multiples"  # this program's own: user interfaces cut no prompt off
 VALUE = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 NETWORK = re.compile(r"\s*<(?:lora|lyco|hypernet):[^>]*>")
 
@@ -50,6 +51,7 @@ def parse_infotext(text: str, where: str = "infotext") -> PromptLine:
         sampler=sampler,
         sigmas=sigmas,
         clip_skip=_read(values, "Clip skip", where, int),
+        windows=_read(values, WINDOWS, where, int),
     )
 
 

@@ -42,6 +42,7 @@ class CheckpointOptions:
             v2=self.v2,
             v_parameterization=self.v_parameterization,
             vae=self.vae,
+            may_inpaint=True,
         )
 
 
@@ -114,9 +115,8 @@ class PictureOptions:
         check_size("--H", self.height)
         require(math.isfinite(self.scale), "--scale", f"{self.scale} is no scale", "use 7.5 or so")
         check_steps("--steps", self.sampler, self.steps)
-        skip, windows = self.clip_skip, self.windows
-        require(skip is None or 1 <= skip <= 12, "--clip_skip", f"{skip} is out of range", "use 1 to 12")
-        require(windows >= 1, "--max_embeddings_multiples", f"{windows} is out of range", "use 1 or more")
+        check_clip_skip("--clip_skip", self.clip_skip)
+        check_windows("--max_embeddings_multiples", self.windows)
 
     @property
     def width(self) -> int:
@@ -154,6 +154,14 @@ def check_size(where: str, pixels: int) -> None:
     require(pixels <= LARGEST_SIZE, where, f"{pixels} is too large", f"the largest is {LARGEST_SIZE}")
     below = pixels // SIZE_STEP * SIZE_STEP
     require(pixels == below, where, f"{pixels} is not a multiple of {SIZE_STEP}", f"use {below} or {below + SIZE_STEP}")
+
+
+def check_clip_skip(where: str, skip: int | None) -> None:
+    require(skip is None or 1 <= skip <= 12, where, f"{skip} is out of range", "use 1 to 12")
+
+
+def check_windows(where: str, windows: int | None) -> None:
+    require(windows is None or windows >= 1, where, f"{windows} is out of range", "use 1 or more")
 
 
 def check_seed(where: str, seed: int | None) -> None:

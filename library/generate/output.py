@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from library.checkpoints.safetensors_io import file_sha256
 from library.diffusion.samplers import label_of
+from library.generate.infotext import WINDOWS
 from library.generate.options import OutputOptions
 from library.generate.picture_texts import EXIF_FOLDER, USER_COMMENT, as_comment
 from library.generate.request import GenerationRequest
@@ -149,6 +150,8 @@ def infotext(request: GenerationRequest, names: ModelNames) -> str:
         values["Clip skip"] = request.clip_skip
     if request.weighting == "none":
         values["Emphasis"] = "No norm"
+    if request.max_windows > 1:
+        values[WINDOWS] = request.max_windows
     lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
     return "\n".join(lines)
 

@@ -30,10 +30,13 @@ def read_prompts(path: str | Path) -> Sequence[RawLine | PromptLine]:
     """The prompts of --from_file; raises OptionError for a file that is missing or holds none."""
     path = Path(path)
     if path.suffix.lower() in PICTURES:
-        text = picture_texts(path, FROM_FILE).get("parameters")
-        if text is None:
+        texts = picture_texts(path, FROM_FILE)
+        if "parameters" not in texts:
             raise OptionError(FROM_FILE, f"{path} does not tell how it was made", WAY_OUT)
-        return [parse_infotext(text, str(path))]
+        line = parse_infotext(texts["parameters"], str(path))
+        if {"prompt", "negative-prompt"} <= texts.keys():  # this program's: to the letter, without tags of networks
+            line = replace(line, prompt=texts["prompt"], negative_prompt=texts["negative-prompt"])
+        return [line]
     text = read_bytes_as_text(path, FROM_FILE)
     return [parse_infotext(text, str(path))] if INFOTEXT.search(text) else lines_of_text(text, path, FROM_FILE)
 

@@ -45,6 +45,7 @@ class PromptLine:
     gradual_latent_s_noise: float | None = None
     gradual_latent_unsharp_params: str | None = None
     clip_skip: int | None = None
+    windows: int | None = None  # most windows of 75 tokens
     turn: int | None = None  # which file of --image_path is this prompt's, from 0; None: they are taken in turn
     file_name: str = ""
     raw_prompt: str = ""  # what a dynamic prompt was before it was drawn

@@ -8,10 +8,17 @@ import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from library.diffusion.samplers import SAMPLERS
+from library.diffusion.samplers import SAMPLERS, check_packages
 from library.generate.composition import prompt_parts, split_prompt
 from library.generate.dynamic_prompts import parse_dynamic_prompt
-from library.generate.options import PictureOptions, PromptOptions, check_seed, check_size
+from library.generate.options import (
+    PictureOptions,
+    PromptOptions,
+    check_clip_skip,
+    check_seed,
+    check_size,
+    check_windows,
+)
 from library.generate.prompt_line import PromptLine, RawLine, parse_prompt_line, seeds_of_line
 from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions
 from library.generate.seeds import PictureSeeds, shuffled
@@ -246,6 +253,10 @@ def checked_line(line: PromptLine, sampler: str) -> PromptLine:
         check_size(f"{line.where}: --h", line.height)
     for seed in line.seeds:
         check_seed(f"{line.where}: --d", seed)
+    check_clip_skip(f"{line.where}: clip skip", line.clip_skip)
+    check_windows(f"{line.where}: windows", line.windows)
+    if line.sampler is not None:
+        check_packages(line.where, line.sampler)
     for text in (line.prompt, line.negative_prompt):
         check_emphasis(line.where, text)
     for part in prompt_parts(line.prompt):
@@ -307,7 +318,7 @@ def request_of(line: PromptLine, picture: PictureOptions, seed: int) -> Generati
         seed=seed,
         sampler=line.sampler or picture.sampler,
         clip_skip=picture.clip_skip if line.clip_skip is None else line.clip_skip,
-        max_windows=picture.windows,
+        max_windows=picture.windows if line.windows is None else line.windows,
         file_name=line.file_name,
         raw_prompt=line.raw_prompt,
         multipliers=line.multipliers,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from library.generate.prompt_line import PromptLine
-from library.options import opt, options_of, require
+from library.options import OptionError, opt, options_of, require
 
 Overridable = TypeVar("Overridable", "DeepShrinkOptions", "GradualLatentOptions")
 
@@ -104,11 +104,17 @@ SWITCHES = {"ds_depth_1": 3, "gradual_latent_timesteps": 650}  # what a line's o
 
 
 def overridden(options: Overridable, line: PromptLine) -> Overridable:
-    """The options with what the line says; any of them in a line switches the feature on for that line."""
+    """The options with what the line says; any of them in a line switches the feature on for that line.
+
+    Raises OptionError, which names the line, for values that are out of range.
+    """
     names = [option.name for option in options_of(type(options))]
     own = {name: getattr(line, name) for name in names if getattr(line, name, None) is not None}
     switch = next(name for name in names if name in SWITCHES)
     if own and switch not in own and getattr(options, switch) is None:
         own[switch] = SWITCHES[switch]
-    changed = dataclasses.replace(options, **own)
+    try:
+        changed = dataclasses.replace(options, **own)
+    except OptionError as error:
+        raise OptionError(line.where, str(error)) from None
     return type(options)() if getattr(changed, switch) is None else changed

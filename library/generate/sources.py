@@ -1,4 +1,4 @@
-"""The files that pictures are made from: which one is whose turn, how large pictures become, and what is wrong with them.
+"""The files that pictures are made from: whose turn it is, how large pictures become, what is wrong with a file.
 
 Imports no torch: command lines look at every file before a model is loaded.
 """
@@ -36,7 +36,7 @@ def files_of(path: str | None, flag: str) -> tuple[str, ...]:
 
 @functools.cache
 def size_of(path: str, flag: str) -> tuple[int, int]:
-    """Width and height of an upright picture that can be read to its end; else OptionError names `flag` and the file."""
+    """Width and height of an upright picture; OptionError names a file that is not whole, and its `flag`."""
     try:
         size = read_header(path).size_wh
         with open_image(path) as image:

@@ -6,6 +6,7 @@ Shape letters: B pictures, C channels, h w latent pixels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,10 +52,10 @@ def vae_samples(
 ) -> torch.Tensor:
     """Unscaled latents of images in [-1, 1], one by one: a picture depends on nothing that is drawn beside it."""
     latents = []
+    config: Any = bundle.vae.config
     for image_CHW, seed in zip(images_CHW, seeds, strict=True):
         height, width = (vae.latent_size(bundle.vae, side) for side in image_CHW.shape[1:])
-        shape = (1, bundle.vae.config.latent_channels, height, width)  # pyright: ignore[reportAttributeAccessIssue]
-        noise_1Chw = torch.randn(shape, generator=torch_generator(seed, purpose))
+        noise_1Chw = torch.randn((1, config.latent_channels, height, width), generator=torch_generator(seed, purpose))
         latents.append(vae.encode(bundle.vae, image_CHW.unsqueeze(0), noise_1Chw))
     return torch.cat(latents)
 

@@ -55,7 +55,7 @@ class HighresOptions:
     )
     highres_fix_steps: int = opt(28, help="denoising steps of the first stage")
     highres_fix_strength: float | None = opt(
-        help="--strength of the first stage, where it starts from a picture (--image_path); the same without this option"
+        help="--strength of the first stage, where it starts from a picture; the same without this option"
     )
     highres_fix_save_1st: bool = opt(False, help="save the pictures of the first stage, too")
     highres_fix_latents_upscaling: bool = opt(False, help="enlarge the latents in place of the picture")

@@ -12,8 +12,8 @@ class VaeOptions:
     """How much the VAE takes at once."""
 
     vae_batch_size: float | None = opt(
-        help="pictures that the VAE decodes at once: 1 or more as a number, less than 1 as a share of the batch; all of "
-        "the batch without this option"
+        help="pictures that the VAE decodes at once: 1 or more as a number, less than 1 as a share of the batch; the "
+        "whole batch without this option"
     )
     vae_slices: int | None = opt(
         help="strips in which the VAE computes its layers, 16 or 32: far less GPU memory for the same picture, slower"

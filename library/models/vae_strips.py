@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch.nn.functional import conv2d, group_norm, pad
 
+FORWARD = "forward"  # what is put in its place takes its arguments by place, as diffusers gives them
+
 
 def compute_in_strips(vae: Any, num_strips: int) -> None:
     """Let diffusers' AutoencoderKL compute its convolutions and norms in this many horizontal strips, for good."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.forward = functools.partial(_convolution, module, num_strips)
+            setattr(module, FORWARD, functools.partial(_convolution, module, num_strips))
         elif isinstance(module, torch.nn.GroupNorm):
-            module.forward = functools.partial(_norm, module, num_strips)
+            setattr(module, FORWARD, functools.partial(_norm, module, num_strips))
         elif type(module).__name__ == "Attention":
             module.register_forward_pre_hook(_to_device)
             module.register_forward_hook(lambda _module, _inputs, output: output.cpu())

@@ -9,11 +9,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from library.generate.infotext import parse_infotext
+from library.generate.options import PictureOptions, PromptOptions
 from library.generate.output import ModelNames, encode, metadata
 from library.generate.picture_texts import EXIF_FOLDER, USER_COMMENT, picture_texts
 from library.generate.prompt_files import prompts_of_pictures, read_prompts
 from library.generate.prompt_line import PromptLine, RawLine
-from library.generate.request import GenerationRequest
+from library.generate.request import GenerationRequest, make_requests
 from library.options import OptionError
 
 WEB_UI = """a cat, (fluffy:1.2)
@@ -92,6 +93,24 @@ def test_every_format_keeps_its_text(tmp_path: Path, suffix: str, prompt: str) -
     assert (line.prompt, line.width, line.steps, line.scale, line.seeds, line.sampler) == (
         prompt, 64, 3, 7.0, (5,), "dpmsolver++",
     )  # fmt: skip
+
+
+def test_what_this_program_writes_is_read_to_the_letter(tmp_path: Path) -> None:
+    request = GenerationRequest("a <lora:text:1>  b", "Steps: 3", 64, 64, 3, 7.0, 5, "lms", 2, 3)
+    path = tmp_path / "p.png"
+    path.write_bytes(encode(Image.new("RGB", (8, 8)), metadata(request, ModelNames("m", "", "<lora:real:1>")), ".png"))
+    (line,) = read_prompts(path)
+    assert isinstance(line, PromptLine)
+    assert (line.prompt, line.negative_prompt, line.clip_skip, line.windows) == ("a <lora:text:1>  b", "Steps: 3", 2, 3)
+    (again,) = make_requests([line], PromptOptions(), PictureOptions())
+    assert again == request
+
+
+@pytest.mark.parametrize("problem", ["Clip skip: 40", "Max embeddings multiples: 0", "Size: 65x64", "Seed: -3"])
+def test_infotext_out_of_range_names_its_place(problem: str) -> None:
+    line = parse_infotext(f"a\nSteps: 3, {problem}", "there.png")
+    with pytest.raises(OptionError, match="^there.png: .* out of range|is not a multiple"):
+        make_requests([line], PromptOptions(), PictureOptions())
 
 
 @pytest.mark.parametrize(
