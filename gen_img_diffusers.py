@@ -2,7 +2,14 @@
 
 from library.cli.generation import Script, main
 
-SCRIPT = Script(description=str(__doc__), family="library.families.sd:StableDiffusion")
+SCRIPT = Script(
+    description=str(__doc__),
+    family="library.families.sd:StableDiffusion",
+    omits=frozenset({  # what SDXL alone is told
+        "original_height", "original_width", "original_height_negative", "original_width_negative",
+        "crop_top", "crop_left",
+    }),
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(SCRIPT)

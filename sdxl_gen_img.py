@@ -7,7 +7,7 @@ SCRIPT = Script(
     family="library.families.sdxl:StableDiffusionXL",
     models="sdxl",
     native_size=1024,
-    omits=frozenset({"v2"}),
+    omits=frozenset({"v2", "XTI_embeddings"}),
 )
 
 if __name__ == "__main__":

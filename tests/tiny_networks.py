@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from library.models.build import build_text_encoder, build_unet
 from tests.full_size import meta_modules
@@ -72,3 +75,11 @@ def perturb(network: torch.nn.Module, *, seed: int = 1, std: float = 0.05) -> No
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def region_file(folder: Path, *colors: tuple[int, int, int]) -> str:
+    """A picture of equally wide stripes, 64 pixels in all, for networks that work by regions."""
+    pixels = np.repeat(np.array([colors], np.uint8), 64 // len(colors), axis=1).repeat(64, axis=0)
+    path = folder / f"{'_'.join(map(str, colors))}.png"
+    Image.fromarray(pixels).save(path)
+    return str(path)

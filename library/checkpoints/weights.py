@@ -123,7 +123,8 @@ class SafetensorsWeights:
 
 
 class PickledWeights:
-    """A .ckpt, .pt or .bin file: a dictionary of tensors, or one under "state_dict".
+    """A .ckpt, .pt or .bin file: a dictionary of tensors, or one under "state_dict" or, in files of textual inversion,
+    "string_to_param".
 
     torch's weights-only reader runs no code of the file. Training programs leave foreign objects in such files (their
     callbacks, numbers of numpy); these become inert placeholders.
@@ -132,7 +133,7 @@ class PickledWeights:
     def __init__(self, path: Path, where: str = "") -> None:
         self.path = path
         content = _unpickle(path, where)
-        state = content.get("state_dict", content)
+        state = content.get("state_dict", content.get("string_to_param", content))
         self.extra = {key: content[key] for key in ("epoch", "global_step") if state is not content and key in content}
         self._tensors = {name: value for name, value in state.items() if _is_tensor(value)}
         self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
@@ -165,6 +166,16 @@ class Inert:
         return id(self)
 
 
+class ParameterTable(dict):
+    """Stands for torch.nn.ParameterDict: its parameters by name."""
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.update(state["_parameters"])
+
+
+KNOWN_CLASSES = {"torch.nn.modules.container.ParameterDict": ParameterTable}
+
+
 def _unpickle(path: Path, where: str) -> dict[str, Any]:
     import torch
 
@@ -174,7 +185,9 @@ def _unpickle(path: Path, where: str) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
             if is_zip:
                 foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-                stack.enter_context(torch.serialization.safe_globals([(Inert, name) for name in foreign]))
+                stack.enter_context(
+                    torch.serialization.safe_globals([(KNOWN_CLASSES.get(name, Inert), name) for name in foreign])
+                )
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except DAMAGE as error:
         if "Unsupported global" in str(

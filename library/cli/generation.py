@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
-from library.cli import live_prompts, networks
+from library.cli import embeddings, live_prompts, networks
 from library.cli.console import start_console
 from library.cli.ending import USER_MISTAKE, Ending, leave
 from library.generate.completion import Completion
@@ -23,6 +23,7 @@ from library.generate.options import PictureOptions, PromptOptions
 from library.generate.output import prepare_folder
 from library.generate.prompt_files import prompts_of_pictures, read_prompts
 from library.generate.prompt_line import PromptLine, RawLine
+from library.generate.region_map import region_map
 from library.generate.request import BrokenLines, GenerationRequest, RequestMaker
 from library.options import OptionError, OptionParser, add_arguments, build, require
 from library.wording import counted
@@ -100,14 +101,18 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     factories = networks.import_modules(config.networks)
     get_prompter = live_prompts.imported_prompter(config.prompts)
     upscaler = create_upscaler(config.highres.upscaler)
+    words = embeddings.read(config.embeddings)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
+    embeddings.teach(words, bundle)
     if config.compute.opt_channels_last:
         images.put_channels_last(bundle)
     if config.vae.vae_slices is not None:
         compute_in_strips(bundle.vae, config.vae.vae_slices)
-    networks.attach(factories, config.networks, bundle, plan)
+    in_use = networks.attach(factories, config.networks, bundle, plan, is_regional=region_map(config) is not None)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
-    parts = (DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
+    encoder.networks = in_use
+    own = (*embeddings.part_for(words, encoder), DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
+    parts = own if in_use is None else (in_use, *own)
     engine = images.Engine(family, bundle, encoder, parts, config.vae, upscaler)
     show = None if config.prompts.no_preview else PreviewWindows().show
     return images.generate(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
@@ -142,13 +147,20 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     for note in config.compute.attention.notes():
         logger.info(note)
     networks.check(config.networks)
+    config.embeddings.check()
     for note in config.start.notes():
         logger.info(note)
     completion = Completion.of(config, script.models)
+    for note in config.networks.notes(is_regional=completion.region_map is not None):
+        logger.info(note)
     asked = read_requests(config, config.picture.sized(script.native_size), completion)
+    networks.check_multipliers(config.networks, [request.multipliers or () for request in asked.requests])
     check_requests(asked.requests)
     model = config.checkpoint
-    probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, may_inpaint=True, **SCRIPTS)
+    source = probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, may_inpaint=True, **SCRIPTS)
+    networks.check_kind(config.networks, source.kind)
+    if config.networks.network_show_meta:
+        networks.show_metadata(config.networks)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return asked

@@ -45,6 +45,7 @@ class Sampler:
     settings: Mapping[str, Any]
     least_steps: int = 1
     most_steps: int = 1000
+    takes_sigmas: bool = False  # whether its noise levels can be spaced otherwise, see SIGMAS
 
 
 # Timesteps are spaced as by diffusers 0.21, with which the trade's pictures were made: "leading" (offset 1) for DDIM
@@ -53,20 +54,24 @@ LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 1}
 # What a schedule that ends in pure noise needs (Lin et al. 2023): to begin at its last timestep.
 ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+# How noise levels are spaced: evenly in time, as Karras et al. (2022, equation 5) with rho = 7, or evenly in their
+# logarithm; and how web user interfaces call that, behind the sampler's name.
+SIGMAS = {"default": "", "karras": "Karras", "exponential": "Exponential"}
 DPM = LINSPACE | {"final_sigmas_type": "sigma_min", "lower_order_final": True, "solver_order": 2}
 
 
-def _dpm(label: str, scheduler: str, algorithm: str) -> Sampler:
+def _dpm(label: str, scheduler: str, algorithm: str, **more: Any) -> Sampler:
     # more than 999 steps would visit a timestep twice and divide by zero
-    return Sampler(scheduler, label, DPM | {"algorithm_type": algorithm}, most_steps=999)
+    settings = DPM | {"algorithm_type": algorithm} | more
+    return Sampler(scheduler, label, settings, most_steps=999, takes_sigmas=True)
 
 
 LMS_ORDER = 4  # steps that the linear multistep method looks back on
-LMS = Sampler("LMSDiscreteScheduler", "LMS", LINSPACE)
-EULER = Sampler("EulerDiscreteScheduler", "Euler", LINSPACE)
+LMS = Sampler("LMSDiscreteScheduler", "LMS", LINSPACE, takes_sigmas=True)
+EULER = Sampler("EulerDiscreteScheduler", "Euler", LINSPACE, takes_sigmas=True)
 EULER_A = Sampler("EulerAncestralDiscreteScheduler", "Euler a", LINSPACE)
-DPM_2 = Sampler("KDPM2DiscreteScheduler", "DPM2", LINSPACE)
-DPM_2_A = Sampler("KDPM2AncestralDiscreteScheduler", "DPM2 a", LINSPACE)
+DPM_2 = Sampler("KDPM2DiscreteScheduler", "DPM2", LINSPACE, takes_sigmas=True)
+DPM_2_A = Sampler("KDPM2AncestralDiscreteScheduler", "DPM2 a", LINSPACE, takes_sigmas=True)
 DDIM = Sampler("DDIMScheduler", "DDIM", LEADING | {"clip_sample": False, "set_alpha_to_one": True}, most_steps=999)
 PNDM = Sampler("PNDMScheduler", "PNDM", LEADING | {"skip_prk_steps": False}, least_steps=4, most_steps=999)
 
@@ -77,11 +82,15 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         "lms": LMS,
         "euler": EULER,
         "euler_a": EULER_A,
-        "heun": Sampler("HeunDiscreteScheduler", "Heun", LINSPACE | {"clip_sample": False}),
+        "heun": Sampler("HeunDiscreteScheduler", "Heun", LINSPACE | {"clip_sample": False}, takes_sigmas=True),
         "dpm_2": DPM_2,
         "dpm_2_a": DPM_2_A,
         "dpmsolver": _dpm("DPM 2M", "DPMSolverMultistepScheduler", "dpmsolver"),
         "dpmsolver++": _dpm("DPM++ 2M", "DPMSolverMultistepScheduler", "dpmsolver++"),
+        # adds noise at each step; not of the trade's table
+        "dpmsolver++_sde": _dpm(
+            "DPM++ 2M SDE", "DPMSolverMultistepScheduler", "sde-dpmsolver++", final_sigmas_type="zero"
+        ),
         "dpmsingle": _dpm("DPM++ 2S", "DPMSolverSinglestepScheduler", "dpmsolver++"),
         "k_lms": LMS,
         "k_euler": EULER,
@@ -99,6 +108,18 @@ def check_steps(where: str, sampler: str, steps: int) -> None:
     require(row.least_steps <= steps <= row.most_steps, where, problem, f"use {row.least_steps} to {row.most_steps}")
 
 
+def check_sigmas(where: str, sampler: str, sigmas: str) -> None:
+    """Raise OptionError unless the noise levels of `sampler` can be spaced so; `where` names the option."""
+    takers = ", ".join(name for name, row in SAMPLERS.items() if row.takes_sigmas and not name.startswith("k_"))
+    is_fine = sigmas == "default" or SAMPLERS[sampler].takes_sigmas
+    require(is_fine, where, f"{sampler} has noise levels of its own, not {sigmas!r} ones", f"use one of {takers}")
+
+
+def label_of(sampler: str, sigmas: str = "default") -> str:
+    """How web user interfaces call the sampler with this spacing: "DPM++ 2M Karras"."""
+    return f"{SAMPLERS[sampler].label} {SIGMAS[sigmas]}".strip()
+
+
 def check_packages(where: str, sampler: str) -> None:
     """Raise OptionError when a package that `sampler` needs is missing; `where` names the option.
 
@@ -108,11 +129,14 @@ def check_packages(where: str, sampler: str) -> None:
     require(is_there, where, f"{sampler!r} needs the package scipy", "run `pip install scipy`, or use euler")
 
 
-def make_scheduler(sampler: str, *, v_prediction: bool, zero_terminal_snr: bool = False) -> Scheduler:
+def make_scheduler(
+    sampler: str, *, v_prediction: bool, zero_terminal_snr: bool = False, sigmas: str = "default"
+) -> Scheduler:
     """A fresh diffusers scheduler for one batch; raises OptionError when a package it needs is missing.
 
     `v_prediction`: the model predicts velocity (Salimans and Ho 2022) instead of noise. `zero_terminal_snr`: its last
     timestep is pure noise; of use to DDIM, Euler, Euler a and DPM 2M, the others have no such schedule in diffusers.
+    `sigmas`: one of SIGMAS; all but the default ones end at no noise, as in web user interfaces.
     """
     import diffusers
 
@@ -125,6 +149,10 @@ def make_scheduler(sampler: str, *, v_prediction: bool, zero_terminal_snr: bool 
     settings = dict(row.settings)
     if zero_terminal_snr and "rescale_betas_zero_snr" in known:
         settings |= ZERO_TERMINAL_SNR
+    if sigmas != "default":
+        settings[f"use_{sigmas}_sigmas"] = True
+        if settings.get("algorithm_type") != "dpmsolver":  # which can't: it divides by the last noise level
+            settings["final_sigmas_type"] = "zero"
     with warnings.catch_warnings():  # "dpmsolver" is announced to go in diffusers 1.0; the name stays the trade's
         warnings.simplefilter("ignore", FutureWarning)
         return scheduler_class(

@@ -79,14 +79,17 @@ class StableDiffusionXL:
     ) -> TextStates:
         """(B, 75 N + 2, D) states of both encoders, of the last layer but one, and the second one's pooled text.
 
+        A clip skip of n takes the n-th layer from the end of both, without the final norm, in place of that one.
+
         The pooled text is that of the first window. Weights act on the states as in SD 1.x / 2.x, not on the pooled
-        text; --clip_skip does not exist here.
+        text.
         """
         first, second = text_encoders
         B, N, T = token_ids[0].shape
         first_ids, second_ids = (ids.reshape(B * N, T) for ids in token_ids)
-        states = first(first_ids, layer_from_end=CONDITIONING_LAYER, normalized=False)
-        second_states, pooled_BNP = second(second_ids, layer_from_end=CONDITIONING_LAYER, normalized=False)
+        layer = text.clip_skip or CONDITIONING_LAYER
+        states = first(first_ids, layer_from_end=layer, normalized=False)
+        second_states, pooled_BNP = second(second_ids, layer_from_end=layer, normalized=False)
         by_encoder = tuple(join_windows(part.reshape(B, N, T, -1)) for part in (states, second_states))
         if token_weights is not None:
             by_encoder = tuple(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from library.diffusion.samplers import check_steps
+from library.diffusion.samplers import check_sigmas, check_steps
 from library.generate.config import GenerationConfig
 from library.generate.network_options import NetworkOptions
 from library.generate.options import LEAST_SIZE
 from library.generate.prompt_line import PromptLine
+from library.generate.region_map import in_regions, region_map
 from library.generate.request import GenerationRequest
 from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions, overridden
+from library.generate.size_options import SizeOptions
 from library.generate.sources import SIZE_STEP, Sources
 from library.generate.start_options import DEFAULT_STRENGTH, StartOptions, check_strength
 from library.options import require
@@ -29,6 +32,7 @@ class Completion:
     config: GenerationConfig
     sources: Sources
     family: str  # "sd" | "sdxl"
+    region_map: Path | None = None
 
     @classmethod
     def of(cls, config: GenerationConfig, family: str) -> Completion:
@@ -36,16 +40,22 @@ class Completion:
         start, picture = config.start, config.picture
         given_size = (picture.W, picture.H) if picture.W is not None and picture.H is not None else None
         sources = Sources.of(start.image_path, inpainting_masks(start, config.networks), given_size)
-        return cls(config, sources, family)
+        return cls(config, sources, family, region_map(config))
 
     def __call__(self, request: GenerationRequest, line: PromptLine, number: int) -> GenerationRequest:
         """The request of a line, whose number in its list says whose turn it is; OptionError names the line."""
+        if self.region_map is not None:
+            request = in_regions(request, self.region_map, self.config)
         request = replace(
             self._started(request, line, number),
             deep_shrink=self._deep_shrink(line),
             gradual_latent=self._gradual_latent(line, request.sampler),
             start_noise=self.config.start_noise,
             zero_terminal_snr=self.config.schedule.zero_terminal_snr,
+            negative_scale=self._negative_scale(line),
+            weighting=self.config.guidance.emb_normalize_mode,
+            sizes=self._sizes(line),
+            sigmas=self._sigmas(line, request.sampler),
         )
         is_fading = request.gradual_latent != GradualLatentOptions()
         problem = "gradual latent and a mask can't go together: what stays would have to be enlarged"
@@ -86,6 +96,26 @@ class Completion:
         logger.warning("%s: gradual latent has no effect with %s: euler_a alone can do it", line.where, sampler)
         return GradualLatentOptions()
 
+    def _negative_scale(self, line: PromptLine) -> float | None:
+        scale = self.config.guidance.negative_scale if line.negative_scale is None else line.negative_scale
+        return scale if isinstance(scale, (int, float)) else None  # a line may say "none"
+
+    def _sizes(self, line: PromptLine) -> SizeOptions:
+        sizes = self.config.sizes.of_line(line)
+        if sizes == SizeOptions() or self.family == "sdxl":
+            return sizes
+        logger.warning(
+            "%s: --ow, --oh, --nw, --nh, --ct and --cl have no effect: this model knows no sizes", line.where
+        )
+        return SizeOptions()
+
+    def _sigmas(self, line: PromptLine, sampler: str) -> str:
+        if line.sigmas is not None:
+            return line.sigmas
+        sigmas = self.config.schedule.sigmas
+        check_sigmas("--sigmas", sampler, sigmas)
+        return sigmas
+
     def _in_two_stages(self, request: GenerationRequest, line: PromptLine) -> GenerationRequest:
         """Highres fix: the first stage is a request of its own, smaller, and all that an image and a mask mean is its.
 
@@ -100,7 +130,9 @@ class Completion:
         problem = f"{scale} of {request.width}x{request.height} is a first stage of {width}x{height}"
         way_out = f"{LEAST_SIZE} pixels are the least, in multiples of {SIZE_STEP}"
         require(min(width, height) >= LEAST_SIZE, "--highres_fix_scale", problem, way_out)
-        first = replace(request, width=width, height=height, steps=options.highres_fix_steps)
+        first = replace(
+            request, width=width, height=height, steps=options.highres_fix_steps, sizes=request.sizes.scaled(scale)
+        )
         if first.image:
             strength = options.highres_fix_strength
             first = with_strength(first, request.strength if strength is None else strength, line.where)
@@ -113,7 +145,7 @@ class Completion:
 
 def inpainting_masks(start: StartOptions, networks: NetworkOptions) -> str | None:
     """What masks say which part of a picture is drawn anew: none where --mask_path is a map of networks' regions."""
-    return None if networks.files else start.mask_path
+    return None if networks.applied else start.mask_path
 
 
 def with_strength(request: GenerationRequest, strength: float, where: str) -> GenerationRequest:

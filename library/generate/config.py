@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from library.generate.embedding_options import EmbeddingOptions
+from library.generate.guidance_options import GuidanceOptions
 from library.generate.network_options import NetworkOptions
 from library.generate.options import (
     CheckpointOptions,
@@ -15,6 +17,7 @@ from library.generate.options import (
 )
 from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions
 from library.generate.schedule_options import ScheduleOptions
+from library.generate.size_options import SizeOptions
 from library.generate.start_options import HighresOptions, StartNoiseOptions, StartOptions
 from library.generate.vae_options import VaeOptions
 
@@ -36,12 +39,18 @@ class GenerationConfig:
     start_noise: StartNoiseOptions
     schedule: ScheduleOptions
     vae: VaeOptions
+    sizes: SizeOptions
+    guidance: GuidanceOptions
+    embeddings: EmbeddingOptions
 
 
 CONFIG_GROUPS: dict[str, Any] = {
     "checkpoint": CheckpointOptions,
     "prompts": PromptOptions,
     "picture": PictureOptions,
+    "guidance": GuidanceOptions,
+    "sizes": SizeOptions,
+    "embeddings": EmbeddingOptions,
     "start": StartOptions,
     "highres": HighresOptions,
     "deep_shrink": DeepShrinkOptions,

@@ -47,6 +47,8 @@ def denoise(
     """
     generators = [torch.Generator().manual_seed(request.noise_seed) for request in requests]
     with ExitStack() as block:
+        for part in parts:
+            block.enter_context(part.prepared(requests))
         drawing = begin(family, bundle, requests, encoder or PromptEncoder(family, bundle), generators, start)
         for part in parts:
             block.enter_context(part.taking_part(drawing))
@@ -83,6 +85,7 @@ def begin(
         first.sampler,
         v_prediction=model.v_prediction,
         zero_terminal_snr=model.zero_terminal_snr or first.zero_terminal_snr,
+        sigmas=first.sigmas,
     )
     scheduler.set_timesteps(first.steps, device="cpu")  # the sampler's few scalars stay with the host: no waiting
     noise_BChw = start_noise(bundle, requests, generators).to(next(bundle.unet.parameters()).device)

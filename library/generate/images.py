@@ -150,7 +150,7 @@ def generate(
 
     The progress bar knows its end where `rounds` is a list of lists. `show` is given the pictures of a typed round.
     """
-    names = partial(ModelNames.of, Path(engine.bundle.source.path), config.networks.tags)
+    names = partial(ModelNames.of, Path(engine.bundle.source.path), config.networks.tags, config.networks.tags_at)
     sizes = [item.size for item in rounds] if isinstance(rounds, Sequence) else [None]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     writer = PictureWriter(folder, config.output, names)

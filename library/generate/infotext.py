@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from library.diffusion.samplers import SAMPLERS
+from library.diffusion.samplers import SAMPLERS, SIGMAS, label_of
 from library.generate.prompt_line import PromptLine, finite_number
 from library.options import OptionError
 
@@ -37,6 +37,7 @@ def parse_infotext(text: str, where: str = "infotext") -> PromptLine:
     networks = [tag.strip() for tag in NETWORK.findall(prompt)]
     if networks:
         logger.warning("%s: it was made with %s; --network_weights names networks here", where, " ".join(networks))
+    sampler, sigmas = _sampler(f"{values.get('Sampler', '')} {values.get('Schedule type', '')}".strip(), where)
     width, height = _read(values, "Size", where, _size, (None, None))
     return PromptLine(
         prompt=NETWORK.sub("", prompt),
@@ -47,7 +48,8 @@ def parse_infotext(text: str, where: str = "infotext") -> PromptLine:
         scale=_read(values, "CFG scale", where, finite_number),
         seeds=() if "Seed" not in values else (_read(values, "Seed", where, int),),
         where=where,
-        sampler=_sampler(values.get("Sampler", ""), where),
+        sampler=sampler,
+        sigmas=sigmas,
         clip_skip=_read(values, "Clip skip", where, int),
         windows=_read(values, WINDOWS, where, int),
     )
@@ -78,9 +80,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _sampler(label: str, where: str) -> str | None:
-    """The sampler that user interfaces call so."""
-    names = {row.label.lower(): name for name, row in reversed(list(SAMPLERS.items()))}  # the first of a label's names
+def _sampler(label: str, where: str) -> tuple[str | None, str | None]:
+    """The sampler that user interfaces call so, and how its noise levels are spaced."""
+    label = label.removesuffix(" Automatic").removesuffix(" Uniform")
+    names = {
+        label_of(name, sigmas).lower(): (name, sigmas)
+        for name, row in reversed(list(SAMPLERS.items()))  # the first of a label's names
+        for sigmas in (SIGMAS if row.takes_sigmas else ("default",))
+    }
     if label and label.lower() not in names:
         logger.warning("%s: its sampler %r is not known here; --sampler takes its place", where, label)
-    return names.get(label.lower())
+    return names.get(label.lower(), (None, None))

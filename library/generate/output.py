@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from library.checkpoints.safetensors_io import file_sha256
-from library.diffusion.samplers import SAMPLERS
+from library.diffusion.samplers import label_of
 from library.generate.infotext import WINDOWS
 from library.generate.options import OutputOptions
 from library.generate.picture_texts import EXIF_FOLDER, USER_COMMENT, as_comment
@@ -104,34 +104,41 @@ class ModelNames:
     model: str
     model_hash: str = ""  # the first 10 digits of the file's SHA-256
     networks: str = ""  # tags such as "<lora:name:1>", as prompts ask for networks there
+    networks_at: Callable[[tuple[float, ...] | None], str] | None = None  # the same with the multipliers of a request
 
     @classmethod
-    def of(cls, model: Path, networks: str = "") -> ModelNames:
+    def of(
+        cls, model: Path, networks: str = "", networks_at: Callable[[tuple[float, ...] | None], str] | None = None
+    ) -> ModelNames:
         """Of a model's file or folder; a file is read as a whole for its hash, once."""
-        return cls(model.stem, file_sha256(model)[:10] if model.is_file() else "", networks)
+        return cls(model.stem, file_sha256(model)[:10] if model.is_file() else "", networks, networks_at)
 
 
 def metadata(request: GenerationRequest, names: ModelNames) -> dict[str, str]:
     """PNG text chunks in the trade's order; `parameters` is what web user interfaces read."""
-    return {
+    texts = {
         "prompt": request.prompt,
         "seed": str(request.seed),
         "sampler": request.sampler,
         "steps": str(request.steps),
         "scale": str(request.scale),
         "negative-prompt": request.negative_prompt,
-        "parameters": infotext(request, names),
     }
+    if request.negative_scale is not None:
+        texts["negative-scale"] = str(request.negative_scale)
+    texts |= {name.replace("_", "-"): str(value) for name, value in request.sizes.given.items()}
+    return texts | {"parameters": infotext(request, names)}
 
 
 def infotext(request: GenerationRequest, names: ModelNames) -> str:
     """The specification as web user interfaces write and read it."""
-    lines = [f"{request.prompt} {names.networks}".strip()]
+    tags = names.networks if names.networks_at is None else names.networks_at(request.multipliers)
+    lines = [f"{request.prompt} {tags}".strip()]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     values = {
         "Steps": request.steps,
-        "Sampler": SAMPLERS[request.sampler].label,
+        "Sampler": label_of(request.sampler, request.sigmas),
         "CFG scale": f"{request.scale:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
@@ -141,6 +148,8 @@ def infotext(request: GenerationRequest, names: ModelNames) -> str:
     values["Model"] = _quoted(names.model)
     if request.clip_skip is not None:
         values["Clip skip"] = request.clip_skip
+    if request.weighting == "none":
+        values["Emphasis"] = "No norm"
     if request.max_windows > 1:
         values[WINDOWS] = request.max_windows
     lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from library.generate.guidance_options import NO_SCALE
 from library.options import OptionError, require
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,16 @@ class PromptLine:
     turn: int | None = None  # which file of --image_path is this prompt's, from 0; None: they are taken in turn
     file_name: str = ""
     raw_prompt: str = ""  # what a dynamic prompt was before it was drawn
+    # of the networks, in their order; the last one serves all further ones; None: the command line's
+    multipliers: tuple[float, ...] | None = None
+    negative_scale: float | str | None = None  # "none": off, whatever the command line says
+    original_width: int | None = None  # what SDXL is told, as the flags of these names
+    original_height: int | None = None
+    original_width_negative: int | None = None
+    original_height_negative: int | None = None
+    crop_top: int | None = None
+    crop_left: int | None = None
+    sigmas: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,14 @@ def file_name(text: str) -> str:
     return text
 
 
+def number_list(text: str) -> tuple[float, ...]:
+    return tuple(finite_number(number) for number in text.split(",") if number.strip()) or (finite_number(text),)
+
+
+def scale_or_none(text: str) -> float | str:
+    return NO_SCALE if text.lower() == NO_SCALE else finite_number(text)
+
+
 def seed_list(text: str) -> tuple[int, ...]:
     return tuple(int(seed) for seed in text.split(",") if seed.strip()) or (int(text),)
 
@@ -164,6 +183,14 @@ LINE_OPTIONS: LineOptions = {
     "glsn": ("gradual_latent_s_noise", "a number", finite_number),
     "glus": ("gradual_latent_unsharp_params", "a list of numbers", str),
     "f": ("file_name", FILE_NAME, file_name),
+    "nl": ("negative_scale", f"a number or {NO_SCALE}", scale_or_none),
+    "ow": ("original_width", "a whole number", int),
+    "oh": ("original_height", "a whole number", int),
+    "nw": ("original_width_negative", "a whole number", int),
+    "nh": ("original_height_negative", "a whole number", int),
+    "ct": ("crop_top", "a whole number", int),
+    "cl": ("crop_left", "a whole number", int),
+    "am": ("multipliers", "a multiplier or several joined by commas", number_list),
 }
 
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what bytes of another encoding become

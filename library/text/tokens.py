@@ -56,6 +56,10 @@ class ClipTokenizer:
         """Content ids of `text`, without begin and end, of any length."""
         return _bpe().encode(text, add_special_tokens=False).ids
 
+    def groups(self, text: str) -> Sequence[Sequence[int]]:
+        """Content ids of `text` in pieces that stay in one window: each alone but for words of several vectors."""
+        return [(token,) for token in self.encode(text)]
+
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """How many content ids each caption has."""
         return [len(encoding.ids) for encoding in _bpe().encode_batch(list(captions), add_special_tokens=False)]

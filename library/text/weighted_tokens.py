@@ -37,10 +37,10 @@ def weighted_tokens(tokenizer: ClipTokenizer, prompt: str, max_windows: int) -> 
             if windows[-1]:
                 windows.append([])
             continue
-        for token in tokenizer.encode(segment):
-            if len(windows[-1]) == WINDOW:
+        for group in tokenizer.groups(segment):
+            if len(windows[-1]) + len(group) > WINDOW:
                 windows.append([])
-            windows[-1].append((token, weight))
+            windows[-1].extend((token, weight) for token in group)
     if len(windows) > 1 and not windows[-1]:
         windows.pop()
     num_cut = sum(map(len, windows[max_windows:]))
@@ -84,21 +84,24 @@ def token_weights(prompts: Sequence[WeightedTokens], num_windows: int) -> torch.
     return weights
 
 
-def apply_weights(context_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+def apply_weights(context_BTD: torch.Tensor, weights_BT: torch.Tensor, keep: str = "original") -> torch.Tensor:
     """Each token's state times its weight, then each sample scaled so that its mean is what it was before.
 
-    The mean runs over tokens and features in float32. States of both signs can nearly cancel, and the quotient of two
-    such means is noise; where it is more than twice or less than half the quotient of the mean absolute values (which
-    cancels nothing), that one is taken.
+    `keep` is "abs" where the mean of absolute values is meant, and "none" for states that are not scaled. The mean runs
+    over tokens and features in float32. States of both signs can nearly cancel, and the quotient of two such means is
+    noise; where it is more than twice or less than half the quotient of the mean absolute values (which cancels
+    nothing), that one is taken.
     """
     before_BTD = context_BTD.float()
     weights_BT = weights_BT.to(before_BTD)
     after_BTD = before_BTD * weights_BT.unsqueeze(-1)
+    if keep == "none":
+        return after_BTD.to(context_BTD.dtype)
     by_absolute = before_BTD.abs().mean((1, 2)) / after_BTD.abs().mean((1, 2))
     before_B, after_B = before_BTD.mean((1, 2)), after_BTD.mean((1, 2))
     is_sound = (before_B / after_B / by_absolute - 1.25).abs() <= 0.75  # between half and twice; false for nan
     divisor_B = torch.where(is_sound, after_B, 1.0)  # gradients of a quotient near 0 would not be finite
-    scale_B = torch.where(is_sound, before_B / divisor_B, by_absolute)
+    scale_B = by_absolute if keep == "abs" else torch.where(is_sound, before_B / divisor_B, by_absolute)
     scale_B = torch.where((weights_BT != 1).any(dim=1), scale_B, 1.0)  # without emphasis gradients stay as they are
     return (after_BTD * scale_B.view(-1, 1, 1)).to(context_BTD.dtype)
 

@@ -182,6 +182,26 @@ def test_pre_calculation_and_back(case):
 
 
 @each_case
+def test_regional(case):
+    """A network with the whole picture is the plain network; with half of it another one; afterwards the plain one."""
+    on = models(case)
+    network = created(case, on).network
+    for adapter in network.text_adapters:
+        adapter.multiplier = 0.0  # a batch as large as that of the pictures is taken for negative prompts
+    plain = pictures(on)
+    whole = torch.ones(128, 128)
+    half = whole * (torch.arange(128) < 64)
+    results = []
+    for mask in (whole, half):
+        network.set_region(0, True, mask)
+        network.set_current_generation(2, 1, 128, 128, {})
+        results.append(pictures(on))
+    assert close(results[0], plain) and not close(results[1], plain)
+    network.leave_region()
+    assert torch.equal(pictures(on), plain)
+
+
+@each_case
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_file_round_trip(case, suffix, tmp_path):
     on = models(case)

@@ -15,6 +15,7 @@ import pytest
 import fine_tune
 import gen_img_diffusers
 import sdxl_gen_img
+import sdxl_minimal_inference
 import sdxl_train
 import sdxl_train_network
 import train_db
@@ -32,6 +33,7 @@ PARSERS = {
     "sdxl_train": lambda: training.build_parser(sdxl_train.SCRIPT),
     "gen_img_diffusers": lambda: generation.build_parser(gen_img_diffusers.SCRIPT),
     "sdxl_gen_img": lambda: generation.build_parser(sdxl_gen_img.SCRIPT),
+    "sdxl_minimal_inference": sdxl_minimal_inference.build_parser,
     "merge_captions_to_metadata": merge_captions_to_metadata.TOOL.parser,
     "merge_dd_tags_to_metadata": merge_dd_tags_to_metadata.TOOL.parser,
     "clean_captions_and_tags": lambda: metadata_tools.clean_parser(None),
@@ -61,21 +63,22 @@ RESOLUTION = {
     "--gradual_latent_ratio", "--gradual_latent_ratio_step", "--gradual_latent_every_n_steps",
     "--gradual_latent_s_noise", "--gradual_latent_unsharp_params",
 }  # fmt: skip
+WEIGHING = {"--emb_normalize_mode", "--sigmas"}
 OWN = {
     "train_network": OF_TRAINING,
     "sdxl_train_network": OF_TRAINING | {"--text_variations"},
     "train_db": OF_TRAINING | OF_NETWORKS,
     "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
-    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | {"--no_half_vae"},
-    "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | {"--v_parameterization", "--shuffle_prompts"},
+    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | WEIGHING | {"--no_half_vae"},
+    "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | WEIGHING | {"--v_parameterization", "--shuffle_prompts"},
+    "sdxl_minimal_inference": {"--steps", "--seed", "--width", "--height"},
     "merge_captions_to_metadata": {"--on_missing_text"},
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
     "prepare_buckets_latents": {"--on_bad_image"},
 }
 NOT_YET = {  # flags of the generators that are still to come
-    "--XTI_embeddings",
     "--clip_guidance_scale",
     "--clip_image_guidance_scale",
     "--clip_vision_strength",
@@ -85,19 +88,7 @@ NOT_YET = {  # flags of the generators that are still to come
     "--control_net_preps",
     "--control_net_ratios",
     "--control_net_weights",
-    "--crop_left",
-    "--crop_top",
     "--guide_image_path",
-    "--negative_scale",
-    "--network_merge_n_models",
-    "--network_pre_calc",
-    "--network_regional_mask_max_color_codes",
-    "--network_show_meta",
-    "--original_height",
-    "--original_height_negative",
-    "--original_width",
-    "--original_width_negative",
-    "--textual_inversion_embeddings",
     "--vgg16_guidance_layer",
     "--vgg16_guidance_scale",
 }
@@ -106,6 +97,8 @@ TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the 
 MORE_CHOICES = {  # values that the trade's scripts don't know, or only know in files
     "--max_token_length": [75],
     "--resize_interpolation": ["box"],
+    "--sampler": ["dpmsolver++_sde"],
+    "--sample_sampler": ["dpmsolver++_sde"],
 }
 # taken as texts, because a share such as "10%" will do as well as a number
 WIDER_TYPES = {"--lr_warmup_steps": "str", "--lr_decay_steps": "str"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
-from library.diffusion.samplers import SAMPLERS, check_steps, make_scheduler, stepper
+from library.diffusion.samplers import SAMPLERS, SIGMAS, check_sigmas, check_steps, label_of, make_scheduler, stepper
 from library.diffusion.schedule import NoiseSchedule
 from library.options import OptionError
 
@@ -26,7 +27,7 @@ TIMESTEPS = {
 KEEP_LEAST_NOISE = {"pndm", "dpmsolver", "dpmsolver++", "dpmsingle"}
 
 
-def sample(sampler: str, clean_BCHW: torch.Tensor, seeds: list[int], *, steps: int, **model: bool) -> torch.Tensor:
+def sample(sampler: str, clean_BCHW: torch.Tensor, seeds: list[int], *, steps: int, **model: Any) -> torch.Tensor:
     """Sample with the perfect model of a data set that holds nothing but `clean_BCHW`."""
     scheduler, v_prediction = make_scheduler(sampler, **model), model["v_prediction"]
     scheduler.set_timesteps(steps, device="cpu")
@@ -85,7 +86,7 @@ def test_schedules_with_zero_terminal_snr(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_samplers_without_such_a_schedule_keep_theirs(name: str) -> None:
-    if name not in ("ddim", "euler", "euler_a", "dpmsolver", "dpmsolver++"):
+    if name not in ("ddim", "euler", "euler_a", "dpmsolver", "dpmsolver++", "dpmsolver++_sde"):
         plain, asked = (make_scheduler(name, v_prediction=True, zero_terminal_snr=is_on) for is_on in (False, True))
         assert plain.config == asked.config
 
@@ -108,7 +109,7 @@ def test_a_picture_does_not_depend_on_its_batch(name: str) -> None:
         assert torch.equal(alone[0], together[index])
 
 
-@pytest.mark.parametrize("name", ["euler_a", "dpm_2_a"])
+@pytest.mark.parametrize("name", ["euler_a", "dpm_2_a", "dpmsolver++_sde"])
 def test_ancestral_samplers_add_noise(name: str) -> None:
     ends = []
     for seed in (1, 2):
@@ -120,6 +121,48 @@ def test_ancestral_samplers_add_noise(name: str) -> None:
             latents = step(torch.zeros_like(latents), timestep, latents)
         ends.append(latents)
     assert (ends[0] - ends[1]).abs().mean() > 0.1
+
+
+TAKERS = [name for name in NAMES if SAMPLERS[name].takes_sigmas]
+
+
+def levels(sampler: str, sigmas: str, steps: int = 10) -> torch.Tensor:
+    """The noise levels of whole steps, of the model's largest one and on; without that at the end."""
+    scheduler = make_scheduler(sampler, v_prediction=False, sigmas=sigmas)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.unique().flip(0)[:steps].double()
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmsolver++", "dpmsolver++_sde", "dpmsingle", "lms"])
+def test_noise_levels_follow_their_formulas(name: str) -> None:
+    """Karras et al. (2022), equation 5, with rho = 7; and equal quotients."""
+    first, last = 14.6146, 0.02917
+    share = torch.linspace(0, 1, 10, dtype=torch.float64)
+    karras = (first ** (1 / 7) + share * (last ** (1 / 7) - first ** (1 / 7))) ** 7
+    torch.testing.assert_close(levels(name, "karras"), karras, rtol=1e-3, atol=0)
+    torch.testing.assert_close(levels(name, "exponential"), first * (last / first) ** share, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("sigmas", ["karras", "exponential"])
+@pytest.mark.parametrize("name", TAKERS)
+def test_other_noise_levels_lead_to_the_same_picture(name: str, sigmas: str) -> None:
+    clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    tolerance = 0.2 if name == "dpmsolver" else 2e-2  # that one can't end at no noise
+    for steps in (2, 10):
+        result = sample(name, clean, [1], steps=steps, v_prediction=False, sigmas=sigmas)
+        assert (result - clean).abs().max() < tolerance
+
+
+def test_noise_levels_that_a_sampler_does_not_know() -> None:
+    for name in NAMES:
+        for sigmas in SIGMAS:
+            if name in TAKERS or sigmas == "default":
+                check_sigmas("--sigmas", name, sigmas)
+                continue
+            with pytest.raises(OptionError, match=f"--sigmas: {name} has noise levels of its own, not '{sigmas}' ones"):
+                check_sigmas("--sigmas", name, sigmas)
+    assert set(NAMES) - set(TAKERS) == {"ddim", "pndm", "euler_a"}
+    assert label_of("dpmsolver++", "karras") == "DPM++ 2M Karras" and label_of("euler") == "Euler"
 
 
 def test_aliases_are_the_samplers_they_name() -> None:

@@ -94,8 +94,11 @@ def test_long_captions_keep_the_first_windows_pooled_text(bundle):
     torch.testing.assert_close(two.pooled_BP[1:], encoded(bundle, ["short"]).pooled_BP, atol=1e-5, rtol=1e-4)
 
 
-def test_clip_skip_does_not_exist(bundle):
-    assert torch.equal(encoded(bundle, ["a"], clip_skip=1).context_BTD, encoded(bundle, ["a"]).context_BTD)
+def test_clip_skip_chooses_the_layer_of_both_encoders(bundle):
+    usual, same, other = (encoded(bundle, ["a"], clip_skip=skip) for skip in (None, 2, 1))
+    assert torch.equal(usual.context_BTD, same.context_BTD)
+    assert all(not torch.equal(*pair) for pair in zip(usual.by_encoder, other.by_encoder, strict=True))
+    assert torch.equal(usual.pooled_BP, other.pooled_BP)
 
 
 def test_weighted_captions(bundle):
