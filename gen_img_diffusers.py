@@ -2,7 +2,11 @@
 
 from library.cli.generation import Script, main
 
-SCRIPT = Script(description=str(__doc__), family="library.families.sd:StableDiffusion")
+SCRIPT = Script(
+    description=str(__doc__),
+    family="library.families.sd:StableDiffusion",
+    omits=frozenset({"control_net_lllite_models"}),
+)
 
 if __name__ == "__main__":
     main(SCRIPT)

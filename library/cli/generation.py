@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
-from library.cli import networks
+from library.cli import control, networks
 from library.cli.console import start_console
 from library.cli.ending import Ending, leave
 from library.generate.config import CONFIG_GROUPS, GenerationConfig
@@ -39,6 +39,7 @@ class Script:
     native_size: int = 512  # pixels: width and height where none is given
     omits: frozenset[str] = frozenset()  # options of its groups that it does not offer: they keep their defaults
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    lllite_module: str = ""  # the Python module for ControlNet-LLLite files, where there is such a thing
 
     def groups(self) -> tuple[type, ...]:
         return tuple(CONFIG_GROUPS.values())
@@ -59,26 +60,27 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
         requests = check(script, config)
         folder = prepare_folder(config.output.outdir, max(3 * item.width * item.height for item in requests))
         ending.log_file = folder / f"{Path(parser.prog).stem}.log"
-        paths = generate(script.family, config, requests, folder)
+        paths = generate(script, config, requests, folder)
         logger.info("%s in %s", counted(len(paths), "picture"), folder)
     return ending.code
 
 
 def generate(
-    family_name: str, config: GenerationConfig, requests: Sequence[GenerationRequest], folder: Path
+    script: Script, config: GenerationConfig, requests: Sequence[GenerationRequest], folder: Path
 ) -> list[Path]:
     """Load the model and its networks, and make the pictures. This is where torch is loaded."""
     from library.generate import images
     from library.generate.conditions import PromptEncoder
 
-    module, _, name = family_name.partition(":")
+    module, _, name = script.family.partition(":")
     family = getattr(importlib.import_module(module), name)()
     plan = images.load_plan(config.compute)
     factories = networks.import_modules(config.networks)
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
     networks.attach(factories, config.networks, bundle, plan)
+    parts = control.parts(config.control, script.lllite_module, bundle, plan)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
-    return images.generate(config, requests, images.Engine(family, bundle, encoder), folder)
+    return images.generate(config, requests, images.Engine(family, bundle, encoder, tuple(parts)), folder)
 
 
 def build_parser(script: Script) -> OptionParser:
@@ -99,11 +101,13 @@ def check(script: Script, config: GenerationConfig) -> list[GenerationRequest]:
     networks.check(config.networks)
     picture = config.picture.sized(script.native_size)
     requests = make_requests(read_lines(config.prompts), config.prompts, picture)
+    requests = config.control.guided(requests)
     if alike := len(requests) - len(set(requests)):
         logger.warning("%s will be equal to another one: the same prompt with the same seed (--d in its line); "
                        "leave --d out for other seeds", counted(alike, "picture"))  # fmt: skip
     model = config.checkpoint
-    probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
+    source = probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
+    control.check(config.control, source.kind)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return requests

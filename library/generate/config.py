@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from library.generate.control_options import ControlOptions
 from library.generate.network_options import NetworkOptions
 from library.generate.options import (
     CheckpointOptions,
@@ -24,6 +25,7 @@ class GenerationConfig:
     prompts: PromptOptions
     picture: PictureOptions
     networks: NetworkOptions
+    control: ControlOptions
     output: OutputOptions
 
 
@@ -32,6 +34,7 @@ CONFIG_GROUPS: dict[str, Any] = {
     "prompts": PromptOptions,
     "picture": PictureOptions,
     "networks": NetworkOptions,
+    "control": ControlOptions,
     "compute": ComputeOptions,
     "output": OutputOptions,
 }

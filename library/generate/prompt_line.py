@@ -31,6 +31,7 @@ class PromptLine:
     seeds: tuple[int, ...] = ()  # one per picture; the last one serves all further pictures
     where: str = "--prompt"  # for messages: the flag, or file and line number
     sampler: str | None = None
+    clip_prompt: str | None = None
 
 
 # name of a line's option -> (field of PromptLine, what its value must be, parser of the value)
@@ -104,6 +105,7 @@ LINE_OPTIONS: LineOptions = {
     "d": ("seeds", "a seed or several joined by commas", seed_list),
     "l": ("scale", "a number", finite_number),
     "s": ("steps", "a whole number", int),
+    "c": ("clip_prompt", "a text", str),
 }
 
 DYNAMIC_PROMPT = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*(?<!\\)\}")

@@ -32,6 +32,9 @@ class GenerationRequest:
     sampler: str = "ddim"
     clip_skip: int | None = None
     max_windows: int = 1  # of 75 content tokens; what goes beyond is cut off
+    guide_images: tuple[str, ...] = ()  # files: one for each network that sees them, in their order
+    is_controlled: bool = True  # ControlNets take part; not so where only details are drawn
+    clip_prompt: str | None = None  # what CLIP guidance compares the picture with; None: the prompt
 
     @property
     def is_guided(self) -> bool:
@@ -45,7 +48,8 @@ class GenerationRequest:
     @property
     def batch_key(self) -> Hashable:
         """Requests with equal keys can be one batch, as far as the request alone tells."""
-        return (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
+        return (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts),
+                self.is_controlled)  # fmt: skip
 
 
 def make_requests(
@@ -144,4 +148,5 @@ def request_of(line: PromptLine, picture: PictureOptions, seed: int) -> Generati
         sampler=line.sampler or picture.sampler,
         clip_skip=picture.clip_skip,
         max_windows=picture.windows,
+        clip_prompt=line.clip_prompt,
     )

@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 FLAG = "--sample_prompts"
 STEPS = 30
 WINDOWS = 3  # longest prompt, in windows of 75 tokens
-PREVIEW_LINE_OPTIONS: LineOptions = {**LINE_OPTIONS, "ss": ("sampler", "a sampler", str)}
+OF_GENERATION = ("c",)  # what takes more than the model that is trained
+PREVIEW_LINE_OPTIONS: LineOptions = {
+    **{name: row for name, row in LINE_OPTIONS.items() if name not in OF_GENERATION},
+    "ss": ("sampler", "a sampler", str),
+}
 OTHER_MODELS = {
     "controlnet_image": "only ControlNets look at a picture",
     "guidance_scale": "this is for models that take guidance as an input; `scale` is the guidance of this one",
