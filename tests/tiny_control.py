@@ -44,14 +44,14 @@ def control_net_file(folder: Path, kind: str = "sd1", seed: int = 0, name: str =
 
 def tiny_lllite(path: Path, *, is_zero: bool = False, seed: int = 0) -> Mapping[str, torch.Tensor]:
     """Write a ControlNet-LLLite file for the tiny SDXL model; with `is_zero` as training begins. Returns its tensors."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         network = ControlNetLLLite(build_unet(UNETS["sdxl"]), cond_emb_dim=8, mlp_dim=6)
         for name, parameter in network.named_parameters():
             if ".up." in name and is_zero:
                 parameter.data.zero_()
-            elif ".up." in name:
-                torch.nn.init.normal_(parameter, std=0.5)
+            elif parameter.ndim > 1:
+                torch.nn.init.kaiming_normal_(parameter, nonlinearity="relu").mul_(2)
     network.save_weights(path, None, {})
     return network.state_dict()
 

@@ -73,7 +73,7 @@ class ControlNets(Part):
     def _residuals(
         self, drawing: Drawing, conditioning: Conditioning, control: Control, hint_BCHW: torch.Tensor
     ) -> Residuals:
-        inputs_RChw, timesteps_R = drawing.unet_inputs(drawing.latents_BChw, len(conditioning.context_BTD))
+        inputs_RChw, timesteps_R = drawing.unet_inputs(drawing.latents_BChw, conditioning)
         hint_BCHW = at_size_of(hint_BCHW, inputs_RChw, downscaling(drawing.bundle.vae))
         hint_RCHW = hint_BCHW.repeat(len(inputs_RChw) // len(hint_BCHW), 1, 1, 1)
         inputs_RChw = inputs_RChw[:, : control.net.config.in_channels]
