@@ -43,7 +43,7 @@ def control_net_file(folder: Path, kind: str = "sd1", seed: int = 0, name: str =
 
 
 def tiny_lllite(path: Path, *, is_zero: bool = False, seed: int = 0) -> Mapping[str, torch.Tensor]:
-    """Write a ControlNet-LLLite file for the tiny SDXL model; with `is_zero` as training begins. Returns its tensors."""
+    """Write a ControlNet-LLLite file for the tiny SDXL model, with `is_zero` as in the beginning; the tensors."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         network = ControlNetLLLite(build_unet(UNETS["sdxl"]), cond_emb_dim=8, mlp_dim=6)

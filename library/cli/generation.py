@@ -71,6 +71,7 @@ def generate(
     """Load the model and its networks, and make the pictures. This is where torch is loaded."""
     from library.generate import images
     from library.generate.conditions import PromptEncoder
+    from library.generate.critics import critic_guidance
 
     module, _, name = script.family.partition(":")
     family = getattr(importlib.import_module(module), name)()
@@ -79,6 +80,7 @@ def generate(
     bundle = family.load(config.checkpoint.model, config.compute.attention, plan)
     networks.attach(factories, config.networks, bundle, plan)
     parts = control.parts(config.control, script.lllite_module, bundle, plan)
+    parts += critic_guidance(config.critics, plan)  # last: it asks the U-Net again
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
     return images.generate(config, requests, images.Engine(family, bundle, encoder, tuple(parts)), folder)
 
@@ -102,12 +104,14 @@ def check(script: Script, config: GenerationConfig) -> list[GenerationRequest]:
     picture = config.picture.sized(script.native_size)
     requests = make_requests(read_lines(config.prompts), config.prompts, picture)
     requests = config.control.guided(requests)
+    config.critics.check_requests(requests)
     if alike := len(requests) - len(set(requests)):
         logger.warning("%s will be equal to another one: the same prompt with the same seed (--d in its line); "
                        "leave --d out for other seeds", counted(alike, "picture"))  # fmt: skip
     model = config.checkpoint
     source = probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
     control.check(config.control, source.kind)
+    config.critics.check_models()
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return requests

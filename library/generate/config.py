@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.generate.control_options import ControlOptions
+from library.generate.critic_options import CriticOptions
 from library.generate.network_options import NetworkOptions
 from library.generate.options import (
     CheckpointOptions,
@@ -26,6 +27,7 @@ class GenerationConfig:
     picture: PictureOptions
     networks: NetworkOptions
     control: ControlOptions
+    critics: CriticOptions
     output: OutputOptions
 
 
@@ -35,6 +37,7 @@ CONFIG_GROUPS: dict[str, Any] = {
     "picture": PictureOptions,
     "networks": NetworkOptions,
     "control": ControlOptions,
+    "critics": CriticOptions,
     "compute": ComputeOptions,
     "output": OutputOptions,
 }

@@ -54,9 +54,7 @@ class Drawing:
         inputs_RChw, timesteps_R = self.unet_inputs(latents_BChw, conditioning)
         return self.family.predict(self.bundle.unet, inputs_RChw, timesteps_R, conditioning).float()
 
-    def unet_inputs(
-        self, latents_BChw: torch.Tensor, conditioning: Conditioning
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def unet_inputs(self, latents_BChw: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents as the U-Net takes them at the step at hand, group after group, and their timesteps: R rows."""
         weight = next(self.bundle.unet.parameters())
         num_rows = len(conditioning.context_BTD)

@@ -19,3 +19,9 @@ def guided(request: GenerationRequest, predictions: Sequence[torch.Tensor]) -> t
         return positive_BChw
     negative_BChw, positive_BChw = predictions
     return negative_BChw + request.scale * (positive_BChw - negative_BChw)
+
+
+def prompt_rows(request: GenerationRequest, num_pictures: int) -> slice:
+    """The rows of the prompt itself among those of the U-Net."""
+    start = num_pictures if request.is_guided else 0
+    return slice(start, start + num_pictures)

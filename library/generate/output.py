@@ -89,15 +89,17 @@ class ModelNames:
 
 def metadata(request: GenerationRequest, names: ModelNames) -> dict[str, str]:
     """PNG text chunks in the trade's order; `parameters` is what web user interfaces read."""
-    return {
+    texts = {
         "prompt": request.prompt,
         "seed": str(request.seed),
         "sampler": request.sampler,
         "steps": str(request.steps),
         "scale": str(request.scale),
         "negative-prompt": request.negative_prompt,
-        "parameters": infotext(request, names),
     }
+    if request.clip_prompt is not None:
+        texts["clip-prompt"] = request.clip_prompt
+    return texts | {"parameters": infotext(request, names)}
 
 
 def infotext(request: GenerationRequest, names: ModelNames) -> str:
