@@ -51,22 +51,11 @@ class NoiseSource:
         )
 
     def _pyramid_noise(self, latent_chw: tuple[int, int, int], epoch: int, sample_id: int) -> torch.Tensor:
-        """Noise of ever lower resolution, enlarged, each level weaker than the one before (Whitaker 2023).
-
-        Level i is smaller by r^i, r uniform in [2, 4) and drawn for each level; the first with a side of 1 is the last.
-        """
         generator = torch_generator(self.seed, "pyramid noise", epoch, sample_id)
-        channels, height, width = latent_chw
-        total_CHW = torch.zeros(latent_chw)
-        for level in range(self.options.multires_noise_iterations or 0):
-            shrink = (2.0 + 2.0 * torch.rand((), generator=generator).item()) ** level
-            size_hw = (max(1, int(height / shrink)), max(1, int(width / shrink)))
-            level_1CHW = torch.randn((1, channels, *size_hw), generator=generator)
-            enlarged_1CHW = interpolate(level_1CHW, (height, width), mode="bilinear", align_corners=False)
-            total_CHW += self.options.multires_noise_discount**level * enlarged_1CHW[0]
-            if min(size_hw) == 1:
-                break
-        return total_CHW
+        options = self.options
+        return pyramid_noise(
+            latent_chw, options.multires_noise_iterations or 0, options.multires_noise_discount, generator
+        )
 
     def _input_perturbation(self, latent_chw: tuple[int, int, int], epoch: int, sample_id: int) -> torch.Tensor | None:
         """gamma * xi, xi from N(0, 1) (Ning et al. 2023, "Input Perturbation Reduces Exposure Bias", algorithm 1)."""
@@ -82,6 +71,26 @@ class NoiseSource:
         """`highest`, or a number drawn uniformly from [0, highest) for the sample."""
         share = python_random(self.seed, f"{purpose} strength", *place).random() if is_random else 1.0
         return (highest or 0.0) * share
+
+
+def pyramid_noise(
+    latent_chw: tuple[int, int, int], iterations: int, discount: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Noise of ever lower resolution, enlarged, each level weaker by `discount` than the one before (Whitaker 2023).
+
+    Level i is smaller by r^i, r uniform in [2, 4) and drawn for each level; the first with a side of 1 is the last.
+    """
+    channels, height, width = latent_chw
+    total_CHW = torch.zeros(latent_chw)
+    for level in range(iterations):
+        shrink = (2.0 + 2.0 * torch.rand((), generator=generator).item()) ** level
+        size_hw = (max(1, int(height / shrink)), max(1, int(width / shrink)))
+        level_1CHW = torch.randn((1, channels, *size_hw), generator=generator)
+        enlarged_1CHW = interpolate(level_1CHW, (height, width), mode="bilinear", align_corners=False)
+        total_CHW += discount**level * enlarged_1CHW[0]
+        if min(size_hw) == 1:
+            break
+    return total_CHW
 
 
 def complete_noise(batch: Batch, latents_BCHW: torch.Tensor, options: NoiseOptions) -> Batch:

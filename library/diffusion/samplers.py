@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ class Scheduler(Protocol):
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None: ...
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor: ...
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def _dpm(label: str, scheduler: str, algorithm: str) -> Sampler:
     return Sampler(scheduler, label, DPM | {"algorithm_type": algorithm}, most_steps=999)
 
 
+LMS_ORDER = 4  # steps that the linear multistep method looks back on
 LMS = Sampler("LMSDiscreteScheduler", "LMS", LINSPACE)
 EULER = Sampler("EulerDiscreteScheduler", "Euler", LINSPACE)
 EULER_A = Sampler("EulerAncestralDiscreteScheduler", "Euler a", LINSPACE)
@@ -131,6 +137,41 @@ def make_scheduler(sampler: str, *, v_prediction: bool, zero_terminal_snr: bool 
         )
 
 
+def begin_with(scheduler: Any, num_steps: int) -> torch.Tensor:
+    """Let a fresh schedule begin at the noise of its last `num_steps` steps; returns the timesteps to go through.
+
+    Samplers of diffusers that evaluate the model twice a step count their entries by `order`. PNDM can't begin on its
+    way: its warm-up is laid anew from where it begins, three Runge-Kutta steps of four evaluations each or, where fewer
+    than four steps are left, one step of two.
+    """
+    if type(scheduler).__name__ == "PNDMScheduler":
+        return _begin_pndm(scheduler, num_steps)
+    begin = (scheduler.num_inference_steps - num_steps) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    return scheduler.timesteps[begin:]
+
+
+def _begin_pndm(scheduler: Any, num_steps: int) -> torch.Tensor:
+    """As diffusers' PNDMScheduler.set_timesteps lays its entries (Liu et al. 2022), over the last steps alone."""
+    import torch
+
+    steps = torch.as_tensor(scheduler._timesteps[:num_steps].astype("int64"))  # ascending
+    warm_up = scheduler.pndm_order
+    if num_steps >= warm_up:
+        half = scheduler.config.num_train_timesteps // scheduler.num_inference_steps // 2
+        first = steps[-warm_up:].repeat_interleave(2) + torch.tensor([0, half]).repeat(warm_up)
+        scheduler.prk_timesteps = first[:-1].repeat_interleave(2)[1:-1].flip(0).numpy()
+        rest = steps[:-3].flip(0)
+    else:
+        scheduler.register_to_config(skip_prk_steps=True)
+        scheduler.prk_timesteps = steps[:0].numpy()
+        rest = torch.cat([steps[:-1], steps[-2:-1], steps[-1:]]).flip(0)
+    scheduler.plms_timesteps = rest.numpy()
+    scheduler.timesteps = torch.cat([torch.as_tensor(scheduler.prk_timesteps), rest])
+    return scheduler.timesteps
+
+
 def stepper(
     scheduler: Scheduler, generators: Sequence[torch.Generator]
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -138,10 +179,13 @@ def stepper(
 
     A sampler that adds noise draws it for image i from `generators[i]`, so a picture does not depend on its batch.
     """
-    draws = "generator" in inspect.signature(scheduler.step).parameters
-    arguments = {"generator": list(generators)} if draws else {}
+    takes = inspect.signature(scheduler.step).parameters
+    arguments: dict[str, Any] = {"generator": list(generators)} if "generator" in takes else {}
+    done = itertools.count(1)
 
     def step(prediction_BCHW: torch.Tensor, timestep: torch.Tensor, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        if "order" in takes:  # LMS: never of more steps than were made, also where it began on its way
+            arguments["order"] = min(next(done), LMS_ORDER)
         return scheduler.step(prediction_BCHW, timestep, latents_BCHW, return_dict=False, **arguments)[0]
 
     return step

@@ -15,6 +15,10 @@ from library.generate.options import (
     PictureOptions,
     PromptOptions,
 )
+from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions
+from library.generate.schedule_options import ScheduleOptions
+from library.generate.start_options import HighresOptions, StartNoiseOptions, StartOptions
+from library.generate.vae_options import VaeOptions
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,29 @@ class GenerationConfig:
     control: ControlOptions
     critics: CriticOptions
     output: OutputOptions
+    start: StartOptions
+    highres: HighresOptions
+    deep_shrink: DeepShrinkOptions
+    gradual_latent: GradualLatentOptions
+    start_noise: StartNoiseOptions
+    schedule: ScheduleOptions
+    vae: VaeOptions
 
 
 CONFIG_GROUPS: dict[str, Any] = {
     "checkpoint": CheckpointOptions,
     "prompts": PromptOptions,
     "picture": PictureOptions,
+    "start": StartOptions,
+    "highres": HighresOptions,
+    "deep_shrink": DeepShrinkOptions,
+    "gradual_latent": GradualLatentOptions,
+    "start_noise": StartNoiseOptions,
+    "schedule": ScheduleOptions,
     "networks": NetworkOptions,
     "control": ControlOptions,
     "critics": CriticOptions,
+    "vae": VaeOptions,
     "compute": ComputeOptions,
     "output": OutputOptions,
 }

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from library.generate.picture_files import picture_paths
-from library.generate.request import GenerationRequest
 from library.options import OptionError, opt, require
 from library.wording import counted
 
@@ -103,21 +100,3 @@ class ControlOptions:
             ControlFile(path, flag, Preprocessor.parse(text), weight, ratio)
             for (path, flag), text, weight, ratio in rows
         )
-
-    def guided(self, requests: Iterable[GenerationRequest], first: int = 0) -> list[GenerationRequest]:
-        """The requests with their guide images; `first` counts the pictures that were made before.
-
-        Picture p gets the images p n, p n + 1 ... for n networks (one where there is none), over and over.
-        """
-        if not self.guide_image_path:
-            return list(requests)
-        paths = picture_paths(self.guide_image_path, GUIDE)
-        per_picture = max(len(self.files), 1)
-        return [
-            replace(request, guide_images=_in_turn(paths, (first + number) * per_picture, per_picture))
-            for number, request in enumerate(requests)
-        ]
-
-
-def _in_turn(paths: Sequence[str], start: int, count: int) -> tuple[str, ...]:
-    return tuple(paths[index % len(paths)] for index in range(start, start + count))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from library.checkpoints.critics import VGG16_LAYERS, check_vgg16, find_clip
@@ -14,6 +14,7 @@ from library.options import opt, require
 logger = logging.getLogger(__name__)
 
 GRADIENT_SAMPLERS = ("ddim", "pndm", "lms", "k_lms")
+CLIP_SCALE = "--clip_guidance_scale"
 CLIP_MODEL = "--clip_guidance_model"
 VGG16_MODEL = "--vgg16_model"
 VISION_MODEL = "--clip_vision_model"
@@ -70,18 +71,16 @@ class CriticOptions:
         if self.vgg16_guidance_scale:
             check_vgg16(str(self.vgg16_model), self.vgg16_guidance_layer, VGG16_MODEL)
 
-    def check_requests(self, requests: Iterable[GenerationRequest]) -> None:
-        """Raise OptionError for pictures that can't be guided so."""
-        requests = list(requests)
+    def check_request(self, request: GenerationRequest, where: str) -> None:
+        """Raise OptionError for a picture that can't be guided so; `where` names its line."""
         for flag in self.flags:
-            for request in requests:
-                way_out = f"use {', '.join(GRADIENT_SAMPLERS)}, or leave {flag} out"
-                is_known = request.sampler in GRADIENT_SAMPLERS
-                require(is_known, "--sampler", f"{request.sampler} can't be guided by a network", way_out)
-                needs_guide = flag != "--clip_guidance_scale"
-                require(not needs_guide or bool(request.guide_images), GUIDE, f"{flag} has no guide image", "name one")
-        if not self.clip_guidance_scale and any(request.clip_prompt for request in requests):
-            logger.warning("--c in prompt lines has no effect without --clip_guidance_scale")
+            is_known = request.sampler in GRADIENT_SAMPLERS
+            way_out = f"use {', '.join(GRADIENT_SAMPLERS)}, or leave {flag} out"
+            require(is_known, "--sampler", f"{request.sampler} can't be guided by a network", way_out)
+            needs_guide = flag != CLIP_SCALE
+            require(not needs_guide or bool(request.guide_images), GUIDE, f"{flag} has no guide image", "name one")
+        if request.clip_prompt is not None and CLIP_SCALE not in self.flags:
+            logger.warning("%s: --c has no effect without %s", where, CLIP_SCALE)
 
 
 @dataclass(frozen=True)

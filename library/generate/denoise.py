@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from library.diffusion.samplers import make_scheduler, stepper
+from library.diffusion.samplers import begin_with, make_scheduler, stepper
 from library.families.base import ModelBundle, ModelFamily
 from library.generate.conditions import PromptEncoder
 from library.generate.drawing import Drawing, Part
 from library.generate.guidance import guided
 from library.generate.request import GenerationRequest
+from library.generate.start import Start, requested_start, vary
 from library.models import vae
 
 Progress = Callable[[int, int], None]  # told (steps done, steps in all) after every step
@@ -33,18 +34,20 @@ def denoise(
     *,
     encoder: PromptEncoder | None = None,
     parts: Sequence[Part] = (),
+    start: Start = requested_start,
     progress: Progress | None = None,
 ) -> torch.Tensor:
     """Unscaled VAE latents (B, C, h, w), float32, of requests with equal `batch_key` and equal numbers of text windows.
 
     Noise is drawn per picture from its own CPU generator in float32: first the start noise, then what the sampler adds
-    at each step, so a picture depends neither on its batch nor on the device. `encoder` keeps encoded prompts from
+    at each step, so a picture depends neither on its batch nor on the device. `start` says where they start from beside
+    noise: from the pictures that they name, where nothing else is given. `encoder` keeps encoded prompts from
     batch to batch; `parts` take part in their order. The U-Net runs as it is given (dtype, device, autocast, networks);
     the sampler runs in float32.
     """
-    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+    generators = [torch.Generator().manual_seed(request.noise_seed) for request in requests]
     with ExitStack() as block:
-        drawing = begin(family, bundle, requests, encoder or PromptEncoder(family, bundle), generators)
+        drawing = begin(family, bundle, requests, encoder or PromptEncoder(family, bundle), generators, start)
         for part in parts:
             block.enter_context(part.taking_part(drawing))
         step = stepper(drawing.scheduler, generators)
@@ -70,24 +73,36 @@ def begin(
     requests: Sequence[GenerationRequest],
     encoder: PromptEncoder,
     generators: Sequence[torch.Generator],
+    start: Start = requested_start,
 ) -> Drawing:
-    """The batch before its first step: its prompts encoded, its noise drawn."""
-    first, source = requests[0], bundle.source
+    """The batch before its first step: its prompts encoded, its noise drawn and, where it starts from pictures, mixed
+    with their latents as diffusers' StableDiffusionImg2ImgPipeline does: the last steps * strength steps are left."""
+    first, model = requests[0], bundle.source
     assert all(request.batch_key == first.batch_key for request in requests)
     scheduler = make_scheduler(
-        first.sampler, v_prediction=source.v_prediction, zero_terminal_snr=source.zero_terminal_snr
+        first.sampler,
+        v_prediction=model.v_prediction,
+        zero_terminal_snr=model.zero_terminal_snr or first.zero_terminal_snr,
     )
     scheduler.set_timesteps(first.steps, device="cpu")  # the sampler's few scalars stay with the host: no waiting
     noise_BChw = start_noise(bundle, requests, generators).to(next(bundle.unet.parameters()).device)
+    source_BChw = start(family, bundle, requests)
+    if source_BChw is None:
+        timesteps, latents_BChw = scheduler.timesteps, noise_BChw * scheduler.init_noise_sigma
+    else:
+        source_BChw = source_BChw.to(noise_BChw)
+        timesteps = begin_with(scheduler, first.steps_done)
+        latents_BChw = scheduler.add_noise(source_BChw, noise_BChw, timesteps[:1])
     return Drawing(
         family,
         bundle,
         requests,
         scheduler,
-        scheduler.timesteps,
+        timesteps,
         noise_BChw,
-        noise_BChw * scheduler.init_noise_sigma,
+        latents_BChw,
         encoder(requests),
+        source_BChw=source_BChw,
     )
 
 
@@ -98,12 +113,15 @@ def start_noise(
     height, width = (vae.latent_size(bundle.vae, pixels) for pixels in (requests[0].height, requests[0].width))
     config: Any = bundle.vae.config
     shape = (config.latent_channels, height, width)
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    noises = [torch.randn(shape, generator=generator) for generator in generators]
+    varied = [vary(noise, request.start_noise, request.seed) for noise, request in zip(noises, requests, strict=True)]
+    return torch.stack(varied)
 
 
 @torch.no_grad()
-def decode(bundle: ModelBundle, latents_BChw: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, H, W, 3), uint8 on the CPU, of unscaled latents."""
-    images_BCHW = vae.decode(bundle.vae, latents_BChw)  # [-1, 1]
+def decode(bundle: ModelBundle, latents_BChw: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
+    """Pictures (B, H, W, 3), uint8 on the CPU, of unscaled latents, all or a number of them `at_once`."""
+    parts = latents_BChw.split(at_once or len(latents_BChw))
+    images_BCHW = torch.cat([vae.decode(bundle.vae, part) for part in parts])  # [-1, 1]
     pixels_BCHW = ((images_BCHW / 2 + 0.5) * 255).round().to(torch.uint8)
     return pixels_BCHW.permute(0, 2, 3, 1).cpu()

@@ -29,6 +29,8 @@ class Drawing:
     latents_BChw: torch.Tensor  # float32, at the place in the schedule where the next step begins
     conditioning: Conditioning  # of R rows: a group of B rows for each of the first request's `texts`
     index: int = 0  # of the step at hand
+    source_BChw: torch.Tensor | None = None  # clean latents, scaled, where pictures don't start from noise alone
+    beside_BChw: torch.Tensor | None = None  # further channels of the U-Net's input: what inpainting models ask for
 
     @property
     def first(self) -> GenerationRequest:
@@ -59,6 +61,8 @@ class Drawing:
         weight = next(self.bundle.unet.parameters())
         num_rows = len(conditioning.context_BTD)
         inputs_BChw = self.scheduler.scale_model_input(latents_BChw, self.timestep).to(weight.dtype)
+        if self.beside_BChw is not None:
+            inputs_BChw = torch.cat([inputs_BChw, self.beside_BChw.to(inputs_BChw)], dim=1)
         inputs_RChw = inputs_BChw.repeat(num_rows // len(inputs_BChw), 1, 1, 1)
         timesteps_R = torch.full((num_rows,), self.timestep.item(), dtype=self.timestep.dtype, device=weight.device)
         return inputs_RChw, timesteps_R

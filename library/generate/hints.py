@@ -8,11 +8,10 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from library.generate.control_options import GUIDE, Preprocessor
-from library.generate.picture_files import read_picture
 from library.generate.request import GenerationRequest
+from library.generate.start import picture, resized
 
 
 def hints(requests: Sequence[GenerationRequest], index: int, preprocessor: Preprocessor) -> torch.Tensor:
@@ -21,8 +20,7 @@ def hints(requests: Sequence[GenerationRequest], index: int, preprocessor: Prepr
 
 
 def _hint(request: GenerationRequest, index: int, preprocessor: Preprocessor) -> torch.Tensor:
-    picture = read_picture(request.guide_images[index], GUIDE)
-    pixels_HWC = np.array(picture.resize((request.width, request.height), Image.Resampling.LANCZOS))
+    pixels_HWC = np.array(resized(picture(request.guide_images[index], GUIDE), request))
     if preprocessor.thresholds is not None:
         edges_HW = cv2.Canny(pixels_HWC, *preprocessor.thresholds)
         pixels_HWC = np.repeat(edges_HW[:, :, None], 3, axis=2)

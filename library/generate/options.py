@@ -53,6 +53,8 @@ class ComputeOptions:
     bf16: bool = opt(False, help="bfloat16 precision; --fp16 takes precedence")
     xformers: bool = opt(False, help="xformers' memory-efficient attention (package xformers)")
     sdpa: bool = opt(False, help="PyTorch's scaled dot-product attention; the default")
+    diffusers_xformers: bool = opt(False, help="the same as --xformers")
+    opt_channels_last: bool = opt(False, help="weights and pictures with channels last in memory: often faster")
     no_half_vae: bool = opt(False, help="run the VAE in float32 beside --fp16 or --bf16")
     batch_size: int = opt(1, help="pictures computed at once; a picture does not depend on its batch")
 
@@ -61,7 +63,7 @@ class ComputeOptions:
 
     @property
     def attention(self) -> AttentionOptions:
-        return AttentionOptions(xformers=self.xformers, sdpa=self.sdpa)
+        return AttentionOptions(xformers=self.xformers or self.diffusers_xformers, sdpa=self.sdpa)
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,30 @@ class PromptOptions:
     """What is asked for."""
 
     prompt: str | None = opt(help="one prompt; its options (--n, --w ...) may follow inside the quotes")
-    from_file: str | None = opt(help="text file (UTF-8) with one prompt per line; takes precedence over --prompt")
+    from_file: str | None = opt(
+        help="text file (UTF-8) with one prompt per line, or a picture with its prompt in it, to be made again; takes "
+        "precedence over --prompt"
+    )
+    from_module: str | None = opt(help="Python file whose get_prompter() makes the prompts; before --from_file")
+    prompter_module_args: tuple[str, ...] | None = opt(help="arguments that --from_module's file looks at")
+    interactive: bool = opt(False, help="ask for prompts, one after the other, behind those given otherwise")
+    no_preview: bool = opt(False, help="show no windows with the pictures of --interactive")
+    skip_errors: bool = opt(False, help="leave out lines of prompts that are wrong; without it nothing is drawn then")
     images_per_prompt: int = opt(1, help="pictures per prompt")
     n_iter: int = opt(1, help="times the whole list of prompts is repeated")
+    shuffle_prompts: bool = opt(False, help="go through the prompts in another order each time")
     seed: int | None = opt(help="all seeds follow from it; one picture of one prompt has it as its own")
+    iter_same_seed: bool = opt(False, help="the same seeds for every prompt, new ones for each repetition of the list")
 
     def __post_init__(self) -> None:
-        require(
-            self.prompt is not None or self.from_file is not None,
-            "--prompt",
-            "no prompt given",
-            'give --prompt "a photo of a cat", or a file of prompts with --from_file',
-        )
         for name in ("images_per_prompt", "n_iter"):
             require(getattr(self, name) >= 1, f"--{name}", f"{getattr(self, name)} is out of range", "use 1 or more")
         check_seed("--seed", self.seed)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there are prompts that show only while pictures are drawn."""
+        return self.interactive or self.from_module is not None
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,7 @@ class OutputOptions:
 
     outdir: str = opt("outputs", help="folder for the pictures; made where it is missing")
     sequential_file_name: bool = opt(False, help="name files im_000001.png and on, instead of by time and seed")
+    use_original_file_name: bool = opt(False, help="name a picture like the one of --image_path that it is made from")
 
     def __post_init__(self) -> None:
         require(bool(self.outdir.strip()), "--outdir", "no folder named", 'name one, "." for the folder you are in')

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from library.checkpoints.safetensors_io import file_sha256
 from library.diffusion.samplers import SAMPLERS
 from library.generate.options import OutputOptions
+from library.generate.picture_texts import EXIF_FOLDER, USER_COMMENT, as_comment
 from library.generate.request import GenerationRequest
 from library.options import OptionError, require
 
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FLAG = "--outdir"
-SEQUENTIAL_NAME = re.compile(r"im_(\d{6,})\.png")
+# file name's suffix -> (Pillow's name of the format, settings); JPEG and WebP at their best quality
+FORMATS = {
+    ".png": ("PNG", {}),
+    ".webp": ("WEBP", {"quality": 100}),
+    ".jpg": ("JPEG", {"quality": 100, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 100, "subsampling": 0}),
+}
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # file systems such as exFAT
 MOST_WAITING = 16  # pictures that may wait for the disk before generation waits, too
 
@@ -50,27 +57,43 @@ def prepare_folder(path: str | Path, largest_bytes: int) -> Path:
     return folder
 
 
-def time_names(request: GenerationRequest, index: int, moment: time.struct_time) -> Iterator[str]:
-    """im_{local time}_{index in the batch}_{seed}.png, and the same with _2, _3 ... behind it."""
-    return numbered_names(f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{index:03d}_{request.seed}")
+def time_names(request: GenerationRequest, index: int, moment: time.struct_time, stage: str = "") -> Iterator[str]:
+    """im_{local time}_{stage}{index in the batch}_{seed}.png, and the same with _2, _3 ... behind it."""
+    return numbered_names(f"im_{time.strftime('%Y%m%d%H%M%S', moment)}_{stage}{index:03d}_{request.seed}")
 
 
-def numbered_names(stem: str) -> Iterator[str]:
+def numbered_names(stem: str, suffix: str = ".png") -> Iterator[str]:
     """{stem}.png, {stem}_2.png, {stem}_3.png ..."""
-    yield f"{stem}.png"
+    yield f"{stem}{suffix}"
     number = 2
     while True:
-        yield f"{stem}_{number}.png"
+        yield f"{stem}_{number}{suffix}"
         number += 1
 
 
-def sequential_names(folder: Path) -> Iterator[str]:
-    """im_000001.png and on, behind the highest number that the folder holds."""
-    taken = [int(match[1]) for entry in os.scandir(folder) if (match := SEQUENTIAL_NAME.fullmatch(entry.name))]
+def own_names(file_name: str, stage: str = "") -> Iterator[str]:
+    """The name that a prompt's --f or a picture's source gives, then with _2, _3 ...
+
+    Without a suffix of FORMATS it is a PNG file. First stages of highres fix ("0") get _1st.
+    """
+    stem, suffix = split_name(file_name)
+    return numbered_names(f"{stem}_1st" if stage == "0" else stem, suffix)
+
+
+def split_name(file_name: str) -> tuple[str, str]:
+    """Stem and suffix of a name that prompts ask for; the suffix is one of FORMATS."""
+    path = Path(file_name)
+    return (path.stem, path.suffix) if path.suffix.lower() in FORMATS else (file_name, ".png")
+
+
+def sequential_names(folder: Path, stage: str = "") -> Iterator[str]:
+    """im_{stage}000001.png and on, behind the highest number that the folder holds."""
+    pattern = re.compile(rf"im_{stage}(\d{{6,}})\.png")
+    taken = [int(match[1]) for entry in os.scandir(folder) if (match := pattern.fullmatch(entry.name))]
     number = max(taken, default=0)
     while True:
         number += 1
-        yield f"im_{number:06d}.png"
+        yield f"im_{stage}{number:06d}.png"
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,23 @@ def infotext(request: GenerationRequest, names: ModelNames) -> str:
         values["Clip skip"] = request.clip_skip
     lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
     return "\n".join(lines)
+
+
+def encode(image: Image.Image, texts: dict[str, str], suffix: str) -> bytes:
+    """The picture as a file of the format that goes with `suffix`.
+
+    JPEG and WebP have no text chunks: there `parameters` stands in the EXIF comment, where web user interfaces look.
+    """
+    kind, settings = FORMATS[suffix.lower()]
+    if kind == "PNG":
+        return encode_png(image, texts)
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_FOLDER)[USER_COMMENT] = as_comment(texts["parameters"])
+    buffer = io.BytesIO()
+    image.save(buffer, kind, exif=exif, **settings)
+    return buffer.getvalue()
 
 
 def encode_png(image: Image.Image, texts: dict[str, str]) -> bytes:
@@ -180,19 +220,32 @@ class PictureWriter:
         self.folder = folder
         self._model_names = functools.cache(model_names)
         self.paths: list[Path] = []
-        self._running = sequential_names(folder) if options.sequential_file_name else None
+        self._options = options
+        self._running: dict[str, Iterator[str]] = {}  # by stage
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
         self._waiting: deque[Future[Path]] = deque()
 
-    def write(self, image: Image.Image, request: GenerationRequest, index: int) -> None:
-        """Hand over one picture; `index` is its place in the batch."""
+    def write(self, image: Image.Image, request: GenerationRequest, index: int, stage: str = "") -> None:
+        """Hand over one picture; `index` is its place in the batch, `stage` goes into its name."""
         self._collect(MOST_WAITING)
-        names = self._running or time_names(request, index, time.localtime())
+        names = self._names(request, index, stage)
 
         def to_disk() -> Path:
-            return write_new(self.folder, names, encode_png(image, metadata(request, self._model_names())))
+            suffix = split_name(request.file_name)[1]
+            return write_new(self.folder, names, encode(image, metadata(request, self._model_names()), suffix))
 
         self._waiting.append(self._pool.submit(to_disk))
+
+    def _names(self, request: GenerationRequest, index: int, stage: str) -> Iterator[str]:
+        """What the picture may be called, the best name first."""
+        if request.file_name:
+            return own_names(request.file_name, stage)
+        source = (request.first_stage or request).image
+        if self._options.use_original_file_name and source:
+            return own_names(f"{Path(source).stem}.png", stage)
+        if self._options.sequential_file_name:
+            return self._running.setdefault(stage, sequential_names(self.folder, stage))
+        return time_names(request, index, time.localtime(), stage)
 
     def _collect(self, most: int) -> None:
         while self._waiting and (len(self._waiting) > most or self._waiting[0].done()):

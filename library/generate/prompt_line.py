@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.options import OptionError
+from library.options import OptionError, require
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,36 @@ class PromptLine:
     where: str = "--prompt"  # for messages: the flag, or file and line number
     sampler: str | None = None
     clip_prompt: str | None = None
+    strength: float | None = None  # of img2img, or of a second stage
+    ds_depth_1: int | None = None  # Deep Shrink and gradual latent: as the flags of these names, for this line alone
+    ds_timesteps_1: int | None = None
+    ds_depth_2: int | None = None
+    ds_timesteps_2: int | None = None
+    ds_ratio: float | None = None
+    gradual_latent_timesteps: int | None = None
+    gradual_latent_ratio: float | None = None
+    gradual_latent_every_n_steps: int | None = None
+    gradual_latent_ratio_step: float | None = None
+    gradual_latent_s_noise: float | None = None
+    gradual_latent_unsharp_params: str | None = None
+    clip_skip: int | None = None
+    turn: int | None = None  # which file of --image_path is this prompt's, from 0; None: they are taken in turn
+    file_name: str = ""
+    raw_prompt: str = ""  # what a dynamic prompt was before it was drawn
 
+
+@dataclass(frozen=True)
+class RawLine:
+    """A line as it was written, which may be a dynamic prompt, and its place."""
+
+    text: str
+    where: str = "--prompt"
+
+
+OPTION_MARK = " --"  # in front of each option
+FILE_NAME = 'the name of a file (without a folder, which is --outdir, and without any of :*?"<>|)'
+BAD_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f]')  # to one system or another
+LONGEST_NAME = 200  # bytes; file systems take 255, and numbers may follow
 
 # name of a line's option -> (field of PromptLine, what its value must be, parser of the value)
 LineOptions = Mapping[str, tuple[str, str, Callable[[str], Any]]]
@@ -45,7 +74,8 @@ def parse_prompt_line(line: str, where: str = "--prompt", options: LineOptions |
     OptionError; unknown options are left out of the prompt, as they always were, and named in one warning.
     """
     options = LINE_OPTIONS if options is None else options
-    prompt, *parts = f" {line.strip()}".split(" --")
+    require(NOT_UTF8.search(line) is None, where, "is not UTF-8 text", "write it in UTF-8")
+    prompt, *parts = f" {line.strip()}".split(OPTION_MARK)
     values: dict[str, Any] = {}
     unknown = []
     for part in parts:
@@ -61,30 +91,39 @@ def parse_prompt_line(line: str, where: str = "--prompt", options: LineOptions |
     if unknown:
         known = ", ".join(f"--{name}" for name in options)
         logger.warning("%s: no effect: %s; prompt lines know %s", where, ", ".join(unknown), known)
-    if DYNAMIC_PROMPT.search(prompt):
-        logger.warning("%s: {...|...} is used as it stands: alternatives are not drawn", where)
     return PromptLine(prompt.strip(), where=where, **values)
 
 
-def read_prompt_file(
-    path: str | Path, flag: str = "--from_file", options: LineOptions | None = None
-) -> list[PromptLine]:
+def read_raw_lines(path: str | Path, flag: str = "--from_file") -> list[RawLine]:
     """The prompts of a text file (UTF-8, with or without a byte order mark); blank lines and # comments are skipped.
 
-    Raises OptionError, which names `flag`, for a file that is missing, holds no prompt or is no UTF-8 text.
+    Raises OptionError, which names `flag`, for a file that is missing or holds no prompt. What is no UTF-8 text shows
+    when its line is parsed.
     """
+    return lines_of_text(read_bytes_as_text(path, flag), path, flag)
+
+
+def read_bytes_as_text(path: str | Path, flag: str) -> str:
+    """A file's text, with marks in place of what is no UTF-8; OptionError, which names `flag`, where it is missing."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise OptionError(flag, f"{path} is not UTF-8 text (line {line})", "save it as UTF-8") from None
+        return Path(path).read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise OptionError(flag, f"can't read {path} ({error.strerror})", "name a text file of prompts") from None
+
+
+def lines_of_text(text: str, path: str | Path, flag: str = "--from_file") -> list[RawLine]:
+    """The prompts in a file's text, see :func:`read_raw_lines`."""
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
     prompts = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not prompts:
         raise OptionError(flag, f"{path} holds no prompt", "write one prompt per line")
-    return [parse_prompt_line(line, f"{path}, line {number}", options) for number, line in prompts]
+    return [RawLine(line, f"{path}, line {number}") for number, line in prompts]
+
+
+def seeds_of_line(text: str, where: str) -> tuple[int, ...]:
+    """The seeds that a line's --d names, the last one where there are several; OptionError as parsing the line."""
+    own = [part.strip() for part in f" {text}".split(OPTION_MARK)[1:] if part.strip().partition(" ")[0].lower() == "d"]
+    return parse_prompt_line(f" --{own[-1]}", where, LINE_OPTIONS).seeds if own else ()
 
 
 def finite_number(text: str) -> float:
@@ -92,6 +131,13 @@ def finite_number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(text)
     return value
+
+
+def file_name(text: str) -> str:
+    """A picture's name, without a folder."""
+    if not text.strip(".") or BAD_IN_NAMES.search(text) or len(text.encode()) > LONGEST_NAME:
+        raise ValueError(text)
+    return text
 
 
 def seed_list(text: str) -> tuple[int, ...]:
@@ -106,6 +152,19 @@ LINE_OPTIONS: LineOptions = {
     "l": ("scale", "a number", finite_number),
     "s": ("steps", "a whole number", int),
     "c": ("clip_prompt", "a text", str),
+    "t": ("strength", "a number", finite_number),
+    "dsd1": ("ds_depth_1", "a whole number", int),
+    "dst1": ("ds_timesteps_1", "a whole number", int),
+    "dsd2": ("ds_depth_2", "a whole number", int),
+    "dst2": ("ds_timesteps_2", "a whole number", int),
+    "dsr": ("ds_ratio", "a number", finite_number),
+    "glt": ("gradual_latent_timesteps", "a whole number", int),
+    "glr": ("gradual_latent_ratio", "a number", finite_number),
+    "gle": ("gradual_latent_every_n_steps", "a whole number", int),
+    "gls": ("gradual_latent_ratio_step", "a number", finite_number),
+    "glsn": ("gradual_latent_s_noise", "a number", finite_number),
+    "glus": ("gradual_latent_unsharp_params", "a list of numbers", str),
+    "f": ("file_name", FILE_NAME, file_name),
 }
 
-DYNAMIC_PROMPT = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*(?<!\\)\}")
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what bytes of another encoding become

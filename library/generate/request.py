@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from library.diffusion.samplers import SAMPLERS
+from library.generate.dynamic_prompts import parse_dynamic_prompt
 from library.generate.options import PictureOptions, PromptOptions, check_seed, check_size
-from library.generate.prompt_line import PromptLine
-from library.options import require
+from library.generate.prompt_line import PromptLine, RawLine, parse_prompt_line, seeds_of_line
+from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions
+from library.generate.seeds import PictureSeeds, shuffled
+from library.generate.start_options import StartNoiseOptions, UpscalerChoice
+from library.options import OptionError, require
 from library.text.prompt_weights import LARGEST_EMPHASIS, parse_prompt_weights
 
 logger = logging.getLogger(__name__)
 
-LARGEST_SEED = 2**32 - 1
+Completion = Callable[["GenerationRequest", PromptLine, int], "GenerationRequest"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,33 @@ class GenerationRequest:
     guide_images: tuple[str, ...] = ()  # files: one for each network that sees them, in their order
     is_controlled: bool = True  # ControlNets take part; not so where only details are drawn
     clip_prompt: str | None = None  # what CLIP guidance compares the picture with; None: the prompt
+    image: str = ""  # path of the picture to start from
+    mask: str = ""  # path of a mask: what is white there is drawn anew, the rest of `image` stays
+    strength: float = 1.0  # share of the steps that are done where a picture does not start from noise alone
+    first_stage: GenerationRequest | None = None  # whose result, enlarged, this picture starts from
+    upscaler: UpscalerChoice = UpscalerChoice()  # by what it is enlarged
+    deep_shrink: DeepShrinkOptions = DeepShrinkOptions()
+    gradual_latent: GradualLatentOptions = GradualLatentOptions()
+    start_noise: StartNoiseOptions = StartNoiseOptions()
+    zero_terminal_snr: bool = False  # asked for; models that need it say so themselves
+    # what says nothing about the picture
+    file_name: str = field(default="", compare=False)  # of its file; "": as the command line says
+    raw_prompt: str = field(default="", compare=False)  # the line of a dynamic prompt, as it was written
+
+    @property
+    def is_second_stage(self) -> bool:
+        """Whether this picture is another one, enlarged and gone over (highres fix)."""
+        return self.first_stage is not None
+
+    @property
+    def noise_seed(self) -> int:
+        """Of the picture's noise; a second stage has other noise than its first one, which has the same seed."""
+        return (self.seed + self.is_second_stage) % 2**64
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that are really done: all, where a picture starts from noise alone."""
+        return min(int(self.steps * self.strength), self.steps)
 
     @property
     def is_guided(self) -> bool:
@@ -48,25 +80,121 @@ class GenerationRequest:
     @property
     def batch_key(self) -> Hashable:
         """Requests with equal keys can be one batch, as far as the request alone tells."""
-        return (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts),
-                self.is_controlled)  # fmt: skip
+        own = (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
+        start = (bool(self.image), bool(self.mask), self.strength, self.upscaler)
+        drawing = (self.deep_shrink, self.gradual_latent, self.zero_terminal_snr, self.is_controlled)
+        return (*own, *start, *drawing, self.first_stage and self.first_stage.batch_key)
 
 
 def make_requests(
-    lines: Sequence[PromptLine], prompts: PromptOptions, picture: PictureOptions
+    lines: Sequence[RawLine | PromptLine],
+    prompts: PromptOptions,
+    picture: PictureOptions,
+    complete: Completion | None = None,
 ) -> list[GenerationRequest]:
     """One request per picture: the whole list `n_iter` times, `images_per_prompt` pictures of each prompt in a row.
 
-    Raises OptionError where a line asks for a size, a seed or an emphasis that can't be had.
+    `complete` adds what a request says beyond its prompt, given its line and its number in the list, from 0, or its
+    line's `turn`. Raises OptionError where a line asks for a size, a seed or an emphasis that can't be had.
     """
-    lines = [checked_line(line, picture.sampler) for line in lines]
-    drawn = seeds(prompts.seed, count=prompts.n_iter * len(lines) * prompts.images_per_prompt)
-    return [
-        request_of(line, picture, _own_seed(line, index, drawn))
-        for _ in range(prompts.n_iter)
-        for line in lines
-        for index in range(prompts.images_per_prompt)
-    ]
+    return RequestMaker(prompts, picture, len(lines), complete).of_list(lines)
+
+
+class RequestMaker:
+    """Makes requests of lines, one after the other; holds nothing of a line but what it says."""
+
+    def __init__(
+        self,
+        prompts: PromptOptions,
+        picture: PictureOptions,
+        num_prompts: int | None,
+        complete: Completion | None = None,
+    ) -> None:
+        """`num_prompts` of one iteration, None where it shows only later; `complete`: see :func:`make_requests`."""
+        self.prompts = prompts
+        self.picture = picture
+        self.seeds = PictureSeeds(prompts, num_prompts)
+        self._complete = complete or (lambda request, _line, _number: request)
+        self._number = 0
+        self._read: dict[RawLine | PromptLine, PromptLine] = {}
+
+    def of_list(
+        self, lines: Sequence[RawLine | PromptLine], broken: BrokenLines | None = None
+    ) -> list[GenerationRequest]:
+        """The pictures of a whole list, see :func:`make_requests`; with `broken`, lines that are wrong are left out."""
+        made: list[GenerationRequest] = []
+        for iteration in range(self.prompts.n_iter):
+            self.begin_iteration()
+            for line in shuffled(lines, self.prompts.seed, iteration) if self.prompts.shuffle_prompts else lines:
+                with contextlib.nullcontext() if broken is None else broken.left_out():
+                    made += self.of_line(line)
+        return made
+
+    def begin_iteration(self) -> None:
+        """The list of prompts begins, for the first time or anew."""
+        self.seeds.next_iteration()
+        self._number = 0
+
+    def of_line(self, line: RawLine | PromptLine) -> list[GenerationRequest]:
+        """The pictures of one prompt: `images_per_prompt` of them, or one for each combination of a dynamic prompt.
+
+        A dynamic prompt draws anew for each picture, from the picture's seed. Raises OptionError, which names the line.
+        """
+        count = self.prompts.images_per_prompt
+        if isinstance(line, PromptLine):
+            same = self._checked(line)
+            return self._of_lines([same] * count, self._seeds(same.seeds, count))
+        dynamic = parse_dynamic_prompt(line.text, line.where)
+        if not dynamic.is_dynamic:
+            same = self._checked(RawLine(dynamic.outside, line.where))
+            return self._of_lines([same] * count, self._seeds(same.seeds, count))
+        own = seeds_of_line(dynamic.outside, line.where)
+        if dynamic.is_enumerated:
+            first = self._seeds(own, 1)[0]
+            drawn = self._seeds(own or (first,), dynamic.num_combinations)
+            texts = list(dynamic.combinations(first))
+        else:
+            drawn = self._seeds(own, count)
+            texts = [dynamic.drawn(random.Random(seed)) for seed in drawn]
+        lines = [replace(self._checked(RawLine(text, line.where)), raw_prompt=line.text) for text in texts]
+        return self._of_lines(lines, drawn)
+
+    def _checked(self, line: RawLine | PromptLine) -> PromptLine:
+        """The line, read and checked, once."""
+        if line not in self._read:
+            parsed = parse_prompt_line(line.text, line.where) if isinstance(line, RawLine) else line
+            self._read[line] = checked_line(parsed, self.picture.sampler)
+        return self._read[line]
+
+    def _seeds(self, own: tuple[int, ...], count: int) -> list[int]:
+        """A line's own seeds, the last of which serves all further pictures, or seeds drawn for it."""
+        return [own[min(index, len(own) - 1)] for index in range(count)] if own else self.seeds.of_prompt(count)
+
+    def _of_lines(self, lines: Sequence[PromptLine], drawn: Sequence[int]) -> list[GenerationRequest]:
+        requests = []
+        for index, (line, seed) in enumerate(zip(lines, drawn, strict=True)):
+            own = line.seeds[min(index, len(line.seeds) - 1)] if line.seeds else seed
+            number = self._number if line.turn is None else line.turn
+            requests.append(self._complete(request_of(line, self.picture, own), line, number))
+            self._number += 1
+        return requests
+
+
+class BrokenLines:
+    """Counts the lines that can't be drawn, and says why, so that the others are drawn."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """A block in which a line is read."""
+        try:
+            yield
+        except OptionError as error:
+            if str(error) not in self.said:
+                logger.error("left out: %s", error)
+            self.said.add(str(error))
 
 
 def checked_line(line: PromptLine, sampler: str) -> PromptLine:
@@ -99,18 +227,6 @@ def check_emphasis(where: str, text: str) -> None:
     require(largest <= LARGEST_EMPHASIS, where, problem, f"{LARGEST_EMPHASIS:g} is the limit, 0.5 to 1.5 is usual")
 
 
-def seeds(seed: int | None, *, count: int) -> Iterator[int]:
-    """Seeds of pictures that name none, drawn one after the other; `count` pictures are made in all.
-
-    With a seed they are a function of it, and a single picture has the seed itself. No global generator is used.
-    """
-    if seed is not None and count == 1:
-        yield seed
-    source = random.SystemRandom() if seed is None else random.Random(seed)
-    while True:
-        yield source.randint(0, LARGEST_SEED)
-
-
 def batches(
     requests: Iterable[GenerationRequest], size: int, windows: Callable[[GenerationRequest], int]
 ) -> Iterator[list[GenerationRequest]]:
@@ -122,17 +238,16 @@ def batches(
     pending_key: Hashable = None
     for request in requests:
         key = (request.batch_key, windows(request))
-        if pending and (key != pending_key or len(pending) == size):
+        if pending and key != pending_key:
             yield pending
             pending = []
         pending_key = key
         pending.append(request)
+        if len(pending) == size:  # now, not with the next request: that may be a while in coming
+            yield pending
+            pending = []
     if pending:
         yield pending
-
-
-def _own_seed(line: PromptLine, index: int, drawn: Iterator[int]) -> int:
-    return line.seeds[min(index, len(line.seeds) - 1)] if line.seeds else next(drawn)
 
 
 def request_of(line: PromptLine, picture: PictureOptions, seed: int) -> GenerationRequest:
@@ -146,7 +261,9 @@ def request_of(line: PromptLine, picture: PictureOptions, seed: int) -> Generati
         scale=picture.scale if line.scale is None else line.scale,
         seed=seed,
         sampler=line.sampler or picture.sampler,
-        clip_skip=picture.clip_skip,
+        clip_skip=picture.clip_skip if line.clip_skip is None else line.clip_skip,
         max_windows=picture.windows,
         clip_prompt=line.clip_prompt,
+        file_name=line.file_name,
+        raw_prompt=line.raw_prompt,
     )

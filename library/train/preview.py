@@ -27,7 +27,8 @@ from library.generate.images import Engine, NotFiniteError
 from library.generate.options import PictureOptions
 from library.generate.output import ModelNames
 from library.generate.prompt_line import PromptLine
-from library.generate.request import LARGEST_SEED, batches, request_of
+from library.generate.request import batches, request_of
+from library.generate.seeds import LARGEST_SEED
 from library.options import OptionError
 from library.progress import progress_bar
 from library.randomness import seed_for

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from library.data.config import DatasetConfig
 from library.data.dataset_file import parse_file
 from library.diffusion.samplers import SAMPLERS, check_packages
 from library.generate.options import LEAST_SIZE, SIZE_STEP, PictureOptions
-from library.generate.prompt_line import LINE_OPTIONS, LineOptions, PromptLine, parse_prompt_line, read_prompt_file
+from library.generate.prompt_line import LINE_OPTIONS, LineOptions, PromptLine, parse_prompt_line, read_raw_lines
 from library.generate.request import checked_line
 from library.options import OptionError, build, did_you_mean, not_one_of, opt, options_of, require
 from library.train.config import RunConfig
@@ -28,11 +29,10 @@ logger = logging.getLogger(__name__)
 FLAG = "--sample_prompts"
 STEPS = 30
 WINDOWS = 3  # longest prompt, in windows of 75 tokens
-OF_GENERATION = ("c",)  # what takes more than the model that is trained
-PREVIEW_LINE_OPTIONS: LineOptions = {
-    **{name: row for name, row in LINE_OPTIONS.items() if name not in OF_GENERATION},
-    "ss": ("sampler", "a sampler", str),
+PREVIEW_LINE_OPTIONS: LineOptions = {name: LINE_OPTIONS[name] for name in "nwhdls"} | {
+    "ss": ("sampler", "a sampler", str)
 }
+DYNAMIC_PROMPT = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*(?<!\\)\}")
 OTHER_MODELS = {
     "controlnet_image": "only ControlNets look at a picture",
     "guidance_scale": "this is for models that take guidance as an input; `scale` is the guidance of this one",
@@ -88,7 +88,7 @@ def _read(path: Path) -> Sequence[PromptLine]:
     kind = path.suffix.lower()
     require(kind in (".txt", ".toml", ".json"), FLAG, f"{path} is neither .txt nor .toml nor .json")
     if kind == ".txt":
-        return read_prompt_file(path, FLAG, PREVIEW_LINE_OPTIONS)
+        return [_prompt_line(line.text, line.where) for line in read_raw_lines(path, FLAG)]
     content = parse_file(path, FLAG)
     lines = list(_toml_lines(path, content) if kind == ".toml" else _json_lines(path, content))
     require(bool(lines), FLAG, f"{path} holds no prompt", "write one [[prompt.subset]] or object per prompt")
@@ -120,7 +120,14 @@ def _json_lines(path: Path, content: Any) -> Iterator[PromptLine]:
         if isinstance(item, dict):
             yield _entry(item, where)
         elif item.strip() and not item.strip().startswith("#"):
-            yield parse_prompt_line(item, where, PREVIEW_LINE_OPTIONS)
+            yield _prompt_line(item, where)
+
+
+def _prompt_line(text: str, where: str) -> PromptLine:
+    """A line of text. Its braces stay: a preview shows how one and the same prompt is learned."""
+    if DYNAMIC_PROMPT.search(text):
+        logger.warning("%s: {...|...} is used as it stands: previews draw no variants", where)
+    return parse_prompt_line(text, where, PREVIEW_LINE_OPTIONS)
 
 
 def _entry(values: Mapping[str, Any], where: str) -> PromptLine:

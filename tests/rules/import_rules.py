@@ -16,7 +16,9 @@ BELOW = {
         "library.targets", "library.families", "library.data", "library.generate", "library.diffusion", *FOUNDATION,
     ),
     "library.targets": ("library.families", "library.data.batch", *FOUNDATION),
-    "library.generate": ("library.families", "library.diffusion", *FOUNDATION),
+    "library.generate": (
+        "library.families", "library.diffusion", "library.data.headers", "library.data.images", *FOUNDATION,
+    ),
     "library.families": FOUNDATION,
     "library.data": ("library.text",),
     "library.diffusion": ("library.data.batch", *FOUNDATION),

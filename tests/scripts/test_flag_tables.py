@@ -49,14 +49,26 @@ OF_NETWORKS = {
     "--max_validation_steps", "--initial_step", "--initial_epoch", "--skip_until_initial_step",
     "--cpu_offload_checkpointing",
 }  # fmt: skip
+# of later versions of the trade's generator, and --skip_errors, which is of this project
+OF_PROMPTS = {"--from_module", "--prompter_module_args", "--skip_errors"}
+# of later versions of the trade's generators
+OF_GENERATION = {
+    "--force_scheduler_zero_steps_offset", "--zero_terminal_snr", "--pyramid_noise_prob",
+    "--pyramid_noise_discount_range", "--noise_offset_prob", "--noise_offset_range",
+}  # fmt: skip
+RESOLUTION = {
+    "--ds_depth_1", "--ds_timesteps_1", "--ds_depth_2", "--ds_timesteps_2", "--ds_ratio", "--gradual_latent_timesteps",
+    "--gradual_latent_ratio", "--gradual_latent_ratio_step", "--gradual_latent_every_n_steps",
+    "--gradual_latent_s_noise", "--gradual_latent_unsharp_params",
+}  # fmt: skip
 OWN = {
     "train_network": OF_TRAINING,
     "sdxl_train_network": OF_TRAINING | {"--text_variations"},
     "train_db": OF_TRAINING | OF_NETWORKS,
     "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
-    "gen_img_diffusers": {"--no_half_vae"},  # in later versions of the trade's generator
-    "sdxl_gen_img": {"--v_parameterization"},
+    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | {"--no_half_vae"},
+    "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | {"--v_parameterization", "--shuffle_prompts"},
     "merge_captions_to_metadata": {"--on_missing_text"},
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
@@ -75,37 +87,17 @@ NOT_YET = {  # flags of the generators that are still to come
     "--control_net_weights",
     "--crop_left",
     "--crop_top",
-    "--diffusers_xformers",
     "--guide_image_path",
-    "--highres_fix_disable_control_net",
-    "--highres_fix_latents_upscaling",
-    "--highres_fix_save_1st",
-    "--highres_fix_scale",
-    "--highres_fix_steps",
-    "--highres_fix_strength",
-    "--highres_fix_upscaler",
-    "--highres_fix_upscaler_args",
-    "--image_path",
-    "--interactive",
-    "--iter_same_seed",
-    "--mask_path",
     "--negative_scale",
     "--network_merge_n_models",
     "--network_pre_calc",
     "--network_regional_mask_max_color_codes",
     "--network_show_meta",
-    "--no_preview",
-    "--opt_channels_last",
     "--original_height",
     "--original_height_negative",
     "--original_width",
     "--original_width_negative",
-    "--shuffle_prompts",
-    "--strength",
     "--textual_inversion_embeddings",
-    "--use_original_file_name",
-    "--vae_batch_size",
-    "--vae_slices",
     "--vgg16_guidance_layer",
     "--vgg16_guidance_scale",
 }

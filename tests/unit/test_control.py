@@ -18,7 +18,7 @@ from library.generate import hints
 from library.generate.control import Control, ControlNets
 from library.generate.control_options import ControlFile, ControlOptions, Preprocessor
 from library.generate.denoise import denoise
-from library.generate.picture_files import picture_paths, read_picture
+from library.generate.guide_images import GuideImages
 from library.generate.request import GenerationRequest
 from library.models.options import AttentionOptions
 from library.options import OptionError
@@ -159,15 +159,20 @@ def test_preprocessors_by_name(text: str, thresholds: tuple[int, int] | None) ->
     assert Preprocessor.parse(text).thresholds == thresholds
 
 
-def test_guide_images_go_round(guides: tuple[str, ...]) -> None:
+def test_guide_images_go_round(guides: tuple[str, ...], tmp_path: Path) -> None:
     """Picture p of n networks has the images from number p n on."""
     options = ControlOptions(guide_image_path=guides[:3], control_net_models=("a", "b"))
-    given = options.guided([REQUEST] * 3)
-    numbers = [tuple(guides.index(path) for path in request.guide_images) for request in given]
-    assert numbers == [(0, 1), (2, 0), (1, 2)]
-    assert [request.guide_images for request in options.guided([REQUEST], first=1)] == [given[1].guide_images]
-    assert ControlOptions(guide_image_path=guides[:1]).guided([REQUEST])[0].guide_images == guides[:1]
-    assert ControlOptions().guided([REQUEST]) == [REQUEST]
+    given = GuideImages.of(options)
+    assert [tuple(map(guides.index, given.of_picture(number))) for number in range(3)] == [(0, 1), (2, 0), (1, 2)]
+    assert GuideImages.of(ControlOptions(guide_image_path=guides[:1])).of_picture(5) == guides[:1]
+    assert GuideImages.of(ControlOptions()).of_picture(0) == ()
+    folder = str(Path(guides[0]).parent)
+    assert GuideImages.of(ControlOptions(guide_image_path=(guides[3], folder))).paths == (guides[3], *guides)
+    (tmp_path / "broken.png").write_bytes(Path(guides[0]).read_bytes()[:200])
+    for path, problem in (("missing.png", "does not exist"), (".", "can't be read"), ("broken.png", "can't be read")):
+        with pytest.raises(OptionError) as caught:
+            GuideImages.of(ControlOptions(guide_image_path=(str(tmp_path / path),)))
+        assert str(caught.value).startswith("--guide_image_path: ") and problem in str(caught.value)
 
 
 def test_lists_go_side_by_side() -> None:
@@ -197,25 +202,3 @@ def test_mistakes(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(OptionError) as caught:
         ControlOptions(**{"guide_image_path": ("x",), "control_net_models": ("a",), **values})
     assert str(caught.value).startswith(sentence)
-
-
-def test_pictures_of_files_and_folders(tmp_path: Path) -> None:
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
-    Image.new("RGB", (4, 2), "blue").save(tmp_path / "a.jpg")
-    (tmp_path / "notes.txt").write_text("no picture")
-    names = [Path(path).name for path in picture_paths([str(tmp_path), str(tmp_path / "a.jpg")], "--flag")]
-    assert names == ["a.jpg", "b.png", "a.jpg"]
-    assert read_picture(str(tmp_path / "b.png"), "--flag").getpixel((0, 0)) == (255, 255, 255)
-    (tmp_path / "empty").mkdir()
-    cut = tmp_path / "cut.png"
-    guide_image(cut)
-    cut.write_bytes(cut.read_bytes()[:150])
-    for path, problem in (
-        ("missing.png", "does not exist"), ("empty", "holds no picture"),
-        ("notes.txt", "can't be read (it is no picture)"),
-    ):  # fmt: skip
-        with pytest.raises(OptionError) as caught:
-            picture_paths([str(tmp_path / path)], "--flag")
-        assert f"--flag: {tmp_path / path} {problem}" in str(caught.value)
-    with pytest.raises(OptionError, match="can't be read"):
-        read_picture(str(cut), "--flag")

@@ -254,15 +254,16 @@ def test_mistakes(values: dict[str, Any], sentence: str) -> None:
 
 def test_pictures_that_cannot_be_guided(caplog: pytest.LogCaptureFixture) -> None:
     text = CriticOptions(clip_guidance_scale=1, clip_guidance_model="x")
-    text.check_requests([REQUEST, dataclasses.replace(REQUEST, sampler="k_lms")])
+    for sampler in ("ddim", "k_lms"):
+        text.check_request(dataclasses.replace(REQUEST, sampler=sampler, clip_prompt="a dog"), "line 1")
     with pytest.raises(OptionError, match="--sampler: euler can't be guided by a network; use ddim, pndm, lms, k_lms"):
-        text.check_requests([dataclasses.replace(REQUEST, sampler="euler")])
+        text.check_request(dataclasses.replace(REQUEST, sampler="euler"), "line 1")
     image = CriticOptions(vgg16_guidance_scale=1, vgg16_model="x")
     with pytest.raises(OptionError, match="--guide_image_path: --vgg16_guidance_scale has no guide image; name one"):
-        image.check_requests([REQUEST])
+        image.check_request(REQUEST, "line 1")
     assert not caplog.records
-    CriticOptions().check_requests([dataclasses.replace(REQUEST, clip_prompt="a dog")])
-    assert "--c in prompt lines has no effect" in caplog.text
+    CriticOptions().check_request(dataclasses.replace(REQUEST, clip_prompt="a dog"), "line 1")
+    assert "line 1: --c has no effect without --clip_guidance_scale" in caplog.text
 
 
 def test_parts_of_options(folder: Path) -> None:

@@ -86,7 +86,7 @@ class Broken:
 BROKEN = [
     Broken("p.csv", "a", r"--sample_prompts: .*p\.csv is neither \.txt nor \.toml nor \.json"),
     Broken("p.txt", "\n# only this\n", "--sample_prompts: .*holds no prompt"),
-    Broken("p.txt", b"fine\n\xff\xfe", r"--sample_prompts: .*not UTF-8 text \(line 2\)"),
+    Broken("p.txt", b"fine\n\xff\xfe", r"p.txt, line 2: is not UTF-8 text"),
     Broken("p.txt", "a\nb --w wide", r"p\.txt, line 2: --w 'wide' is not a whole number"),
     Broken("p.txt", "a --ss eular", r"p\.txt, line 1: sampler: 'eular' is not one of .*did you mean euler\?"),
     Broken("p.txt", "a --d -1", r"p\.txt, line 1: --d: -1 is out of range; .*leave it out for a random seed"),
@@ -166,3 +166,11 @@ def test_what_has_no_effect_is_said(options, note):
 def test_settings_that_all_count_are_silent():
     assert PreviewOptions(sample_every_n_steps=5, sample_prompts="p.txt", sample_sampler="euler").notes() == []
     assert PreviewOptions().notes() == []
+
+
+def test_braces_are_said_to_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a {red|blue} cat")
+    (line,) = read_previews(PreviewOptions(sample_every_n_steps=1, sample_prompts=str(path)))
+    assert line.prompt == "a {red|blue} cat"
+    assert "as it stands" in caplog.text

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from library.generate.network_options import NetworkOptions
 from library.generate.options import OutputOptions, PictureOptions, PromptOptions
-from library.generate.prompt_line import PromptLine, parse_prompt_line, read_prompt_file
+from library.generate.prompt_line import PromptLine, parse_prompt_line, read_raw_lines
 from library.generate.request import GenerationRequest, batches, make_requests
 from library.options import OptionError
 
@@ -61,20 +62,14 @@ def test_unknown_options_are_named_once(caplog: pytest.LogCaptureFixture) -> Non
     assert line.prompt == "a"
     assert line.width == 64
     assert [record.message for record in caplog.records] == [
-        "prompts.txt, line 7: no effect: --foo 3, --bar; prompt lines know --n, --w, --h, --d, --l, --s"
+        "prompts.txt, line 7: no effect: --foo 3, --bar; prompt lines know --n, --w, --h, --d, --l, --s, --f"
     ]
-
-
-def test_alternatives_are_said_to_stay(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert parse_prompt_line("a {red|blue} cat").prompt == "a {red|blue} cat"
-    assert "as it stands" in caplog.text
 
 
 def test_prompt_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeff# comment\r\n\r\nein Kätzchen --n häßlich\r\n  a dog  \r\n".encode())
-    first, second = read_prompt_file(path)
+    first, second = (parse_prompt_line(line.text, line.where) for line in read_raw_lines(path))
     assert (first.prompt, first.negative_prompt, second.prompt) == ("ein Kätzchen", "häßlich", "a dog")
     assert first.where == f"{path}, line 3"
 
@@ -82,13 +77,13 @@ def test_prompt_file(tmp_path: Path) -> None:
 def test_prompt_files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     with pytest.raises(OptionError, match="--from_file: can't read .*No such file"):
-        read_prompt_file(path)
+        read_raw_lines(path)
     path.write_bytes(b"fine\n\xff\xfe broken\n")
-    with pytest.raises(OptionError, match=r"not UTF-8 text \(line 2\)"):
-        read_prompt_file(path)
+    with pytest.raises(OptionError, match=r"line 2: is not UTF-8 text"):
+        [parse_prompt_line(line.text, line.where) for line in read_raw_lines(path)]
     path.write_text("\n# nothing\n")
     with pytest.raises(OptionError, match="holds no prompt"):
-        read_prompt_file(path)
+        read_raw_lines(path)
 
 
 def test_requests_take_the_line_before_the_command_line() -> None:
@@ -171,7 +166,7 @@ def test_options_out_of_range(group: type, values: dict, message: str) -> None:
         group(**values)
 
 
-def seeds_of(lines: list[PromptLine], **options: int) -> list[int]:
+def seeds_of(lines: list[PromptLine], **options: int | bool) -> list[int]:
     return [item.seed for item in make_requests(lines, PromptOptions(prompt="x", **options), PictureOptions())]
 
 
@@ -205,3 +200,44 @@ def test_batches_hold_what_fits_together() -> None:
     made = list(batches(requests, 3, lambda item: 2 if item.prompt == "long" else 1))
     assert [len(batch) for batch in made] == [3, 2, 1, 1, 1, 1, 1]
     assert [item for batch in made for item in batch] == requests
+
+
+def test_seeds_of_an_iteration_are_those_of_every_prompt_in_it() -> None:
+    lines = [PromptLine("a"), PromptLine("b", seeds=(5,)), PromptLine("c")]
+    drawn = seeds_of(lines, seed=1, images_per_prompt=2, n_iter=2, iter_same_seed=True)
+    assert drawn[0:2] == drawn[4:6] and drawn[6:8] == drawn[10:12] and drawn[2:4] == drawn[8:10] == [5, 5]
+    assert len(set(drawn)) == 5
+    assert seeds_of(lines, seed=42, iter_same_seed=True) == [42, 5, 42]
+
+
+def test_the_order_of_prompts_follows_from_the_seed() -> None:
+    lines = [PromptLine(letter) for letter in "abcdefgh"]
+
+    def order(seed: int | None) -> str:
+        options = PromptOptions(prompt="x", seed=seed, n_iter=2, shuffle_prompts=True)
+        return "".join(item.prompt for item in make_requests(lines, options, PictureOptions()))
+
+    assert order(1) == order(1) != order(2)
+    assert order(1)[:8] != order(1)[8:]
+    assert all("".join(sorted(half)) == "abcdefgh" for half in (order(None)[:8], order(1)[8:]))
+
+
+def test_a_line_may_have_its_turn() -> None:
+    numbers: list[int] = []
+
+    def complete(made: GenerationRequest, _line: PromptLine, number: int) -> GenerationRequest:
+        numbers.append(number)
+        return made
+
+    lines = [PromptLine("a"), PromptLine("b", turn=7)]
+    make_requests(lines, PromptOptions(prompt="x", images_per_prompt=2, n_iter=2), PictureOptions(), complete)
+    assert numbers == [0, 1, 7, 7] * 2
+
+
+def test_batches_come_as_soon_as_they_are_full() -> None:
+    def source() -> Iterator[GenerationRequest]:
+        yield request(seed=1)
+        yield request(seed=2)
+        raise AssertionError("asked for too early")
+
+    assert [item.seed for item in next(batches(source(), 2, lambda _: 1))] == [1, 2]
