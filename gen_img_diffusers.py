@@ -5,7 +5,7 @@ from library.cli.generation import Script, main
 SCRIPT = Script(
     description=str(__doc__),
     family="library.families.sd:StableDiffusion",
-    omits=frozenset({"control_net_lllite_models"}),
+    omits=frozenset({"control_net_lllite_models", "clip_vision_strength", "clip_vision_model"}),
 )
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from library.checkpoints.network_kind import KIND_NAMES, kind_by_names
 from library.checkpoints.safetensors_io import (
     NonFiniteError,
     atomic_file,
@@ -24,7 +25,8 @@ from library.checkpoints.safetensors_io import (
 )
 from library.checkpoints.weights import load_tensors
 from library.options import OptionError
-from networks.layers import TEXT_PREFIX, UNET_PREFIX, TextEncoders
+from networks.layers import TextEncoders
+from networks.regional import Region, couple_attention, output_in_region
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class Adapter(torch.nn.Module, ABC):
         self.name = name
         self.multiplier = multiplier
         self.enabled = True
+        self.region: Any = None  # a Region, in regional use
         self._layer = (layer,)  # in a tuple: not a submodule, so not in the state dict
         self._base_forward: Any = None
         self._base_is_plain = False
@@ -56,11 +59,24 @@ class Adapter(torch.nn.Module, ABC):
         assert self._base_forward is None, f"{self.name} is hooked already"
         self._base_is_plain = "forward" not in vars(self.layer)
         self._base_forward = self.layer.forward
-        self.layer.forward = self.forward
+        self.layer.forward = self._hooked_forward
+
+    def _hooked_forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.region is None or self.region.generation is None:
+            return self.forward(x)
+        return output_in_region(self, x)
+
+    def base(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output without the change, but with that of adapters hooked before."""
+        return self._base_forward(x)
 
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output with the change."""
+
+    def change(self, x: torch.Tensor) -> torch.Tensor:
+        """What the change adds to the layer's output at the adapter's multiplier; regions ask for it."""
+        return self.forward(x) - self.base(x)
 
     @abstractmethod
     def weight_change(self) -> torch.Tensor:
@@ -92,6 +108,9 @@ class Network(torch.nn.Module):
         super().__init__()
         self.text_adapters = list(text_adapters)
         self.unet_adapters = list(unet_adapters)
+        self.region: Region | None = None
+        self._unet: tuple[torch.nn.Module | None] = (None,)  # in a tuple: not a submodule
+        self._is_coupled = False
         names = [adapter.name for adapter in self.adapters]
         assert len(names) == len(set(names)), "two layers of the model have the same name"
         for adapter in self.adapters:
@@ -119,6 +138,7 @@ class Network(torch.nn.Module):
                 adapters.clear()
         for adapter in self.adapters:
             adapter.hook()
+        self._unet = (unet,)
 
     def set_multiplier(self, multiplier: float) -> None:
         for adapter in self.adapters:
@@ -127,6 +147,45 @@ class Network(torch.nn.Module):
     def set_enabled(self, is_enabled: bool) -> None:
         for adapter in self.adapters:
             adapter.enabled = is_enabled
+
+    # ------------------------------------------------------------------ regions
+
+    def set_region(self, sub_prompt_index: int, is_last_network: bool, mask: torch.Tensor) -> None:
+        """Give the network a part of the prompt and a place: a mask (H, W), 0 to 1, on the U-Net's device.
+
+        A mask of zeros stands for the whole picture. The network that was applied last has to be the last one.
+        """
+        if self.region is None:
+            self.region = Region()
+            for adapter in self.adapters:
+                adapter.region = self.region
+        self.region.place(sub_prompt_index, is_last_network, mask)
+        (unet,) = self._unet
+        if is_last_network and not self._is_coupled and unet is not None:
+            couple_attention(unet, self.region)
+            self._is_coupled = True
+
+    def set_current_generation(
+        self,
+        batch_size: int,
+        num_sub_prompts: int,
+        width: int,
+        height: int,
+        shared: dict[Any, Any],
+        ds_ratio: Any = None,
+    ) -> None:
+        """A batch begins, of pictures of `width` and `height` pixels; `shared` is one dictionary for all networks.
+
+        From here on the U-Net takes rows of text as networks.regional says. Other sizes inside the U-Net, such as those
+        of a deep shrink (`ds_ratio`), are found by themselves.
+        """
+        assert self.region is not None, "set_region comes first"
+        self.region.begin(batch_size, num_sub_prompts, width, height, shared)
+
+    def leave_region(self) -> None:
+        """Work everywhere again, until the next `set_current_generation`."""
+        if self.region is not None:
+            self.region.generation = None
 
     # ------------------------------------------------------------------ merging
 
@@ -242,10 +301,7 @@ def check_names(in_file: Iterable[str], in_model: Iterable[str], file: str) -> N
     wanted, present = list(in_file), frozenset(in_model)
     missing = [name for name in wanted if name not in present]
     if wanted and len(missing) == len(wanted):
-        sdxl = any(
-            name.startswith((f"{TEXT_PREFIX}1_", f"{TEXT_PREFIX}2_", f"{UNET_PREFIX}_input_blocks")) for name in wanted
-        )
-        family = "SDXL" if sdxl else "another model family"
+        family = KIND_NAMES.get(kind_by_names(wanted), "another model family")
         problem = f"none of its {len(wanted)} modules is in this model (the first is {wanted[0]})"
         raise OptionError("", f"{file} was made for {family}: {problem}", OTHER_NETWORK)
     if missing:

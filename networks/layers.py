@@ -54,3 +54,9 @@ def layer_size(layer: Any) -> tuple[int, int]:
 def is_pointwise(layer: Any) -> bool:
     """Whether a layer is a matrix per token or pixel: Linear or 1x1 Conv2d."""
     return type(layer).__name__ == "Linear" or tuple(layer.kernel_size) == (1, 1)
+
+
+def is_simple_conv(layer: Any) -> bool:
+    """Whether a Conv2d has no groups and no dilation, and pads with a given number of zeros."""
+    is_plain = layer.groups == 1 and tuple(layer.dilation) == (1, 1) and layer.padding_mode == "zeros"
+    return is_plain and not isinstance(layer.padding, str)

@@ -33,6 +33,7 @@ from networks.layers import (
     TextEncoders,
     find_layers,
     is_pointwise,
+    is_simple_conv,
     layer_size,
     text_encoder_prefixes,
 )
@@ -195,7 +196,7 @@ class LoRAModule(Adapter):
         self.scale = float(self.alpha) / rank
         self._drops = bool(self.settings.dropout or self.settings.rank_dropout or self.settings.module_dropout)
         self._is_linear = isinstance(self.lora_down, torch.nn.Linear)
-        self._can_fuse = self._is_linear or _is_simple_conv(layer)
+        self._can_fuse = self._is_linear or is_simple_conv(layer)
 
     def init_weights(self) -> None:
         """down ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), up = 0: the network starts as no change."""
@@ -211,9 +212,12 @@ class LoRAModule(Adapter):
         layer: Any = self._layer[0]
         scale = self.multiplier * self.scale
         if not (self._can_fuse and self._base_is_plain) or stored_weight(layer)[0].requires_grad:
-            return self._base_forward(x) + self._up(self._down(x)) * scale
+            return self._base_forward(x) + self.change(x)
         layer_with_change = low_rank.linear if self._is_linear else low_rank.conv2d
         return layer_with_change(x, layer, self.lora_down.weight, self.lora_up.weight, scale)
+
+    def change(self, x: torch.Tensor) -> torch.Tensor:
+        return self._up(self._down(x)) * (self.multiplier * self.scale)
 
     def _forward_with_dropout(self, x: torch.Tensor) -> torch.Tensor:
         settings = self.settings
@@ -278,11 +282,6 @@ def _projections(layer: Any, rank: int) -> tuple[Any, Any]:
         torch.nn.Conv2d, layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False
     )
     return down, skip_init(torch.nn.Conv2d, rank, layer.out_channels, (1, 1), bias=False)
-
-
-def _is_simple_conv(layer: Any) -> bool:
-    is_plain = layer.groups == 1 and tuple(layer.dilation) == (1, 1) and layer.padding_mode == "zeros"
-    return is_plain and not isinstance(layer.padding, str)
 
 
 # ---------------------------------------------------------------------------------------------- network

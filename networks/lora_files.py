@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from library.checkpoints.keymaps import classic_text_key
+from library.checkpoints.network_kind import KIND_NAMES, kind_by_width
 from library.models.ldm_view import file_names
 from library.options import OptionError
 from networks.injection import OTHER_NETWORK, modules_of_file
@@ -17,7 +18,6 @@ from networks.layers import TEXT_PREFIX, UNET_PREFIX, layer_size
 from networks.lora_settings import Rank
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text states
 COPY_AGAIN = "copy or download it again, or take another one"
 
 # diffusers' own keys: part, path and side of a pair; its newer and older words for down and up
@@ -111,4 +111,5 @@ def check_sizes(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, torch.
 
 
 def _width(width: int) -> str:
-    return f"{width} ({FAMILIES[width]})" if width in FAMILIES else str(width)
+    kind = kind_by_width(width)
+    return f"{width} ({KIND_NAMES[kind]})" if kind else str(width)

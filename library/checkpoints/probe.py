@@ -20,6 +20,7 @@ from library.checkpoints.architecture import (
     vae_prefix,
 )
 from library.checkpoints.keymaps import V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER
+from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.source import ModelSource
 from library.checkpoints.weights import open_weights
 from library.options import OptionError
@@ -30,7 +31,6 @@ SD_SCRIPT = "train_network.py"
 SDXL_SCRIPT = "sdxl_train_network.py"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LORA_KEYS = re.compile(r"^lora_(unet|te\d?)_|\.lora_(up|down|A|B)\.|\.(hada|lokr)_w")
-KIND_NAMES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 PLAIN_MODEL = "use the plain model it was made from"
 EDM_KEYS = ("edm_mean", "edm_vpred.sigma_max")  # Playground 2.5, CosXL
 

@@ -23,6 +23,7 @@ from library.generate.options import PictureOptions, PromptOptions
 from library.generate.output import prepare_folder
 from library.generate.prompt_files import prompts_of_pictures, read_prompts
 from library.generate.prompt_line import PromptLine, RawLine
+from library.generate.region_map import region_map
 from library.generate.request import BrokenLines, GenerationRequest, RequestMaker
 from library.options import OptionError, OptionParser, add_arguments, build, require
 from library.wording import counted
@@ -87,14 +88,15 @@ class Asked:
 def generate(script: Script, config: GenerationConfig, asked: Asked, folder: Path) -> list[Path]:
     """Load the model and its networks, and make the pictures. This is where torch is loaded."""
     from library.generate import images
+    from library.generate.clip_vision import clip_vision
     from library.generate.conditions import PromptEncoder
     from library.generate.critics import critic_guidance
     from library.generate.deep_shrink import DeepShrink
     from library.generate.gradual_latent import GradualLatent
     from library.generate.highres import create_upscaler
     from library.generate.inpainting import Inpainting, InpaintingModel
-    from library.models.vae_strips import compute_in_strips
     from library.generate.preview_window import PreviewWindows
+    from library.models.vae_strips import compute_in_strips
 
     module, _, name = script.family.partition(":")
     family = getattr(importlib.import_module(module), name)()
@@ -107,11 +109,14 @@ def generate(script: Script, config: GenerationConfig, asked: Asked, folder: Pat
         images.put_channels_last(bundle)
     if config.vae.vae_slices is not None:
         compute_in_strips(bundle.vae, config.vae.vae_slices)
-    networks.attach(factories, config.networks, bundle, plan)
-    controls = control.parts(config.control, script.lllite_module, bundle, plan)
+    in_use = networks.attach(factories, config.networks, bundle, plan, is_regional=region_map(config) is not None)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
+    encoder.networks = in_use
     own = (DeepShrink(), GradualLatent(), InpaintingModel())
+    controls = control.parts(config.control, script.lllite_module, bundle, plan)
+    controls += clip_vision(config.clip_vision, bundle, plan)
     parts = (*own, *controls, *critic_guidance(config.critics, plan), Inpainting())
+    parts = parts if in_use is None else (in_use, *parts)
     engine = images.Engine(family, bundle, encoder, parts, config.vae, upscaler)
     show = None if config.prompts.no_preview else PreviewWindows().show
     return images.generate(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
@@ -149,12 +154,19 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     for note in config.start.notes():
         logger.info(note)
     completion = Completion.of(config, script.models)
+    for note in config.networks.notes(is_regional=completion.region_map is not None):
+        logger.info(note)
     asked = read_requests(config, config.picture.sized(script.native_size), completion)
+    networks.check_multipliers(config.networks, [request.multipliers or () for request in asked.requests])
     check_requests(asked.requests)
     model = config.checkpoint
     source = probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, **SCRIPTS)
     control.check(config.control, source.kind)
     config.critics.check_models()
+    config.clip_vision.check_model(config.start.image_path)
+    networks.check_kind(config.networks, source.kind)
+    if config.networks.network_show_meta:
+        networks.show_metadata(config.networks)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return asked
@@ -172,6 +184,8 @@ def read_requests(config: GenerationConfig, picture: PictureOptions, completion:
     prompts = config.prompts
     live_prompts.check(prompts)
     lines = read_lines(prompts, completion.sources.images)
+    if config.output.use_original_file_name and not completion.sources.images:
+        logger.warning("--use_original_file_name has no effect without --image_path")
     if prompts.interactive and prompts.n_iter > 1:
         logger.warning("--n_iter has no effect beside --interactive")
         prompts = replace(prompts, n_iter=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from library.diffusion.samplers import check_steps
 from library.generate.config import GenerationConfig
@@ -11,6 +12,7 @@ from library.generate.guide_images import GuideImages
 from library.generate.network_options import NetworkOptions
 from library.generate.options import LEAST_SIZE
 from library.generate.prompt_line import PromptLine
+from library.generate.region_map import in_regions, region_map
 from library.generate.request import GenerationRequest
 from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions, overridden
 from library.generate.sources import SIZE_STEP, Sources
@@ -31,6 +33,7 @@ class Completion:
     sources: Sources
     guides: GuideImages
     family: str  # "sd" | "sdxl"
+    region_map: Path | None = None
 
     @classmethod
     def of(cls, config: GenerationConfig, family: str) -> Completion:
@@ -38,10 +41,12 @@ class Completion:
         start, picture = config.start, config.picture
         given_size = (picture.W, picture.H) if picture.W is not None and picture.H is not None else None
         sources = Sources.of(start.image_path, inpainting_masks(start, config.networks), given_size)
-        return cls(config, sources, GuideImages.of(config.control), family)
+        return cls(config, sources, GuideImages.of(config.control), family, region_map(config))
 
     def __call__(self, request: GenerationRequest, line: PromptLine, number: int) -> GenerationRequest:
         """The request of a line, whose number in its list says whose turn it is; OptionError names the line."""
+        if self.region_map is not None:
+            request = in_regions(request, self.region_map, self.config)
         request = replace(
             self._started(request, line, number),
             deep_shrink=self._deep_shrink(line),
@@ -54,6 +59,9 @@ class Completion:
         is_fading = request.gradual_latent != GradualLatentOptions()
         problem = "gradual latent and a mask can't go together: what stays would have to be enlarged"
         require(not (request.mask and is_fading), line.where, problem, "leave one of them out")
+        is_shrinking = request.deep_shrink.ds_depth_1 is not None
+        problem = "Deep Shrink and a ControlNet can't go together: it sees the picture in its full size"
+        require(not (is_shrinking and self.config.control.control_net_models), line.where, problem, "leave one out")
         return request if self.config.highres.highres_fix_scale is None else self._in_two_stages(request, line)
 
     def _started(self, request: GenerationRequest, line: PromptLine, number: int) -> GenerationRequest:
@@ -117,7 +125,7 @@ class Completion:
 
 def inpainting_masks(start: StartOptions, networks: NetworkOptions) -> str | None:
     """What masks say which part of a picture is drawn anew: none where --mask_path is a map of networks' regions."""
-    return None if networks.files else start.mask_path
+    return None if networks.applied else start.mask_path
 
 
 def with_strength(request: GenerationRequest, strength: float, where: str) -> GenerationRequest:

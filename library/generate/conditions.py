@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 
@@ -29,6 +31,14 @@ logger = logging.getLogger(__name__)
 KEPT = 256  # encoded prompts held at most; one of SD 1.x takes 0.1 to 0.2 MB a window
 
 
+class RegionalNetworks(Protocol):
+    """Networks of which each belongs to one part of the prompt."""
+
+    def for_text_of(self, part: int | None) -> AbstractContextManager[None]:
+        """The block in which the network of this part alone acts on text encoders, and none for None."""
+        ...
+
+
 class PromptEncoder:
     """Encodes the prompts of requests and keeps the results, as long as the text encoders' weights stay the same.
 
@@ -41,7 +51,8 @@ class PromptEncoder:
         self.bundle = bundle
         self._way_out = f" ({way_out})" if way_out else ""
         self._tokens: dict[tuple[str, int], tuple[WeightedTokens, ...]] = {}
-        self._kept: OrderedDict[tuple[str, int, int, int | None], TextStates] = OrderedDict()
+        self._kept: OrderedDict[Hashable, TextStates] = OrderedDict()
+        self.networks: RegionalNetworks | None = None  # for regional use
 
     def forget(self) -> None:
         """Encode everything anew from here on: the text encoders have learned something."""
@@ -55,12 +66,37 @@ class PromptEncoder:
     def __call__(self, requests: Sequence[GenerationRequest]) -> Conditioning:
         """Conditioning of one batch: the first of each request's `texts`, then the second of each, and so on."""
         num_windows = max(map(self.windows, requests))
+        if requests[0].is_regional:
+            return self._regional(requests, num_windows)
         groups = zip(*(request.texts for request in requests), strict=True)
         rows = [(text, request) for group in groups for text, request in zip(group, requests, strict=True)]
         joined = _joined([self._encoded(text, num_windows, request) for text, request in rows])
         device = _device(self.bundle.unet)
         sizes = PictureSizes.whole(requests[0].width, requests[0].height, len(rows), device)
         return self.family.condition(joined, sizes)
+
+    def _regional(self, requests: Sequence[GenerationRequest], num_windows: int) -> Conditioning:
+        """Conditioning of which the parts of a prompt share a row of the U-Net.
+
+        The context has rows for the negative prompts, then for all parts of the first picture, all of the second and so
+        on; the pooled text and the sizes have one row for each picture there, of its last part.
+        """
+        first = requests[0]
+        begin, end = int(first.is_guided), int(first.is_guided) + len(first.part_texts)
+
+        def group(place: int) -> list[TextStates]:
+            return [self._encoded(request.texts[place], num_windows, request) for request in requests]
+
+        before = [row for place in range(begin) for row in group(place)]
+        after = [row for place in range(end, len(first.texts)) for row in group(place)]
+        parts = [
+            [self._encoded(text, num_windows, request, part) for part, text in enumerate(request.part_texts)]
+            for request in requests
+        ]
+        text = _joined([*before, *(row for of_picture in parts for row in of_picture), *after])
+        shared = [*before, *(of_picture[-1] for of_picture in parts), *after]
+        sizes = PictureSizes.whole(first.width, first.height, len(shared), _device(self.bundle.unet))
+        return self.family.condition(TextStates(text.by_encoder, _joined(shared).pooled_BP), sizes)
 
     def _tokenize(self, text: str, max_windows: int) -> tuple[WeightedTokens, ...]:
         """The text as tokens of every tokenizer; says once what does not fit."""
@@ -76,13 +112,17 @@ class PromptEncoder:
             self._tokens[key] = tokens
         return self._tokens[key]
 
-    def _encoded(self, text: str, num_windows: int, request: GenerationRequest) -> TextStates:
-        key = (text, num_windows, request.max_windows, request.clip_skip)
+    def _encoded(self, text: str, num_windows: int, request: GenerationRequest, part: int | None = None) -> TextStates:
+        """`part` is the text's place among the parts of the prompt, in regional use."""
+        networks = (request.multipliers, request.is_regional, part)
+        key = (text, num_windows, request.max_windows, request.clip_skip, networks)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         tokens = self._tokenize(text, request.max_windows)
-        self._kept[key] = states = self._encode(tokens, num_windows, TextOptions(clip_skip=request.clip_skip))
+        of_part = self.networks.for_text_of(part) if request.is_regional and self.networks else nullcontext()
+        with of_part:
+            self._kept[key] = states = self._encode(tokens, num_windows, TextOptions(clip_skip=request.clip_skip))
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return states

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.generate.control_options import ControlOptions
-from library.generate.critic_options import CriticOptions
+from library.generate.critic_options import ClipVisionOptions, CriticOptions
 from library.generate.network_options import NetworkOptions
 from library.generate.options import (
     CheckpointOptions,
@@ -32,6 +32,7 @@ class GenerationConfig:
     networks: NetworkOptions
     control: ControlOptions
     critics: CriticOptions
+    clip_vision: ClipVisionOptions
     output: OutputOptions
     start: StartOptions
     highres: HighresOptions
@@ -55,6 +56,7 @@ CONFIG_GROUPS: dict[str, Any] = {
     "networks": NetworkOptions,
     "control": ControlOptions,
     "critics": CriticOptions,
+    "clip_vision": ClipVisionOptions,
     "vae": VaeOptions,
     "compute": ComputeOptions,
     "output": OutputOptions,

@@ -75,6 +75,7 @@ class ControlNets(Part):
     ) -> Residuals:
         inputs_RChw, timesteps_R = drawing.unet_inputs(drawing.latents_BChw, conditioning)
         hint_BCHW = at_size_of(hint_BCHW, inputs_RChw, downscaling(drawing.bundle.vae))
+        conditioning = drawing.without_regions(conditioning)
         hint_RCHW = hint_BCHW.repeat(len(inputs_RChw) // len(hint_BCHW), 1, 1, 1)
         inputs_RChw = inputs_RChw[:, : control.net.config.in_channels]
         return control_residuals(control.net, inputs_RChw, timesteps_R, conditioning, hint_RCHW, control.file.weight)

@@ -77,6 +77,8 @@ class CriticOptions:
             is_known = request.sampler in GRADIENT_SAMPLERS
             way_out = f"use {', '.join(GRADIENT_SAMPLERS)}, or leave {flag} out"
             require(is_known, "--sampler", f"{request.sampler} can't be guided by a network", way_out)
+            way_out = f"leave {flag} or --mask_path out"
+            require(not request.is_regional, flag, "networks that work by regions can't be guided so", way_out)
             needs_guide = flag != CLIP_SCALE
             require(not needs_guide or bool(request.guide_images), GUIDE, f"{flag} has no guide image", "name one")
         if request.clip_prompt is not None and CLIP_SCALE not in self.flags:
@@ -98,3 +100,9 @@ class ClipVisionOptions:
         way_out = f"name a folder of Hugging Face form, or a hub id such as {USUAL_CLIP_VISION}"
         has_model = self.clip_vision_strength is None or bool(self.clip_vision_model)
         require(has_model, VISION_MODEL, "--clip_vision_strength needs CLIP's image encoder", way_out)
+
+    def check_model(self, image_path: str | None) -> None:
+        """Raise OptionError where there is no model, which a hub id fetches, or no picture (--image_path)."""
+        if self.clip_vision_strength is not None:
+            require(image_path is not None, "--clip_vision_strength", "there is no picture to see", "add --image_path")
+            find_clip(str(self.clip_vision_model), VISION_MODEL)

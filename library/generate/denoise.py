@@ -47,6 +47,8 @@ def denoise(
     """
     generators = [torch.Generator().manual_seed(request.noise_seed) for request in requests]
     with ExitStack() as block:
+        for part in parts:
+            block.enter_context(part.prepared(requests))
         drawing = begin(family, bundle, requests, encoder or PromptEncoder(family, bundle), generators, start)
         for part in parts:
             block.enter_context(part.taking_part(drawing))

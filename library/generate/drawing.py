@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,7 +27,9 @@ class Drawing:
     timesteps: torch.Tensor  # those that are gone through, on the CPU
     noise_BChw: torch.Tensor  # standard normal, float32: what each picture starts from
     latents_BChw: torch.Tensor  # float32, at the place in the schedule where the next step begins
-    conditioning: Conditioning  # of R rows: a group of B rows for each of the first request's `texts`
+    # of R rows: a group of B rows for each of the first request's `texts`; in regional use the context has more rows,
+    # for those of all parts, picture by picture, stand in place of one group
+    conditioning: Conditioning
     index: int = 0  # of the step at hand
     source_BChw: torch.Tensor | None = None  # clean latents, scaled, where pictures don't start from noise alone
     beside_BChw: torch.Tensor | None = None  # further channels of the U-Net's input: what inpainting models ask for
@@ -59,7 +61,7 @@ class Drawing:
     def unet_inputs(self, latents_BChw: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents as the U-Net takes them at the step at hand, group after group, and their timesteps: R rows."""
         weight = next(self.bundle.unet.parameters())
-        num_rows = len(conditioning.context_BTD)
+        num_rows = len(conditioning.context_BTD) - len(latents_BChw) * (self.first.parts_per_row - 1)
         inputs_BChw = self.scheduler.scale_model_input(latents_BChw, self.timestep).to(weight.dtype)
         if self.beside_BChw is not None:
             inputs_BChw = torch.cat([inputs_BChw, self.beside_BChw.to(inputs_BChw)], dim=1)
@@ -67,12 +69,27 @@ class Drawing:
         timesteps_R = torch.full((num_rows,), self.timestep.item(), dtype=self.timestep.dtype, device=weight.device)
         return inputs_RChw, timesteps_R
 
+    def without_regions(self, conditioning: Conditioning) -> Conditioning:
+        """As models beside the U-Net take it, such as ControlNet: of parts that share a row, the last one's text."""
+        num_parts, B = self.first.parts_per_row, len(self.requests)
+        if num_parts == 1:
+            return conditioning
+        context_BTD = conditioning.context_BTD
+        start = B if self.first.is_guided else 0
+        end = start + B * num_parts
+        kept = [*range(start), *range(start + num_parts - 1, end, num_parts), *range(end, len(context_BTD))]
+        return replace(conditioning, context_BTD=context_BTD[kept])
+
 
 class Part:
     """Something that takes part in drawing: networks, control, other guidance, a region that stays as it was.
 
     Every method's default does nothing. A part holds nothing of a drawing but between the two ends of its block.
     """
+
+    def prepared(self, requests: Sequence[GenerationRequest]) -> AbstractContextManager[None]:
+        """The block around one batch from before its prompts are encoded: for what changes text encoders, too."""
+        return nullcontext()
 
     def taking_part(self, drawing: Drawing) -> AbstractContextManager[None]:
         """The block around all steps of one batch: what is prepared when it begins is put back when it ends."""

@@ -1,6 +1,7 @@
-"""Classifier-free guidance (Ho and Salimans 2022): which texts the U-Net is asked about, and what follows of them.
+"""Classifier-free guidance (Ho and Salimans 2022) and composition (Liu et al. 2022, arXiv:2206.01714).
 
-A request's `texts` are asked about side by side, each a group of rows of the U-Net, in the order negative, positive.
+A request's `texts` are asked about side by side, each a group of rows of the U-Net, in the order negative, then each
+part of the prompt. In regional use all parts share one group, see library.generate.regions.
 """
 
 from __future__ import annotations
@@ -13,15 +14,28 @@ from library.generate.request import GenerationRequest
 
 
 def guided(request: GenerationRequest, predictions: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One prediction of those for the request's `texts`: u + scale (c - u) of the negative u and the positive c."""
+    """One prediction of those for the request's `texts`: u + scale * sum of w (c - u) over the parts c and weights w.
+
+    u is the negative prompt's. That is composition by conjunction (equation 11 there); a single part has the weight 1,
+    which leaves classifier-free guidance. A scale below 1 counts as 1.
+    """
     if not request.is_guided:
         (positive_BChw,) = predictions
         return positive_BChw
-    negative_BChw, positive_BChw = predictions
-    return negative_BChw + request.scale * (positive_BChw - negative_BChw)
+    negative_BChw, *parts = predictions
+    changes = [
+        weight * (part_BChw - negative_BChw) for weight, part_BChw in zip(request.part_weights, parts, strict=True)
+    ]
+    return negative_BChw + max(request.scale, 1.0) * torch.stack(changes).sum(0)
 
 
 def prompt_rows(request: GenerationRequest, num_pictures: int) -> slice:
-    """The rows of the prompt itself among those of the U-Net."""
-    start = num_pictures if request.is_guided else 0
-    return slice(start, start + num_pictures)
+    """The rows of the prompt's last part among those of the U-Net."""
+    end = parts_rows(request, num_pictures).stop
+    return slice(end - num_pictures, end)
+
+
+def parts_rows(request: GenerationRequest, num_pictures: int) -> slice:
+    """The rows of all parts of the prompt."""
+    start = num_pictures * request.is_guided
+    return slice(start, start + num_pictures * len(request.part_weights))

@@ -18,9 +18,9 @@ from library.generate.conditions import PromptEncoder
 from library.generate.config import GenerationConfig
 from library.generate.denoise import decode, denoise
 from library.generate.drawing import Part
+from library.generate.highres import Enlarger
 from library.generate.options import ComputeOptions
 from library.generate.output import ModelNames, PictureWriter
-from library.generate.highres import Enlarger
 from library.generate.request import GenerationRequest, batches
 from library.generate.start import Start, requested_start
 from library.generate.vae_options import VaeOptions

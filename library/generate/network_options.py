@@ -9,6 +9,8 @@ from library.options import named_values, opt, require
 from library.text.network_tag import network_tag
 from library.wording import counted
 
+COLOR_CODES = 7  # colours of which each channel is 0 or 255, without black
+
 
 @dataclass(frozen=True)
 class NetworkFile:
@@ -28,7 +30,16 @@ class NetworkOptions:
     network_weights: tuple[str, ...] | None = opt(help="file per network")
     network_mul: tuple[float, ...] | None = opt(help="multiplier per network; 1.0 where missing")
     network_args: tuple[str, ...] | None = opt(help='arguments per network, each as "name=value;name=value"')
+    network_show_meta: bool = opt(False, help="show the metadata of the network files")
     network_merge: bool = opt(False, help="merge the networks into the model before generating: faster")
+    network_merge_n_models: int | None = opt(help="merge the first so many networks, and apply the others")
+    network_pre_calc: bool = opt(
+        False, help="add the networks to the model's weights before each batch that changes their multipliers: faster"
+    )
+    network_regional_mask_max_color_codes: int | None = opt(
+        help="colours of the region map (--mask_path), 1 to 7: red, green, yellow, blue, magenta, cyan, white are the "
+        "places of networks 1 to 7; without this option the red, green and blue channels are those of networks 1 to 3"
+    )
 
     def __post_init__(self) -> None:
         modules, weights = len(self.network_module or ()), len(self.network_weights or ())
@@ -53,7 +64,45 @@ class NetworkOptions:
                 "give at most one per network, in the same order",
             )
         self.files  # noqa: B018  checks the form of --network_args
-        require(bool(modules) or not self.network_merge, "--network_merge", "there is no network to merge")
+        for name in ("network_merge", "network_merge_n_models", "network_pre_calc"):
+            require(bool(modules) or not getattr(self, name), f"--{name}", "there is no network")
+        count, colors = self.network_merge_n_models, self.network_regional_mask_max_color_codes
+        require(
+            count is None or 0 <= count <= modules,
+            "--network_merge_n_models",
+            f"{count} of {counted(modules, 'network')} can't be merged",
+            f"use 0 to {modules}",
+        )
+        require(
+            colors is None or 0 <= colors <= COLOR_CODES,
+            "--network_regional_mask_max_color_codes",
+            f"{colors} is out of range",
+            f"use 1 to {COLOR_CODES}",
+        )
+
+    @property
+    def num_merged(self) -> int:
+        """Networks that are merged into the model, the first ones."""
+        if self.network_merge_n_models:
+            return self.network_merge_n_models
+        return len(self.files) if self.network_merge else 0
+
+    @property
+    def applied(self) -> tuple[NetworkFile, ...]:
+        """Networks that work beside the model: those with multipliers for each prompt, and with regions."""
+        return self.files[self.num_merged :]
+
+    def notes(self, is_regional: bool) -> list[str]:
+        """A sentence for each setting that has no effect beside another."""
+        notes = []
+        if self.network_merge and self.network_merge_n_models:
+            notes.append("--network_merge has no effect: --network_merge_n_models says how many are merged")
+        if self.network_pre_calc and not self.applied:
+            notes.append("--network_pre_calc has no effect: all networks are merged")
+        if self.network_regional_mask_max_color_codes and not is_regional:
+            why = "needs --mask_path and networks that are not merged"
+            notes.append(f"--network_regional_mask_max_color_codes has no effect: it {why}")
+        return notes
 
     @property
     def tags(self) -> str:

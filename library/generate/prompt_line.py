@@ -48,6 +48,8 @@ class PromptLine:
     turn: int | None = None  # which file of --image_path is this prompt's, from 0; None: they are taken in turn
     file_name: str = ""
     raw_prompt: str = ""  # what a dynamic prompt was before it was drawn
+    # of the networks, in their order; the last one serves all further ones; None: the command line's
+    multipliers: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,10 @@ def file_name(text: str) -> str:
     return text
 
 
+def number_list(text: str) -> tuple[float, ...]:
+    return tuple(finite_number(number) for number in text.split(",") if number.strip()) or (finite_number(text),)
+
+
 def seed_list(text: str) -> tuple[int, ...]:
     return tuple(int(seed) for seed in text.split(",") if seed.strip()) or (int(text),)
 
@@ -165,6 +171,7 @@ LINE_OPTIONS: LineOptions = {
     "glsn": ("gradual_latent_s_noise", "a number", finite_number),
     "glus": ("gradual_latent_unsharp_params", "a list of numbers", str),
     "f": ("file_name", FILE_NAME, file_name),
+    "am": ("multipliers", "a multiplier or several joined by commas", number_list),
 }
 
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what bytes of another encoding become

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from library.diffusion.samplers import SAMPLERS
+from library.generate.composition import prompt_parts, split_prompt
 from library.generate.dynamic_prompts import parse_dynamic_prompt
 from library.generate.options import PictureOptions, PromptOptions, check_seed, check_size
 from library.generate.prompt_line import PromptLine, RawLine, parse_prompt_line, seeds_of_line
@@ -49,6 +50,10 @@ class GenerationRequest:
     gradual_latent: GradualLatentOptions = GradualLatentOptions()
     start_noise: StartNoiseOptions = StartNoiseOptions()
     zero_terminal_snr: bool = False  # asked for; models that need it say so themselves
+    # of the networks, in their order; the last one serves all further ones; None: the command line's
+    multipliers: tuple[float, ...] | None = None
+    region_map: str | None = None  # picture of where each part of the prompt works, see library.generate.regions
+    region_colors: int | None = None  # colour codes in it; None: its red, green and blue
     # what says nothing about the picture
     file_name: str = field(default="", compare=False)  # of its file; "": as the command line says
     raw_prompt: str = field(default="", compare=False)  # the line of a dynamic prompt, as it was written
@@ -70,12 +75,34 @@ class GenerationRequest:
 
     @property
     def is_guided(self) -> bool:
-        return self.scale > 1
+        """Whether the negative prompt counts; a composition takes its prediction as its origin in any case."""
+        return self.scale > 1 or len(self.part_weights) > 1
+
+    @property
+    def is_regional(self) -> bool:
+        return self.region_map is not None
+
+    @property
+    def part_texts(self) -> tuple[str, ...]:
+        """The parts of the prompt, joined by AND in it; weights are read in a composition, not in regional use."""
+        if self.is_regional:
+            return split_prompt(self.prompt)
+        return tuple(part.text for part in prompt_parts(self.prompt))
+
+    @property
+    def part_weights(self) -> tuple[float, ...]:
+        """A weight for each prediction that the parts get: their own in a composition, one for all in regional use."""
+        return (1.0,) if self.is_regional else tuple(part.weight for part in prompt_parts(self.prompt))
+
+    @property
+    def parts_per_row(self) -> int:
+        """Parts of the prompt that share a row of the U-Net: all of them in regional use."""
+        return len(self.part_texts) if self.is_regional else 1
 
     @property
     def texts(self) -> tuple[str, ...]:
         """What the U-Net is asked about side by side, see library.generate.guidance."""
-        return (self.negative_prompt, self.prompt) if self.is_guided else (self.prompt,)
+        return (self.negative_prompt, *self.part_texts) if self.is_guided else self.part_texts
 
     @property
     def batch_key(self) -> Hashable:
@@ -83,7 +110,8 @@ class GenerationRequest:
         own = (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
         start = (bool(self.image), bool(self.mask), self.strength, self.upscaler)
         drawing = (self.deep_shrink, self.gradual_latent, self.zero_terminal_snr, self.is_controlled)
-        return (*own, *start, *drawing, self.first_stage and self.first_stage.batch_key)
+        networks = (self.part_weights, self.multipliers, self.region_map, self.region_colors)
+        return (*own, *start, *drawing, *networks, self.first_stage and self.first_stage.batch_key)
 
 
 def make_requests(
@@ -210,6 +238,8 @@ def checked_line(line: PromptLine, sampler: str) -> PromptLine:
         check_seed(f"{line.where}: --d", seed)
     for text in (line.prompt, line.negative_prompt):
         check_emphasis(line.where, text)
+    for part in prompt_parts(line.prompt):
+        check_weight(line.where, "a part of it has a weight of", part.weight)
     if line.steps is None:
         return line
     sampler = line.sampler or sampler
@@ -223,8 +253,13 @@ def checked_line(line: PromptLine, sampler: str) -> PromptLine:
 def check_emphasis(where: str, text: str) -> None:
     """Raise OptionError for brackets that multiply to weights beyond all arithmetic."""
     largest = max(abs(weight) for _, weight in parse_prompt_weights(text))
-    problem = f"its brackets make an emphasis of {largest:.3g}"
-    require(largest <= LARGEST_EMPHASIS, where, problem, f"{LARGEST_EMPHASIS:g} is the limit, 0.5 to 1.5 is usual")
+    check_weight(where, "its brackets make an emphasis of", largest)
+
+
+def check_weight(where: str, problem: str, weight: float) -> None:
+    """Raise OptionError for a weight beyond all arithmetic; `problem` says what has it."""
+    problem = f"{problem} {weight:.3g}"
+    require(abs(weight) <= LARGEST_EMPHASIS, where, problem, f"{LARGEST_EMPHASIS:g} is the limit, 0.5 to 1.5 is usual")
 
 
 def batches(
@@ -266,4 +301,5 @@ def request_of(line: PromptLine, picture: PictureOptions, seed: int) -> Generati
         clip_prompt=line.clip_prompt,
         file_name=line.file_name,
         raw_prompt=line.raw_prompt,
+        multipliers=line.multipliers,
     )

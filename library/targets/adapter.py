@@ -235,6 +235,47 @@ class Adapted:
     def prepare_gradients(self, models: Models) -> None:
         self.network.prepare_grad_etc(models.text_encoder, models.named_unet)
 
+    # ------------------------------------------------------------------ generating
+
+    @property
+    def is_mergeable(self) -> bool:
+        asked = self._optional("is_mergeable")
+        return asked is not None and bool(asked())
+
+    @property
+    def can_calculate_weights(self) -> bool:
+        """Whether the change can go into the model's weights and out of them again."""
+        return all(map(self._optional, ("backup_weights", "restore_weights", "pre_calculation")))
+
+    def back_up_weights(self) -> None:
+        """Keep the model's weights aside, before any network is calculated into them."""
+        self.network.backup_weights()
+
+    def restore_weights(self) -> None:
+        self.network.restore_weights()
+
+    def calculate_weights(self) -> None:
+        """Add the change to the model's weights and work no other way, until `restore_weights`."""
+        self.network.pre_calculation()
+
+    def set_region(self, part: int, is_last: bool, mask_HW: torch.Tensor) -> None:
+        """Give the network a part of the prompt and a mask; the last one in use couples the attention of all."""
+        self.network.set_region(part, is_last, mask_HW)
+
+    def begin_generation(self, batch: int, num_parts: int, size: tuple[int, int], shared: dict[Any, Any]) -> None:
+        """A batch of pictures of `size` (width, height) begins; `shared` is one dictionary for all networks."""
+        self.network.set_current_generation(batch, num_parts, *size, shared)
+
+    def leave_region(self) -> None:
+        """Work everywhere again, where the network can: other people's stay with their region."""
+        if leave := self._optional("leave_region"):
+            leave()
+
+    @property
+    def regions_by(self) -> str:
+        """Which code divides the picture: networks of one picture have to agree about it."""
+        return str(getattr(self.network.set_region, "__module__", ""))
+
     # ------------------------------------------------------------------ training
 
     def param_groups(

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from library.checkpoints.probe import KIND_NAMES, MODEL_FLAG, check_vae, probe_any
+from library.checkpoints.network_kind import KIND_NAMES
+from library.checkpoints.probe import MODEL_FLAG, check_vae, probe_any
 from library.data.config import DatasetConfig, check_cacheable, check_dataset_class, face_crop_notes, load_configs
 from library.data.mask_files import settle_masks
 from library.data.text_cache_check import check_text_cacheable

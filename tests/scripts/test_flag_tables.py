@@ -61,14 +61,25 @@ RESOLUTION = {
     "--gradual_latent_ratio", "--gradual_latent_ratio_step", "--gradual_latent_every_n_steps",
     "--gradual_latent_s_noise", "--gradual_latent_unsharp_params",
 }  # fmt: skip
+CRITICS = {
+    "--clip_guidance_scale", "--clip_image_guidance_scale", "--vgg16_guidance_scale", "--vgg16_guidance_layer",
+}  # fmt: skip
+# of this project: several ControlNets at once, and the weights of what looks at pictures, which are never fetched unasked
+OF_CONTROL = {"--control_net_mode", "--clip_guidance_model", "--vgg16_model"}
+CONTROL_OF_SD = OF_CONTROL | {"--control_net_multipliers"}  # the name of later versions of the trade's generators
+# of the trade's other generator
+CONTROL_OF_SDXL = OF_CONTROL | CRITICS | {
+    "--control_net_models", "--control_net_preps", "--control_net_weights", "--clip_vision_model",
+}  # fmt: skip
 OWN = {
     "train_network": OF_TRAINING,
     "sdxl_train_network": OF_TRAINING | {"--text_variations"},
     "train_db": OF_TRAINING | OF_NETWORKS,
     "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
-    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | {"--no_half_vae"},
-    "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | {"--v_parameterization", "--shuffle_prompts"},
+    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | CONTROL_OF_SD | {"--no_half_vae"},
+    "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | CONTROL_OF_SDXL
+    | {"--v_parameterization", "--shuffle_prompts"},
     "merge_captions_to_metadata": {"--on_missing_text"},
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
@@ -76,30 +87,14 @@ OWN = {
 }
 NOT_YET = {  # flags of the generators that are still to come
     "--XTI_embeddings",
-    "--clip_guidance_scale",
-    "--clip_image_guidance_scale",
-    "--clip_vision_strength",
-    "--control_net_lllite_models",
-    "--control_net_models",
-    "--control_net_multipliers",
-    "--control_net_preps",
-    "--control_net_ratios",
-    "--control_net_weights",
     "--crop_left",
     "--crop_top",
-    "--guide_image_path",
     "--negative_scale",
-    "--network_merge_n_models",
-    "--network_pre_calc",
-    "--network_regional_mask_max_color_codes",
-    "--network_show_meta",
     "--original_height",
     "--original_height_negative",
     "--original_width",
     "--original_width_negative",
     "--textual_inversion_embeddings",
-    "--vgg16_guidance_layer",
-    "--vgg16_guidance_scale",
 }
 TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the training scripts
 

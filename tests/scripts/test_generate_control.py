@@ -84,6 +84,32 @@ def test_sdxl_with_both_kinds(tiny_sdxl_path: Path, tmp_path: Path) -> None:
             assert difference(pictures[name], pictures[other]) > 0.02, (name, other)
 
 
+def test_a_second_stage_with_and_without_control(tiny_sd1_path: Path, tmp_path: Path) -> None:
+    controlled = ["--control_net_models", control_net_file(tmp_path), "--guide_image_path"]
+    controlled.append(guide_image(tmp_path / "guide.png"))
+    highres = ["--W", 128, "--H", 128, "--highres_fix_scale", 0.5, "--highres_fix_steps", 2]
+    cases = {
+        "plain": highres,
+        "control": [*controlled, *highres],
+        "first_stage": [*controlled, *highres, "--highres_fix_disable_control_net"],
+    }
+    plain, control, first_stage = (
+        picture(gen_img_diffusers.SCRIPT, tmp_path / name, "--ckpt", tiny_sd1_path, *flags)
+        for name, flags in cases.items()
+    )
+    assert min(difference(plain, control), difference(plain, first_stage), difference(control, first_stage)) > 0.02
+
+
+def test_control_where_prompts_have_parts(tiny_sd1_path: Path, tmp_path: Path) -> None:
+    controlled = ["--control_net_models", control_net_file(tmp_path), "--guide_image_path"]
+    controlled.append(guide_image(tmp_path / "guide.png"))
+    prompt = ["--ckpt", tiny_sd1_path, "--prompt", "a cat AND an old house"]
+    pictures = [
+        picture(gen_img_diffusers.SCRIPT, tmp_path / str(len(flags)), *prompt, *flags) for flags in ([], controlled)
+    ]
+    assert difference(*pictures) > 0.05
+
+
 def test_mistakes_are_told_before_the_model_is_loaded(
     tiny_sd1_path: Path, tiny_sdxl_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,7 +126,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(
         (sd, ["--control_net_models", "no.pth", "--guide_image_path", guide], "--control_net_models: no.pth does not"),
         (sd, ["--control_net_models", tiny_sd1_path, "--guide_image_path", guide], "is no ControlNet: the tensor"),
         (xl, ["--control_net_lllite_models", net, "--guide_image_path", guide], "is no ControlNet-LLLite; give a"),
-        (xl, [*controlled, guide], "--control_net_models: "),
+        (sd, [*controlled, guide, "--ds_depth_1", 1], "Deep Shrink and a ControlNet can't go together"),
     ]
     for (script, model), flags, sentence in cases:
         capsys.readouterr()

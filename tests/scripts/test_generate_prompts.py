@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import gen_img_diffusers
 import sdxl_gen_img
@@ -283,6 +284,43 @@ def test_pictures_that_tell_nothing(bench: Bench, capsys: pytest.CaptureFixture[
     ):
         assert bench.run("--from_file", bench.folder / name) == 2
         assert f"--from_file: {bench.folder / sentence}" in capsys.readouterr().err
+
+
+def test_pictures_to_start_from_lend_their_prompts(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = bench.folder / "sources"
+    sources.mkdir()
+    for index, name in enumerate(["a", "b", "c"]):
+        info = PngInfo()
+        if name != "b":
+            info.add_text("prompt", f"{name} --w 8 {{x|y}}")
+            info.add_text("negative-prompt", f"not {name}")
+        Image.new("RGB", (64 + 32 * index, 64), (80 * index, 0, 0)).save(sources / f"{name}.png", pnginfo=info)
+    assert generation.run(gen_img_diffusers.SCRIPT, [
+        "--ckpt", str(bench.model), "--outdir", str(bench.out), "--image_path", str(sources), "--steps", "2",
+        "--images_per_prompt", "2", "--use_original_file_name", "--sequential_file_name",
+    ]) == 0  # fmt: skip
+    assert f"--image_path: {sources / 'b.png'} has no prompt in it and is left out" in capsys.readouterr().err
+    assert sorted(path.name for path in bench.out.glob("*.png")) == ["a.png", "a_2.png", "c.png", "c_2.png"]
+    for path in bench.out.glob("*.png"):
+        texts = picture_texts(path, "")
+        assert (texts["prompt"], texts["negative-prompt"]) == (f"{path.name[0]} --w 8 {{x|y}}", f"not {path.name[0]}")
+        assert Image.open(path).size == ((64 if path.name[0] == "a" else 128), 64), "each its own source"
+    assert bench.run("--image_path", sources, "--prompt", "all", "--use_original_file_name", "--steps", 2) == 0
+    assert [path.name for path in bench.out.glob("*.png")] == ["a.png"]
+    assert bench.run("--image_path", sources / "b.png") == 2
+    assert "--image_path: no prompt given, and none in 1 picture; add --prompt" in capsys.readouterr().err
+
+
+def test_both_stages_of_a_named_picture(bench: Bench) -> None:
+    arguments = ["--prompt", "a --f own --w 128 --h 128", "--highres_fix_scale", 0.5, "--highres_fix_steps", 1]
+    assert bench.run(*arguments, "--highres_fix_save_1st", "--steps", 2) == 0
+    sizes = {path.name: Image.open(path).size for path in bench.out.glob("*.png")}
+    assert sizes == {"own.png": (128, 128), "own_1st.png": (64, 64)}
+
+
+def test_names_of_sources_need_sources(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.run("--prompt", "a", "--use_original_file_name") == 0
+    assert "--use_original_file_name has no effect without --image_path" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- seeds, order, names

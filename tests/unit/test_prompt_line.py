@@ -11,7 +11,7 @@ import pytest
 
 from library.generate.network_options import NetworkOptions
 from library.generate.options import OutputOptions, PictureOptions, PromptOptions
-from library.generate.prompt_line import PromptLine, parse_prompt_line, read_raw_lines
+from library.generate.prompt_line import LINE_OPTIONS, PromptLine, parse_prompt_line, read_raw_lines
 from library.generate.request import GenerationRequest, batches, make_requests
 from library.options import OptionError
 
@@ -61,8 +61,9 @@ def test_unknown_options_are_named_once(caplog: pytest.LogCaptureFixture) -> Non
         line = parse_prompt_line("a --foo 3 --bar --w 64", "prompts.txt, line 7")
     assert line.prompt == "a"
     assert line.width == 64
+    known = ", ".join(f"--{name}" for name in LINE_OPTIONS)
     assert [record.message for record in caplog.records] == [
-        "prompts.txt, line 7: no effect: --foo 3, --bar; prompt lines know --n, --w, --h, --d, --l, --s, --f"
+        f"prompts.txt, line 7: no effect: --foo 3, --bar; prompt lines know {known}"
     ]
 
 
