@@ -161,7 +161,7 @@ class LLLiteModule(Adapter):
         self._condition_BEhw: torch.Tensor | None = None
 
     def set_cond_image(self, cond_image: torch.Tensor | None) -> None:
-        weight = self.down[0].weight
+        weight = next(self.down.parameters())
         self._condition_BEhw = None if cond_image is None else self.conditioning1(cond_image.to(weight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

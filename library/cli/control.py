@@ -18,6 +18,7 @@ from library.options import OptionError
 if TYPE_CHECKING:
     from library.families.base import LoadPlan, ModelBundle
     from library.generate.drawing import Part
+    from library.models.options import AttentionOptions
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ def check(options: ControlOptions, kind: str) -> None:
                 raise OptionError(LLLITE, f"{path} is no ControlNet-LLLite", f"give a ControlNet as {MODELS}")
 
 
-def parts(options: ControlOptions, lllite_module: str, bundle: ModelBundle, plan: LoadPlan) -> list[Part]:
+def parts(
+    options: ControlOptions, lllite_module: str, bundle: ModelBundle, attention: AttentionOptions, plan: LoadPlan
+) -> list[Part]:
     """The networks, loaded and hooked to the model; OptionError where one does not fit it.
 
     `lllite_module` names the Python module for ControlNet-LLLite files. They are hooked outside of all networks that
@@ -46,6 +49,7 @@ def parts(options: ControlOptions, lllite_module: str, bundle: ModelBundle, plan
         return []
     from library.generate.control import Control, ControlNets
     from library.generate.control_lllite import LLLite, LLLiteControl
+    from library.models import attention as attention_kernels
     from library.models.control_net import load_control_net
 
     controls, lllites = [], []
@@ -53,6 +57,7 @@ def parts(options: ControlOptions, lllite_module: str, bundle: ModelBundle, plan
         if file.flag == MODELS:
             kind, unet = bundle.source.kind, bundle.unet
             net = load_control_net(file.path, unet, kind, dtype=plan.unet, device=plan.device, flag=MODELS)
+            attention_kernels.apply_to(net, attention.kind)
             controls.append(Control(net, file, index))
         else:
             lllites.append(LLLite(_lllite(file, lllite_module, bundle, plan), file, index))

@@ -113,7 +113,7 @@ def generate(script: Script, config: GenerationConfig, asked: Asked, folder: Pat
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
     encoder.networks = in_use
     own = (DeepShrink(), GradualLatent(), InpaintingModel())
-    controls = control.parts(config.control, script.lllite_module, bundle, plan)
+    controls = control.parts(config.control, script.lllite_module, bundle, config.compute.attention, plan)
     controls += clip_vision(config.clip_vision, bundle, plan)
     parts = (*own, *controls, *critic_guidance(config.critics, plan), Inpainting())
     parts = parts if in_use is None else (in_use, *parts)
