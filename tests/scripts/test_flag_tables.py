@@ -64,7 +64,7 @@ RESOLUTION = {
 CRITICS = {
     "--clip_guidance_scale", "--clip_image_guidance_scale", "--vgg16_guidance_scale", "--vgg16_guidance_layer",
 }  # fmt: skip
-# of this project: several ControlNets at once, and the weights of what looks at pictures, which are never fetched unasked
+# of this project: several ControlNets at once; weights of what looks at pictures, which are never fetched unasked
 OF_CONTROL = {"--control_net_mode", "--clip_guidance_model", "--vgg16_model"}
 CONTROL_OF_SD = OF_CONTROL | {"--control_net_multipliers"}  # the name of later versions of the trade's generators
 # of the trade's other generator

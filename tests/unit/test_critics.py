@@ -29,6 +29,7 @@ from library.generate.critics import (
     spherical_distance,
 )
 from library.generate.denoise import begin, denoise
+from library.generate.guidance import parts_rows, prompt_rows
 from library.generate.hints import hints
 from library.generate.request import GenerationRequest
 from library.models import vae
@@ -219,6 +220,18 @@ def test_pictures_come_nearer(bundle: ModelBundle, clip: Any, folder: Path, samp
             images = vae.decode(bundle.vae, latents) / 2 + 0.5
             distances.append(float(critic.distance(images, target)))
         assert distances[1] < distances[0], critic
+
+
+def test_rows_of_the_prompt() -> None:
+    """Groups of rows stand in the order negative, parts of the prompt."""
+    three = dataclasses.replace(REQUEST, prompt="a cat AND a dog AND a house")
+    found = {
+        (asked.prompt, asked.scale): (prompt_rows(asked, 2), parts_rows(asked, 2))
+        for asked in (REQUEST, dataclasses.replace(REQUEST, scale=1.0), three)
+    }
+    assert list(found.values()) == [
+        (slice(2, 4), slice(2, 4)), (slice(0, 2), slice(0, 2)), (slice(6, 8), slice(2, 8)),
+    ]  # fmt: skip
 
 
 def test_each_picture_has_its_own_target(bundle: ModelBundle, clip: Any) -> None:
