@@ -31,9 +31,9 @@ def fetch_vae(repo_id: str, flag: str) -> Path:
 
 def fetch_clip(repo_id: str, flag: str) -> Path:
     """The local folder of a hub model of the CLIP kind, of which the configuration and the best weights are fetched."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        folder = _snapshot(repo_id, flag, ["config.json", name], NOT_NEEDED)
-        if (folder / name).is_file():
+    for name in ("model*.safetensors*", "pytorch_model*.bin*"):  # in one file, or in several with their index
+        folder = _snapshot(repo_id, flag, ["config.json", name], [*NOT_NEEDED, HALF])
+        if any(folder.glob(name)):
             break
     return folder
 

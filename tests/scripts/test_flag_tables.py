@@ -78,7 +78,10 @@ OWN = {
     "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
     "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | CONTROL_OF_SD | {"--no_half_vae"},
-    "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | CONTROL_OF_SDXL
+    "sdxl_gen_img": OF_PROMPTS
+    | OF_GENERATION
+    | RESOLUTION
+    | CONTROL_OF_SDXL
     | {"--v_parameterization", "--shuffle_prompts"},
     "merge_captions_to_metadata": {"--on_missing_text"},
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
