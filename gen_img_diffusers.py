@@ -5,9 +5,9 @@ from library.cli.generation import Script, main
 SCRIPT = Script(
     description=str(__doc__),
     family="library.families.sd:StableDiffusion",
-    omits=frozenset({  # what SDXL alone is told
+    omits=frozenset({  # what SDXL alone knows
         "original_height", "original_width", "original_height_negative", "original_width_negative",
-        "crop_top", "crop_left",
+        "crop_top", "crop_left", "control_net_lllite_models", "clip_vision_strength", "clip_vision_model",
     }),
 )  # fmt: skip
 

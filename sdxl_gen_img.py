@@ -8,6 +8,7 @@ SCRIPT = Script(
     models="sdxl",
     native_size=1024,
     omits=frozenset({"v2", "XTI_embeddings"}),
+    lllite_module="networks.control_net_lllite",
 )
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from library.checkpoints.keymaps import (
     CLIP_PREFIX,
+    HINT_CONVOLUTIONS,
     OPENCLIP_PREFIX,
     PROJECTION,
     SDXL_CLIP_PREFIX,
@@ -53,6 +54,15 @@ class UNetArchitecture:
     def pooled_width(self) -> int:
         """Width of the pooled text in the vector."""
         return self.vector_width - SIZE_NUMBERS * SIZE_WIDTH
+
+
+@dataclass(frozen=True)
+class ControlNetArchitecture:
+    """A ControlNet: one half of a U-Net and what brings the guide image to it."""
+
+    unet: UNetArchitecture
+    image_channels: int  # of the guide image
+    hint_channels: tuple[int, ...]  # of the guide image's convolutions, from the finest level
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,16 @@ def unet_architecture(shapes: Shapes, kind: str, prefix: str = UNET_PREFIX) -> U
         upcast_attention=kind == "sd2",  # SD 2.1-768 overflows half precision where scores are stored
         vector_width=inner.get("label_emb.0.0.weight", (0, 0))[1],
     )
+
+
+def control_net_architecture(shapes: Shapes, kind: str) -> ControlNetArchitecture:
+    """The ControlNet whose tensors have these original names, without prefix; ArchitectureError if it is none."""
+    stem = _shape(shapes, "input_hint_block.0.weight")
+    last = 2 * HINT_CONVOLUTIONS - 2
+    hints = (stem[0], *(_shape(shapes, f"input_hint_block.{i}.weight")[0] for i in range(4, last, 4)))
+    # it ends in the middle: what its U-Net gives out has as many channels as what it takes in
+    shapes = {**shapes, "out.2.weight": _shape(shapes, "input_blocks.0.0.weight")[1:]}
+    return ControlNetArchitecture(unet_architecture(shapes, kind, prefix=""), stem[1], hints)
 
 
 def _walk_down(inner: Shapes) -> tuple[tuple[int, ...], tuple[int, ...], int]:

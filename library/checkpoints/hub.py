@@ -29,6 +29,15 @@ def fetch_vae(repo_id: str, flag: str) -> Path:
     return _snapshot(repo_id, flag, names, [*NOT_NEEDED, HALF])
 
 
+def fetch_clip(repo_id: str, flag: str) -> Path:
+    """The local folder of a hub model of the CLIP kind, of which the configuration and the best weights are fetched."""
+    for name in ("model*.safetensors*", "pytorch_model*.bin*"):  # in one file, or in several with their index
+        folder = _snapshot(repo_id, flag, ["config.json", name], [*NOT_NEEDED, HALF])
+        if any(folder.glob(name)):
+            break
+    return folder
+
+
 def _snapshot(repo_id: str, flag: str, patterns: list[str], ignored: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -125,6 +125,50 @@ def unet_slots(keys: Iterable[str], prefix: str = UNET_PREFIX) -> dict[str, Slot
     return _slots(keys, _inverted(unet_paths(unet_layout(keys))), prefix)
 
 
+# ------------------------------------------------------------------------------------------- ControlNet
+
+CONTROL_PREFIX = "control_model."  # in original files; files of the trade's own training have none
+HINT_CONVOLUTIONS = 8  # of the small network that brings the guide image to the size of the latents
+
+
+def control_paths(outputs: int) -> dict[str, str]:
+    """Original module path -> Diffusers' of what a ControlNet has beside its half of a U-Net.
+
+    `outputs` is the number of its zero convolutions for skip connections, see Zhang et al. 2023, arXiv:2302.05543.
+    """
+    inner = range(HINT_CONVOLUTIONS - 2)
+    return {
+        "input_hint_block.0": "controlnet_cond_embedding.conv_in",
+        **{f"input_hint_block.{2 * i + 2}": f"controlnet_cond_embedding.blocks.{i}" for i in inner},
+        f"input_hint_block.{2 * HINT_CONVOLUTIONS - 2}": "controlnet_cond_embedding.conv_out",
+        **{f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(outputs)},
+        "middle_block_out.0": "controlnet_mid_block",
+    }
+
+
+def control_original_names(file_keys: Iterable[str]) -> dict[str, str]:
+    """Original name, without prefix -> the key of a ControlNet's file, whichever of the known layouts it has.
+
+    These are: the original one, with its prefix (what else such a file holds is left out) or without; Diffusers';
+    Diffusers' around an original U-Net.
+    """
+    keys = tuple(file_keys)
+    prefix = CONTROL_PREFIX if any(key.startswith(CONTROL_PREFIX) for key in keys) else ""
+    names = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
+    paths = control_paths(count_items(names, r"controlnet_down_blocks\.(\d+)\."))
+    if any(name.startswith("down_blocks.") for name in names):
+        paths |= unet_paths(unet_layout(names))
+    to_original = _inverted(paths)
+    return {translate(name, to_original) or name: key for name, key in names.items()}
+
+
+def control_slots(keys: Iterable[str], prefix: str = "") -> dict[str, Slot]:
+    """Parameter name of diffusers' ControlNetModel -> its place in the original layout."""
+    keys = tuple(keys)
+    outputs = count_items(keys, r"controlnet_down_blocks\.(\d+)\.")
+    return _slots(keys, _inverted(unet_paths(unet_layout(keys)) | control_paths(outputs)), prefix)
+
+
 # -------------------------------------------------------------------------------------------------- VAE
 
 

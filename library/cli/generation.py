@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
-from library.cli import embeddings, live_prompts, networks
+from library.cli import control, embeddings, live_prompts, networks
 from library.cli.console import start_console
 from library.cli.ending import USER_MISTAKE, Ending, leave
 from library.generate.completion import Completion
@@ -47,6 +47,7 @@ class Script:
     native_size: int = 512  # pixels: width and height where none is given
     omits: frozenset[str] = frozenset()  # options of its groups that it does not offer: they keep their defaults
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    lllite_module: str = ""  # the Python module for ControlNet-LLLite files, where there is such a thing
 
     def groups(self) -> tuple[type, ...]:
         return tuple(CONFIG_GROUPS.values())
@@ -67,7 +68,7 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
         asked = check(script, config)
         folder = prepare_folder(config.output.outdir, max((3 * r.width * r.height for r in asked.requests), default=0))
         ending.log_file = folder / f"{Path(parser.prog).stem}.log"
-        paths = generate(script.family, config, asked, folder)
+        paths = generate(script, config, asked, folder)
         logger.info("%s in %s", counted(len(paths), "picture"), folder)
         if asked.broken.said:
             logger.error("%s could not be drawn", counted(len(asked.broken.said), "prompt"))
@@ -84,10 +85,12 @@ class Asked:
     broken: BrokenLines
 
 
-def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: Path) -> list[Path]:
+def generate(script: Script, config: GenerationConfig, asked: Asked, folder: Path) -> list[Path]:
     """Load the model and its networks, and make the pictures. This is where torch is loaded."""
     from library.generate import images
+    from library.generate.clip_vision import clip_vision
     from library.generate.conditions import PromptEncoder
+    from library.generate.critics import critic_guidance
     from library.generate.deep_shrink import DeepShrink
     from library.generate.gradual_latent import GradualLatent
     from library.generate.highres import create_upscaler
@@ -95,7 +98,7 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     from library.generate.preview_window import PreviewWindows
     from library.models.vae_strips import compute_in_strips
 
-    module, _, name = family_name.partition(":")
+    module, _, name = script.family.partition(":")
     family = getattr(importlib.import_module(module), name)()
     plan = images.load_plan(config.compute)
     factories = networks.import_modules(config.networks)
@@ -111,8 +114,11 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     in_use = networks.attach(factories, config.networks, bundle, plan, is_regional=region_map(config) is not None)
     encoder = PromptEncoder(family, bundle, "--max_embeddings_multiples raises it")
     encoder.networks = in_use
-    own = (*embeddings.part_for(words, encoder), DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
-    parts = own if in_use is None else (in_use, *own)
+    own = (*embeddings.part_for(words, encoder), DeepShrink(), GradualLatent(), InpaintingModel())
+    controls = control.parts(config.control, script.lllite_module, bundle, config.compute.attention, plan)
+    controls += clip_vision(config.clip_vision, bundle, plan)
+    parts = (*own, *controls, *critic_guidance(config.critics, plan), Inpainting())
+    parts = parts if in_use is None else (in_use, *parts)
     engine = images.Engine(family, bundle, encoder, parts, config.vae, upscaler)
     show = None if config.prompts.no_preview else PreviewWindows().show
     return images.generate(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
@@ -158,6 +164,9 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     check_requests(asked.requests)
     model = config.checkpoint
     source = probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, may_inpaint=True, **SCRIPTS)
+    control.check(config.control, source.kind)
+    config.critics.check_models()
+    config.clip_vision.check_model(config.start.image_path)
     networks.check_kind(config.networks, source.kind)
     if config.networks.network_show_meta:
         networks.show_metadata(config.networks)

@@ -20,12 +20,53 @@ from library.text.tokens import Tokens
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """What a ControlNet adds inside the U-Net, of as many rows as its input."""
+
+    down: tuple[torch.Tensor, ...]  # to each skip connection, (B, C, h, w) each
+    mid: torch.Tensor  # to the output of the middle block
+
+    def plus(self, other: Residuals | None) -> Residuals:
+        if other is None:
+            return self
+        down = tuple(one + another for one, another in zip(self.down, other.down, strict=True))
+        return Residuals(down, self.mid + other.mid)
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """What the U-Net is told about the picture: text states and, for SDXL, the pooled text and the sizes."""
 
     context_BTD: torch.Tensor
     vector_BD: torch.Tensor | None = None  # the pooled text
     sizes_B6: torch.Tensor | None = None  # float32; what the U-Net itself turns into sinusoids, see PictureSizes
+    residuals: Residuals | None = None
+
+    def rows(self, part: slice) -> Conditioning:
+        """Some of the rows."""
+        residuals = self.residuals and Residuals(
+            tuple(down[part] for down in self.residuals.down), self.residuals.mid[part]
+        )
+        vector = None if self.vector_BD is None else self.vector_BD[part]
+        sizes = None if self.sizes_B6 is None else self.sizes_B6[part]
+        return Conditioning(self.context_BTD[part], vector, sizes, residuals)
+
+    @property
+    def residual_inputs(self) -> dict[str, Any]:
+        """The residuals as arguments of diffusers' U-Net; no argument where there are none."""
+        if self.residuals is None:
+            return {}
+        return {
+            "down_block_additional_residuals": self.residuals.down,
+            "mid_block_additional_residual": self.residuals.mid,
+        }
+
+    def added_inputs(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+        """The vector and the sizes as diffusers' U-Net and ControlNet of SDXL take them; None without a vector."""
+        if self.vector_BD is None:
+            return None
+        assert self.sizes_B6 is not None
+        return {"text_embeds": self.vector_BD.to(dtype), "time_ids": self.sizes_B6}
 
 
 @dataclass(frozen=True)

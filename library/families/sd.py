@@ -101,7 +101,8 @@ class StableDiffusion:
         self, unet: torch.nn.Module, noised_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """The U-Net's output, shaped like `noised_BCHW`: noise, or velocity for a v-prediction model."""
-        return unet(noised_BCHW, timesteps_B, conditioning.context_BTD, return_dict=False)[0]
+        more = conditioning.residual_inputs
+        return unet(noised_BCHW, timesteps_B, conditioning.context_BTD, return_dict=False, **more)[0]
 
     save = staticmethod(save_model)  # whole models of both families are written by the same code
 

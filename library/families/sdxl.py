@@ -111,11 +111,9 @@ class StableDiffusionXL:
         self, unet: torch.nn.Module, noised_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """The U-Net's output, shaped like `noised_BCHW`: noise, or velocity for a v-prediction model."""
-        assert conditioning.vector_BD is not None
         dtype = noised_BCHW.dtype  # conditioning from a cache may be of another
-        added = {"text_embeds": conditioning.vector_BD.to(dtype), "time_ids": conditioning.sizes_B6}
-        context_BTD = conditioning.context_BTD.to(dtype)
-        return unet(noised_BCHW, timesteps_B, context_BTD, added_cond_kwargs=added, return_dict=False)[0]
+        more = {"added_cond_kwargs": conditioning.added_inputs(dtype), **conditioning.residual_inputs}
+        return unet(noised_BCHW, timesteps_B, conditioning.context_BTD.to(dtype), return_dict=False, **more)[0]
 
     save = staticmethod(save_model)  # whole models of both families are written by the same code
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from library.diffusion.samplers import check_sigmas, check_steps
 from library.generate.config import GenerationConfig
+from library.generate.guide_images import GuideImages
 from library.generate.network_options import NetworkOptions
 from library.generate.options import LEAST_SIZE
 from library.generate.prompt_line import PromptLine
@@ -31,6 +32,7 @@ class Completion:
 
     config: GenerationConfig
     sources: Sources
+    guides: GuideImages
     family: str  # "sd" | "sdxl"
     region_map: Path | None = None
 
@@ -40,7 +42,7 @@ class Completion:
         start, picture = config.start, config.picture
         given_size = (picture.W, picture.H) if picture.W is not None and picture.H is not None else None
         sources = Sources.of(start.image_path, inpainting_masks(start, config.networks), given_size)
-        return cls(config, sources, family, region_map(config))
+        return cls(config, sources, GuideImages.of(config.control), family, region_map(config))
 
     def __call__(self, request: GenerationRequest, line: PromptLine, number: int) -> GenerationRequest:
         """The request of a line, whose number in its list says whose turn it is; OptionError names the line."""
@@ -56,10 +58,15 @@ class Completion:
             weighting=self.config.guidance.emb_normalize_mode,
             sizes=self._sizes(line),
             sigmas=self._sigmas(line, request.sampler),
+            guide_images=self.guides.of_picture(number),
         )
+        self.config.critics.check_request(request, line.where)
         is_fading = request.gradual_latent != GradualLatentOptions()
         problem = "gradual latent and a mask can't go together: what stays would have to be enlarged"
         require(not (request.mask and is_fading), line.where, problem, "leave one of them out")
+        is_shrinking = request.deep_shrink.ds_depth_1 is not None
+        problem = "Deep Shrink and a ControlNet can't go together: it sees the picture in its full size"
+        require(not (is_shrinking and self.config.control.control_net_models), line.where, problem, "leave one out")
         return request if self.config.highres.highres_fix_scale is None else self._in_two_stages(request, line)
 
     def _started(self, request: GenerationRequest, line: PromptLine, number: int) -> GenerationRequest:
@@ -138,7 +145,7 @@ class Completion:
             first = with_strength(first, request.strength if strength is None else strength, line.where)
         second = replace(
             request, image="", mask="", first_stage=first, upscaler=options.upscaler,
-            start_noise=GenerationRequest.start_noise,
+            start_noise=GenerationRequest.start_noise, is_controlled=not options.highres_fix_disable_control_net,
         )  # fmt: skip
         return with_strength(second, self._strength(line), line.where)
 

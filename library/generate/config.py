@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from library.generate.control_options import ControlOptions
+from library.generate.critic_options import ClipVisionOptions, CriticOptions
 from library.generate.embedding_options import EmbeddingOptions
 from library.generate.guidance_options import GuidanceOptions
 from library.generate.network_options import NetworkOptions
@@ -31,6 +33,9 @@ class GenerationConfig:
     prompts: PromptOptions
     picture: PictureOptions
     networks: NetworkOptions
+    control: ControlOptions
+    critics: CriticOptions
+    clip_vision: ClipVisionOptions
     output: OutputOptions
     start: StartOptions
     highres: HighresOptions
@@ -58,6 +63,9 @@ CONFIG_GROUPS: dict[str, Any] = {
     "start_noise": StartNoiseOptions,
     "schedule": ScheduleOptions,
     "networks": NetworkOptions,
+    "control": ControlOptions,
+    "critics": CriticOptions,
+    "clip_vision": ClipVisionOptions,
     "vae": VaeOptions,
     "compute": ComputeOptions,
     "output": OutputOptions,

@@ -55,6 +55,11 @@ class Drawing:
 
     def predict(self, latents_BChw: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The U-Net's output for every row of `conditioning`, float32, at the step at hand."""
+        inputs_RChw, timesteps_R = self.unet_inputs(latents_BChw, conditioning)
+        return self.family.predict(self.bundle.unet, inputs_RChw, timesteps_R, conditioning).float()
+
+    def unet_inputs(self, latents_BChw: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents as the U-Net takes them at the step at hand, group after group, and their timesteps: R rows."""
         weight = next(self.bundle.unet.parameters())
         num_rows = len(conditioning.context_BTD) - len(latents_BChw) * (self.first.parts_per_row - 1)
         inputs_BChw = self.scheduler.scale_model_input(latents_BChw, self.timestep).to(weight.dtype)
@@ -62,7 +67,7 @@ class Drawing:
             inputs_BChw = torch.cat([inputs_BChw, self.beside_BChw.to(inputs_BChw)], dim=1)
         inputs_RChw = inputs_BChw.repeat(num_rows // len(inputs_BChw), 1, 1, 1)
         timesteps_R = torch.full((num_rows,), self.timestep.item(), dtype=self.timestep.dtype, device=weight.device)
-        return self.family.predict(self.bundle.unet, inputs_RChw, timesteps_R, conditioning).float()
+        return inputs_RChw, timesteps_R
 
     def without_regions(self, conditioning: Conditioning) -> Conditioning:
         """As models beside the U-Net take it, such as ControlNet: of parts that share a row, the last one's text."""

@@ -35,3 +35,15 @@ def guided(request: GenerationRequest, predictions: Sequence[torch.Tensor]) -> t
     if request.negative_scale is None:
         return guided_BChw
     return guided_BChw - request.negative_scale * (negative_BChw - origin_BChw)
+
+
+def prompt_rows(request: GenerationRequest, num_pictures: int) -> slice:
+    """The rows of the prompt's last part among those of the U-Net."""
+    end = parts_rows(request, num_pictures).stop
+    return slice(end - num_pictures, end)
+
+
+def parts_rows(request: GenerationRequest, num_pictures: int) -> slice:
+    """The rows of all parts of the prompt."""
+    start = num_pictures * request.is_guided
+    return slice(start, start + num_pictures * len(request.part_weights))

@@ -126,6 +126,8 @@ def metadata(request: GenerationRequest, names: ModelNames) -> dict[str, str]:
     }
     if request.negative_scale is not None:
         texts["negative-scale"] = str(request.negative_scale)
+    if request.clip_prompt is not None:
+        texts["clip-prompt"] = request.clip_prompt
     texts |= {name.replace("_", "-"): str(value) for name, value in request.sizes.given.items()}
     return texts | {"parameters": infotext(request, names)}
 

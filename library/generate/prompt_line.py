@@ -32,6 +32,7 @@ class PromptLine:
     seeds: tuple[int, ...] = ()  # one per picture; the last one serves all further pictures
     where: str = "--prompt"  # for messages: the flag, or file and line number
     sampler: str | None = None
+    clip_prompt: str | None = None
     strength: float | None = None  # of img2img, or of a second stage
     ds_depth_1: int | None = None  # Deep Shrink and gradual latent: as the flags of these names, for this line alone
     ds_timesteps_1: int | None = None
@@ -170,6 +171,7 @@ LINE_OPTIONS: LineOptions = {
     "d": ("seeds", "a seed or several joined by commas", seed_list),
     "l": ("scale", "a number", finite_number),
     "s": ("steps", "a whole number", int),
+    "c": ("clip_prompt", "a text", str),
     "t": ("strength", "a number", finite_number),
     "dsd1": ("ds_depth_1", "a whole number", int),
     "dst1": ("ds_timesteps_1", "a whole number", int),

@@ -46,6 +46,9 @@ class GenerationRequest:
     sampler: str = "ddim"
     clip_skip: int | None = None
     max_windows: int = 1  # of 75 content tokens; what goes beyond is cut off
+    guide_images: tuple[str, ...] = ()  # files: one for each network that sees them, in their order
+    is_controlled: bool = True  # ControlNets take part; not so where only details are drawn
+    clip_prompt: str | None = None  # what CLIP guidance compares the picture with; None: the prompt
     image: str = ""  # path of the picture to start from
     mask: str = ""  # path of a mask: what is white there is drawn anew, the rest of `image` stays
     strength: float = 1.0  # share of the steps that are done where a picture does not start from noise alone
@@ -126,7 +129,7 @@ class GenerationRequest:
         own = (self.width, self.height, self.steps, self.scale, self.sampler, self.clip_skip, len(self.texts))
         start = (bool(self.image), bool(self.mask), self.strength, self.upscaler)
         drawing = (self.deep_shrink, self.gradual_latent, self.zero_terminal_snr)
-        guidance = (self.negative_scale, self.sigmas)
+        guidance = (self.negative_scale, self.sigmas, self.is_controlled)
         networks = (self.part_weights, self.multipliers, self.region_map, self.region_colors)
         return (*own, *start, *drawing, *guidance, *networks, self.first_stage and self.first_stage.batch_key)
 
@@ -319,6 +322,7 @@ def request_of(line: PromptLine, picture: PictureOptions, seed: int) -> Generati
         sampler=line.sampler or picture.sampler,
         clip_skip=picture.clip_skip if line.clip_skip is None else line.clip_skip,
         max_windows=picture.windows if line.windows is None else line.windows,
+        clip_prompt=line.clip_prompt,
         file_name=line.file_name,
         raw_prompt=line.raw_prompt,
         multipliers=line.multipliers,

@@ -16,17 +16,20 @@ SLICE_ELEMENTS = 1 << 24  # attention scores held at a time by the sliced kernel
 
 def apply(unet: Any, vae: Any, kind: str) -> None:
     """Let both models, of diffusers, use `kind`: "sdpa" (PyTorch's own), "xformers" or "sliced" (least memory)."""
+    for model in (unet, vae):
+        apply_to(model, kind)
+
+
+def apply_to(model: Any, kind: str) -> None:
+    """The same for one model: a U-Net, a VAE or a ControlNet."""
     if kind == "xformers":
         _import_xformers()
-        for model in (unet, vae):
-            try:
-                model.enable_xformers_memory_efficient_attention()
-            except (ValueError, NotImplementedError) as error:
-                raise OptionError("--xformers", f"xformers does not run here ({error})", "use --sdpa") from None
+        try:
+            model.enable_xformers_memory_efficient_attention()
+        except (ValueError, NotImplementedError) as error:
+            raise OptionError("--xformers", f"xformers does not run here ({error})", "use --sdpa") from None
         return
-    processor = {"sdpa": AttnProcessor2_0, "sliced": SlicedAttention}[kind]
-    for model in (unet, vae):
-        model.set_attn_processor(processor())
+    model.set_attn_processor({"sdpa": AttnProcessor2_0, "sliced": SlicedAttention}[kind]())
 
 
 def _import_xformers() -> None:

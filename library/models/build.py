@@ -8,9 +8,16 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from library.checkpoints.architecture import SIZE_WIDTH, TextArchitecture, UNetArchitecture, VaeArchitecture
+from library.checkpoints.architecture import (
+    SIZE_WIDTH,
+    ControlNetArchitecture,
+    TextArchitecture,
+    UNetArchitecture,
+    VaeArchitecture,
+)
 from library.models.text_encoder import ProjectedTextEncoder, TextEncoder
 
 VAE_SCALE = 0.18215
@@ -20,12 +27,30 @@ SDXL_VAE_SCALE = 0.13025
 def build_unet(architecture: UNetArchitecture, *, sample_size: int = 64) -> UNet2DConditionModel:
     """diffusers' U-Net of these sizes; `sample_size` in latent pixels is only recorded."""
     has_attention = [depth > 0 for depth in architecture.transformer_depths]
-    sizes: dict[str, Any] = dict(
+    return UNet2DConditionModel(
         sample_size=sample_size,
-        in_channels=architecture.in_channels,
         out_channels=architecture.out_channels,
-        down_block_types=tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in has_attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(has_attention)),
+        **_sizes_on_the_way_down(architecture),
+    )
+
+
+def build_control_net(architecture: ControlNetArchitecture) -> ControlNetModel:
+    """diffusers' ControlNet of these sizes."""
+    return ControlNetModel(
+        conditioning_channels=architecture.image_channels,
+        conditioning_embedding_out_channels=architecture.hint_channels,
+        **_sizes_on_the_way_down(architecture.unet),
+    )
+
+
+def _sizes_on_the_way_down(architecture: UNetArchitecture) -> dict[str, Any]:
+    """What U-Nets and ControlNets have in common, in diffusers' words."""
+    sizes: dict[str, Any] = dict(
+        in_channels=architecture.in_channels,
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if depth > 0 else "DownBlock2D" for depth in architecture.transformer_depths
+        ),
         block_out_channels=architecture.channels,
         layers_per_block=architecture.resnets,
         cross_attention_dim=architecture.context_width,
@@ -40,7 +65,7 @@ def build_unet(architecture: UNetArchitecture, *, sample_size: int = 64) -> UNet
             addition_time_embed_dim=SIZE_WIDTH,
             projection_class_embeddings_input_dim=architecture.vector_width,
         )
-    return UNet2DConditionModel(**sizes)
+    return sizes
 
 
 def build_vae(architecture: VaeArchitecture, *, sample_size: int = 512, scale: float = VAE_SCALE) -> AutoencoderKL:

@@ -64,14 +64,29 @@ RESOLUTION = {
     "--gradual_latent_s_noise", "--gradual_latent_unsharp_params",
 }  # fmt: skip
 WEIGHING = {"--emb_normalize_mode", "--sigmas"}
+CRITICS = {
+    "--clip_guidance_scale", "--clip_image_guidance_scale", "--vgg16_guidance_scale", "--vgg16_guidance_layer",
+}  # fmt: skip
+# of this project: several ControlNets at once; weights of what looks at pictures, which are never fetched unasked
+OF_CONTROL = {"--control_net_mode", "--clip_guidance_model", "--vgg16_model"}
+CONTROL_OF_SD = OF_CONTROL | {"--control_net_multipliers"}  # the name of later versions of the trade's generators
+# of the trade's other generator
+CONTROL_OF_SDXL = OF_CONTROL | CRITICS | {
+    "--control_net_models", "--control_net_preps", "--control_net_weights", "--clip_vision_model",
+}  # fmt: skip
 OWN = {
     "train_network": OF_TRAINING,
     "sdxl_train_network": OF_TRAINING | {"--text_variations"},
     "train_db": OF_TRAINING | OF_NETWORKS,
     "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
-    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | WEIGHING | {"--no_half_vae"},
-    "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | WEIGHING | {"--v_parameterization", "--shuffle_prompts"},
+    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | WEIGHING | CONTROL_OF_SD | {"--no_half_vae"},
+    "sdxl_gen_img": OF_PROMPTS
+    | OF_GENERATION
+    | RESOLUTION
+    | WEIGHING
+    | CONTROL_OF_SDXL
+    | {"--v_parameterization", "--shuffle_prompts"},
     "sdxl_minimal_inference": {"--steps", "--seed", "--width", "--height"},
     "merge_captions_to_metadata": {"--on_missing_text"},
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
@@ -79,18 +94,6 @@ OWN = {
     "prepare_buckets_latents": {"--on_bad_image"},
 }
 NOT_YET = {  # flags of the generators that are still to come
-    "--clip_guidance_scale",
-    "--clip_image_guidance_scale",
-    "--clip_vision_strength",
-    "--control_net_lllite_models",
-    "--control_net_models",
-    "--control_net_multipliers",
-    "--control_net_preps",
-    "--control_net_ratios",
-    "--control_net_weights",
-    "--guide_image_path",
-    "--vgg16_guidance_layer",
-    "--vgg16_guidance_scale",
 }
 TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the training scripts
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.checkpoints.hub import fetch_model
+from library.checkpoints.hub import fetch_clip, fetch_model
 from tests.hub_stand_in import TOKEN, HubStandIn
 
 REPO = "somebody/xl"
@@ -66,3 +66,21 @@ def test_half_precision_where_a_part_has_nothing_else(hub: HubStandIn):
 
 def test_pickles_where_there_is_nothing_else(hub: HubStandIn):
     assert fetched(hub, [*weights("", "bin"), *weights(".fp16", "bin")]) == {*CONFIGS, *weights("", "bin")}
+
+
+@pytest.mark.parametrize(
+    "best",
+    [
+        ["model.safetensors"],
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+        ["pytorch_model.bin"],
+    ],
+    ids=["one file", "several files", "pickle"],
+)
+def test_the_best_weights_of_a_clip_model(hub: HubStandIn, best: list[str]):
+    others = ["open_clip_pytorch_model.bin", "tokenizer.json", "model.fp16.safetensors", "flax_model.msgpack"]
+    pickles = ["pytorch_model.bin"]
+    hub.private[REPO] = False
+    hub.files = {f"{REPO}/{name}": name.encode() for name in ("config.json", *others, *pickles, *best)}
+    folder = fetch_clip(REPO, "--clip_guidance_model")
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == {"config.json", *best}
