@@ -70,7 +70,9 @@ def check_before_start(config: RunConfig, other_script: str, family: str = "sd",
     model = config.model
     assert model.pretrained_model_name_or_path is not None
     scripts = {"sdxl_script" if family == "sd" else "sd_script": other_script}
-    config = as_found(config, probe(model.pretrained_model_name_or_path, family=family, v2=model.v2, **scripts))
+    config = as_found(
+        config, probe(model.pretrained_model_name_or_path, family=family, v2=model.v2, may_inpaint=False, **scripts)
+    )
     if model.vae:
         check_vae(model.vae)
     for warning in [*config.check(), *check_hub(config.hub)]:

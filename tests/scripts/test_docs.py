@@ -24,6 +24,7 @@ from library.cli import caching, config_file, generation, metadata_tools, prepar
 from library.cli.legacy import LegacyOptions
 from library.cli.reference import options_page
 from library.data import dataset_file
+from library.generate.prompt_line import LINE_OPTIONS
 from library.options import options_of
 from library.train.optimizer_table import NAMES, TABLE
 from library.train.options import COUNTS_IN, LR_SCHEDULERS
@@ -118,7 +119,7 @@ def known_flags() -> set[str]:
         *map(generation.build_parser, GENERATORS.values()),
         *tools,
     ]
-    in_prompts = {f"--{name}" for name in PREVIEW_LINE_OPTIONS}
+    in_prompts = {f"--{name}" for name in {**LINE_OPTIONS, **PREVIEW_LINE_OPTIONS}}
     return OF_OTHERS.union(in_prompts, *(parser._option_string_actions for parser in parsers))
 
 

@@ -15,6 +15,7 @@ from library.cli import generation
 from library.generate.config import CONFIG_GROUPS, GenerationConfig
 from library.generate.request import GenerationRequest
 from library.options import build
+from library.packages import is_installed
 from tests.unit.test_latent_upscaler import upscaler_file
 
 FAST = ["--steps", "2", "--sampler", "euler_a", "--seed", "1", "--prompt"]
@@ -232,6 +233,8 @@ def test_mistakes_are_one_sentence(tiny_sd1_path: Path, folder: Path, tmp_path: 
         (["a", "--pyramid_noise_prob", 1], "--pyramid_noise_prob: goes together with --pyramid_noise_discount_range"),
         (["a", "--noise_offset_prob", 2, "--noise_offset_range", 0, 1], "--noise_offset_prob: 2.0 is out of range"),
     ]  # fmt: skip
+    if not is_installed("xformers"):
+        cases.append((["a", "--diffusers_xformers"], "the package xformers is not installed"))
     for arguments, sentence in cases:
         words = ["--ckpt", tiny_sd1_path, "--outdir", tmp_path / "out", *FAST, *arguments]
         capsys.readouterr()
