@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from library.diffusion.samplers import check_sigmas, check_steps
@@ -35,6 +35,7 @@ class Completion:
     guides: GuideImages
     family: str  # "sd" | "sdxl"
     region_map: Path | None = None
+    said: set[str] = field(default_factory=set)  # warnings: once for each line, not for each of its pictures
 
     @classmethod
     def of(cls, config: GenerationConfig, family: str) -> Completion:
@@ -73,12 +74,15 @@ class Completion:
         """The request with the picture that it starts from, and of its size."""
         if not self.sources.images:
             if line.strength is not None and self.config.highres.highres_fix_scale is None:
-                logger.warning("%s: --t has no effect: the picture starts from noise alone", line.where)
+                self._say(f"{line.where}: --t has no effect: the picture starts from noise alone")
             return request
         width, height = self.sources.size(number)
         if (line.width or width, line.height or height) != (width, height):
-            logger.warning("%s: --w and --h have no effect: a picture has the size of the one that it starts from, or "
-                           "that of --W and --H", line.where)  # fmt: skip
+            self._say(f"{line.where}: --w and --h have no effect: a picture has the size of the one that it starts "
+                      "from, or that of --W and --H")  # fmt: skip
+        if (width, height) != self.sources.asked_size(number):
+            self._say(f"{self.sources.image(number)} becomes a picture of {width}x{height}: what starts from a picture "
+                      f"has a size in multiples of {SIZE_STEP}")  # fmt: skip
         request = replace(request, width=width, height=height, image=self.sources.image(number))
         return with_strength(replace(request, mask=self.sources.mask(number)), self._strength(line), line.where)
 
@@ -100,7 +104,7 @@ class Completion:
         options = overridden(self.config.gradual_latent, line)
         if options.gradual_latent_timesteps is None or sampler in GRADUAL_SAMPLERS:
             return options
-        logger.warning("%s: gradual latent has no effect with %s: euler_a alone can do it", line.where, sampler)
+        self._say(f"{line.where}: gradual latent has no effect with {sampler}: euler_a alone can do it")
         return GradualLatentOptions()
 
     def _negative_scale(self, line: PromptLine) -> float | None:
@@ -111,9 +115,7 @@ class Completion:
         sizes = self.config.sizes.of_line(line)
         if sizes == SizeOptions() or self.family == "sdxl":
             return sizes
-        logger.warning(
-            "%s: --ow, --oh, --nw, --nh, --ct and --cl have no effect: this model knows no sizes", line.where
-        )
+        self._say(f"{line.where}: --ow, --oh, --nw, --nh, --ct and --cl have no effect: this model knows no sizes")
         return SizeOptions()
 
     def _sigmas(self, line: PromptLine, sampler: str) -> str:
@@ -122,6 +124,11 @@ class Completion:
         sigmas = self.config.schedule.sigmas
         check_sigmas("--sigmas", sampler, sigmas)
         return sigmas
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self.said:
+            self.said.add(sentence)
+            logger.warning("%s", sentence)
 
     def _in_two_stages(self, request: GenerationRequest, line: PromptLine) -> GenerationRequest:
         """Highres fix: the first stage is a request of its own, smaller, and all that an image and a mask mean is its.

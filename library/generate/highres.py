@@ -2,8 +2,8 @@
 
 Upscaler modules keep the trade's contract. `create_upscaler(**arguments)` (texts by name) returns an object with
 `to(dtype)` or `to(device)`, `support_latents() -> bool` and `upscale(vae, lowreso_images, lowreso_latents, dtype,
-width, height, batch_size, vae_batch_size)`, of which either images (a list of PIL images) or latents (scaled) are given; it
-returns a list of PIL images or a tensor of scaled latents.
+width, height, batch_size, vae_batch_size)`, of which either images (a list of PIL images) or latents (scaled) are
+given; it returns a list of PIL images or a tensor of scaled latents.
 
 Shape letters: B pictures, C channels, h w latent pixels.
 """

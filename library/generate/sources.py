@@ -6,15 +6,12 @@ Imports no torch: command lines look at every file before a model is loaded.
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.data.headers import BadImage, open_image, read_header
 from library.generate.options import check_size
 from library.options import OptionError, require
-
-logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SIZE_STEP = 32  # pixels: sizes of pictures that are made from pictures are rounded down to multiples of this
@@ -79,21 +76,15 @@ class Sources:
         return mask
 
     def size(self, number: int) -> tuple[int, int]:
-        """Width and height of what is made from file `number`: its own, or --W and --H, in multiples of 32."""
-        image = self.image(number)
-        own = size_of(image, "--image_path")
-        width, height = (side // SIZE_STEP * SIZE_STEP for side in self.given_size or own)
-        if (width, height) != (self.given_size or own):
-            _say_once(f"{image} becomes a picture of {width}x{height}: sizes of pictures that start from pictures are "
-                      f"multiples of {SIZE_STEP}")  # fmt: skip
+        """Width and height of what is made from file `number`: as asked for, in multiples of 32."""
+        width, height = (side // SIZE_STEP * SIZE_STEP for side in self.asked_size(number))
         for side in (width, height):
-            check_size(f"--image_path {image}", side)
+            check_size(f"--image_path {self.image(number)}", side)
         return width, height
 
-
-@functools.cache
-def _say_once(sentence: str) -> None:
-    logger.warning("%s", sentence)
+    def asked_size(self, number: int) -> tuple[int, int]:
+        """That of --W and --H, or of file `number` itself."""
+        return self.given_size or size_of(self.image(number), "--image_path")
 
 
 def _alike(one: tuple[int, int], other: tuple[int, int]) -> bool:
