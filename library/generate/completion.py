@@ -56,7 +56,7 @@ class Completion:
             start_noise=self.config.start_noise,
             zero_terminal_snr=self.config.schedule.zero_terminal_snr,
             negative_scale=self._negative_scale(line),
-            weighting=self.config.guidance.emb_normalize_mode,
+            weighting=line.weighting or self.config.guidance.emb_normalize_mode,
             sizes=self._sizes(line),
             sigmas=self._sigmas(line, request.sampler),
             guide_images=self.guides.of_picture(number),

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from library.options import opt
 
 NO_SCALE = "none"  # in a prompt's line: no negative scale for this one
+NEGATIVE_SCALE = "Negative scale"  # its name in the text of pictures
+EMPHASIS = "Emphasis"  # the name of what emphasis keeps there, and what web user interfaces call that
+EMPHASIS_NAMES = {"original": "Original", "none": "No norm", "abs": "Abs"}
 
 
 @dataclass(frozen=True)

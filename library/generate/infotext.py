@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from library.diffusion.samplers import SAMPLERS, SIGMAS, label_of
+from library.generate.guidance_options import EMPHASIS, EMPHASIS_NAMES, NEGATIVE_SCALE
 from library.generate.prompt_line import PromptLine, finite_number
-from library.options import OptionError
+from library.generate.size_options import SizeOptions, text_name
+from library.options import OptionError, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,9 @@ def parse_infotext(text: str, where: str = "infotext") -> PromptLine:
         where=where,
         sampler=sampler,
         sigmas=sigmas,
+        negative_scale=_read(values, NEGATIVE_SCALE, where, finite_number),
+        weighting={label: name for name, label in EMPHASIS_NAMES.items()}.get(values.get(EMPHASIS, "")),
+        **{option.name: _read(values, text_name(option.name), where, int) for option in options_of(SizeOptions)},
         clip_skip=_read(values, "Clip skip", where, int),
         windows=_read(values, WINDOWS, where, int),
     )

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING
 
 from library.checkpoints.safetensors_io import file_sha256
 from library.diffusion.samplers import label_of
+from library.generate.guidance_options import EMPHASIS, EMPHASIS_NAMES, NEGATIVE_SCALE
 from library.generate.infotext import WINDOWS
 from library.generate.options import OutputOptions
 from library.generate.picture_texts import EXIF_FOLDER, USER_COMMENT, as_comment
 from library.generate.request import GenerationRequest
+from library.generate.size_options import text_name
 from library.options import OptionError, require
 
 if TYPE_CHECKING:
@@ -150,8 +152,11 @@ def infotext(request: GenerationRequest, names: ModelNames) -> str:
     values["Model"] = _quoted(names.model)
     if request.clip_skip is not None:
         values["Clip skip"] = request.clip_skip
-    if request.weighting == "none":
-        values["Emphasis"] = "No norm"
+    if request.weighting != "original":
+        values[EMPHASIS] = EMPHASIS_NAMES[request.weighting]
+    if request.negative_scale is not None:
+        values[NEGATIVE_SCALE] = request.negative_scale
+    values |= {text_name(name): value for name, value in request.sizes.given.items()}
     if request.max_windows > 1:
         values[WINDOWS] = request.max_windows
     lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))

@@ -60,6 +60,7 @@ class PromptLine:
     crop_top: int | None = None
     crop_left: int | None = None
     sigmas: str | None = None
+    weighting: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 LARGEST = 1_000_000  # pixels: beyond any picture, but a slip of the keyboard
 
 
+def text_name(name: str) -> str:
+    """What an option of sizes is called in the text of pictures: "Original height"."""
+    return name.replace("_", " ").capitalize()
+
+
 @dataclass(frozen=True)
 class SizeOptions:
     """What SDXL is told about the size of pictures; what is not given is the size that is drawn, cut from nothing.

@@ -36,8 +36,9 @@ def picture(path: Path, **texts: str) -> Path:
 def test_what_a_web_ui_writes(caplog: pytest.LogCaptureFixture) -> None:
     line = parse_infotext(WEB_UI, "here")
     assert line == PromptLine(
-        "a cat, (fluffy:1.2)\nin two lines", "blurry,\nbad", 512, 768, 20, 7.5, (123,), "here", "euler_a", clip_skip=2
-    )
+        "a cat, (fluffy:1.2)\nin two lines", "blurry,\nbad", 512, 768, 20, 7.5, (123,), "here", "euler_a", clip_skip=2,
+        sigmas="default",
+    )  # fmt: skip
     assert "here: it was made with <lora:mine:0.8>; --network_weights names networks" in caplog.text
 
 

@@ -147,6 +147,16 @@ def test_texts_of_a_picture() -> None:
                                              "parameters"}  # fmt: skip
 
 
+@pytest.mark.parametrize("weighting", ["original", "none", "abs"])
+def test_what_is_written_is_read_again(weighting: str) -> None:
+    sizes = SizeOptions(original_width_negative=5, crop_left=0)
+    request = changed(negative_scale=2.5, sizes=sizes, weighting=weighting, sampler="heun", sigmas="exponential")
+    line = parse_infotext(infotext(request, ModelNames("m")), "x.png")
+    assert (line.negative_scale, line.sampler, line.sigmas) == (2.5, "heun", "exponential")
+    assert SizeOptions().of_line(line) == sizes
+    assert (line.weighting or "original") == weighting
+
+
 @pytest.mark.parametrize(
     ("label", "sampler", "sigmas"),
     [
