@@ -136,7 +136,7 @@ class PromptEncoder:
         of_part = self.networks.for_text_of(part) if request.is_regional and self.networks else nullcontext()
         with of_part:
             self._kept[key] = states = self._encode(tokens, num_windows, request)
-        if len(self._kept) > KEPT:
+        if len(self._kept) > (KEPT if self.layered_words is None else KEPT // NUM_LAYERS):
             self._kept.popitem(last=False)
         return states
 

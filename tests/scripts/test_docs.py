@@ -15,6 +15,7 @@ import pytest
 import fine_tune
 import gen_img_diffusers
 import sdxl_gen_img
+import sdxl_minimal_inference
 import sdxl_train
 import sdxl_train_network
 import train_db
@@ -114,6 +115,7 @@ def known_flags() -> set[str]:
         metadata_tools.clean_parser(None),
         caching.build_parser(cache_latents.TOOL),
         preparing.build_parser(None),
+        sdxl_minimal_inference.build_parser(),
     )
     parsers = [
         *map(training.build_parser, SCRIPTS.values()),
