@@ -22,6 +22,7 @@ from library.generate.schedule_options import ScheduleOptions
 from library.generate.size_options import SizeOptions
 from library.generate.start_options import HighresOptions, StartNoiseOptions, StartOptions
 from library.generate.vae_options import VaeOptions
+from library.options import require
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class GenerationConfig:
     sizes: SizeOptions
     guidance: GuidanceOptions
     embeddings: EmbeddingOptions
+
+    def check(self) -> None:
+        """The rules between groups; raises OptionError."""
+        require(
+            not (self.embeddings.XTI_embeddings and self.control.control_net_models),
+            "--XTI_embeddings",
+            "can't go together with --control_net_models: a ControlNet has no layers of its own for such words",
+            "leave one of them out",
+        )
 
 
 CONFIG_GROUPS: dict[str, Any] = {
