@@ -164,7 +164,10 @@ def test_each_mistake_is_one_sentence(
         ([usual, tmp_path / "zsecond.pt"], "zsecond.pt was made for SD 2.x (vectors of 1024), and the model is"),
         ([layered, "missing.pt"], f"{layered}: missing.pt does not exist"),
         ([layered, tmp_path / "zwork.pt"], "zwork.pt is no file of extended textual inversion"),
-        ([layered, "x.pt", "--control_net_models", "y.pt"], f"{layered}: can't go together with --control_net_models"),
+        (
+            [layered, "x.pt", "--control_net_models", "y.pt", "--guide_image_path", "z.png"],
+            f"{layered}: can't go together with --control_net_models",
+        ),
     ]
     for flags, sentence in cases:
         capsys.readouterr()

@@ -164,7 +164,7 @@ def test_lines_ask_for_the_same_as_flags(tiny_sd1_path: Path, line: str, flags: 
         parser = generation.build_parser(gen_img_diffusers.SCRIPT)
         values = vars(parser.parse_strictly(["--ckpt", str(tiny_sd1_path), *FAST, *words]))
         config = GenerationConfig(**{name: build(group, values) for name, group in CONFIG_GROUPS.items()})
-        return generation.check(gen_img_diffusers.SCRIPT, config)
+        return generation.check(gen_img_diffusers.SCRIPT, config).requests
 
     assert asked(f"a {line}") == asked("a", *flags) != asked("a")
 
