@@ -188,6 +188,16 @@ class Findings:
         used = {keys[path] for path in self.images}
         return [path for path in dict.fromkeys(paths) if keys[path] not in used]
 
+    @property
+    def captions_alone(self) -> list[str]:
+        """Caption files without an image."""
+        return list(dict.fromkeys(path for contents in self.scan.contents for path in contents.alone))
+
+    @property
+    def sharing_captions(self) -> list[str]:
+        """Images of one name with several extensions, which have one caption file for all."""
+        return list(dict.fromkeys(path for contents in self.scan.contents for path in contents.sharing))
+
     @cached_property
     def num_looked_at(self) -> int:
         """Pictures that this start decoded; of others a valid cache says that they were decoded before."""

@@ -81,6 +81,8 @@ class FolderContents:
     unreadable_captions: tuple[str, ...] = ()  # not UTF-8
     passed_over: tuple[str, ...] = ()  # paths: images of other kinds, hidden ones, and folders named like an image
     unnamed: tuple[str, ...] = ()  # paths of images in the folder that the metadata file does not name
+    alone: tuple[str, ...] = ()  # paths of caption files without an image
+    sharing: tuple[str, ...] = ()  # paths of images whose caption file is also that of another: a.png and a.jpg
 
     def without(self, paths: Collection[str]) -> FolderContents:
         """The same, less these images."""
@@ -114,8 +116,10 @@ def scan_folder(
     by_name = _by_caption_name(files)
     extension = _extension_in_use(names, by_name, caption_extension)
     base = os.path.join(folder, "")
-    captions = (_caption_name(name, by_name, extension) for name in names)
-    tasks = [(base + name, base + caption if caption else None) for name, caption in zip(names, captions, strict=True)]
+    texts = [_caption_name(name, by_name, extension) for name in names]
+    tasks = [(base + name, base + text if text else None) for name, text in zip(names, texts, strict=True)]
+    extensions = (extension,) if any(texts) or class_tokens else (extension, *CAPTION_FALLBACKS)
+    alone = tuple(base + name for name in captions_alone(files, texts, *extensions))
     del by_name
     if index is not None:
         index.use(folder, index_policy, len(files))
@@ -135,7 +139,16 @@ def scan_folder(
                 )
             )
             uncaptioned += [] if caption_path else [path]
-    return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable), passed_over)
+    return FolderContents(
+        tuple(images),
+        broken,
+        tuple(uncaptioned),
+        extension,
+        tuple(unreadable),
+        passed_over,
+        alone=alone,
+        sharing=tuple(base + name for name in _sharing(names, texts)),
+    )
 
 
 def read_all(
@@ -224,6 +237,20 @@ def caption_files(names: Iterable[str], files: Sequence[str], extension: str) ->
     """Image name -> name of its caption file among the `files` of the same folder; None where there is none."""
     by_name = _by_caption_name(files)
     return {name: _caption_name(name, by_name, extension) for name in names}
+
+
+def captions_alone(files: Iterable[str], used: Iterable[str | None], *extensions: str) -> list[str]:
+    """Those of a folder's `files` that are caption files by their name and not `used` by any image."""
+    of_images, endings = frozenset(used), tuple(extension.lower() for extension in extensions)
+    return [name for name in files if name not in of_images and name.lower().endswith(endings) and not is_hidden(name)]
+
+
+def _sharing(names: Sequence[str], texts: Sequence[str | None]) -> list[str]:
+    """The images whose caption file is that of another image too; `texts` are the images' caption files."""
+    if len(set(texts) - {None}) == len(texts) - texts.count(None):
+        return []
+    uses = Counter(texts)
+    return [name for name, text in zip(names, texts, strict=True) if text is not None and uses[text] > 1]
 
 
 def _by_caption_name(files: Sequence[str]) -> dict[str, str]:

@@ -53,6 +53,7 @@ def _unusable(findings: Findings, source: SourceOptions) -> Iterator[Problem]:
             f"{counted(len(broken), 'image')} can't be read{':' if is_refused else ' and'} {fate}",
             "mend or remove them" + ("; --on_bad_image skip trains without them" if is_refused else ""),
             lines=tuple(f"{with_folder(path)}: {reason}" for path, reason in sorted(broken.items())[:LISTED]),
+            more=max(0, len(broken) - LISTED),
         )
     others = findings.passed_over
     if others:
@@ -62,6 +63,7 @@ def _unusable(findings: Findings, source: SourceOptions) -> Iterator[Problem]:
             f"({kinds_passed_over(others)})",
             "convert them to PNG, JPEG or WebP if they belong to the training",
             lines=tuple(map(with_folder, sorted(set(others))[:LISTED])),
+            more=max(0, len(set(others)) - LISTED),
         )
     unnamed = findings.unnamed
     if unnamed:
@@ -71,6 +73,7 @@ def _unusable(findings: Findings, source: SourceOptions) -> Iterator[Problem]:
             f"{'it' if len(unnamed) == 1 else 'them'}",
             "make the metadata anew if they belong to the training",
             lines=tuple(map(with_folder, unnamed[:LISTED])),
+            more=max(0, len(unnamed) - LISTED),
         )
 
 
@@ -87,6 +90,7 @@ def _captions(findings: Findings) -> Iterator[Problem]:
             f"write caption files ({_extension(findings)}), or name the folder <repeats>_<class>",
             _gallery(findings, bare),
         )
+    yield from _odd_caption_files(findings)
     empty = [path for folder in findings.folders for path in folder.empty_captions]
     if empty:
         yield Problem(
@@ -118,6 +122,24 @@ def _captions(findings: Findings) -> Iterator[Problem]:
             f"{counted(len(lengths), 'caption')} longer than the {limit} tokens that are read; the end is cut off",
             way_out,
             _gallery(findings, list(lengths), lengths.__getitem__),
+        )
+
+
+def _odd_caption_files(findings: Findings) -> Iterator[Problem]:
+    if alone := findings.captions_alone:
+        yield Problem(
+            True,
+            f"{counted(len(alone), 'caption file')} without an image",
+            "look for the images, or remove the files",
+            lines=tuple(map(with_folder, alone[:LISTED])),
+            more=max(0, len(alone) - LISTED),
+        )
+    if sharing := findings.sharing_captions:
+        yield Problem(
+            True,
+            f"{counted(len(sharing), 'image')} of the same name but for the extension: trained with one caption file",
+            "rename those that are other pictures, and remove copies",
+            _gallery(findings, sharing),
         )
 
 
