@@ -10,6 +10,8 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from library.data import text_cache
 from library.data.assembly import Assembly
 from library.data.batch import Batch, Position
@@ -18,6 +20,8 @@ from library.data.cache_files import CacheItem, decoded_before
 from library.data.checked_images import find_broken_images, known_whole
 from library.data.config import DatasetConfig, SubsetConfig, check_cacheable
 from library.data.face_crop import report_faces
+from library.data.folder_contents import FolderContents
+from library.data.folder_scan import scan_folder
 from library.data.given_latents import datasets_with_latents, given_latents
 from library.data.images import usable_cores
 from library.data.index import DataIndex
@@ -31,16 +35,10 @@ from library.data.options import CacheOptions
 from library.data.packed_files import Packs
 from library.data.packed_latents import fill_packs
 from library.data.placed_images import placed_images
+from library.data.records import ImageRecord
 from library.data.same_files import under_one_name
 from library.data.scan import Scan
-from library.data.sources import (
-    FolderContents,
-    ImageRecord,
-    refuse_broken,
-    report_captions,
-    scan_folder,
-    table_of_broken,
-)
+from library.data.sources import refuse_broken, report_captions, table_of_broken
 from library.data.summary import LoadedDataset, metadata
 from library.data.text_cache import EncodeText, MemoryTexts, TextStore
 from library.data.text_cache_check import check_text_cacheable
@@ -103,10 +101,10 @@ class TrainingData:
             images, items = placed_images(configs, found, with_latents)
         report_masks(found, subsets)
         crops_faces = [config.crops_faces(subset) for config in configs for subset in config.subsets]
-        report_faces([image.face is not None for image in images if crops_faces[image.subset]])
+        report_faces(images.has_face_M[np.array(crops_faces, bool)[images.subset_M]].tolist())
         split = split_images(configs, images, seed)
         validation = None
-        if split.validation:
+        if len(split.validation):
             validation = ValidationSet(configs, *with_own_items(split.validation, items), seed)
             images, items = with_own_items(split.training, items)
         assembly = Assembly(images, subsets)

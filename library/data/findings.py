@@ -22,9 +22,9 @@ from library.data.images import usable_cores
 from library.data.loading import TrainImage
 from library.data.lookalikes import alike, equal_files
 from library.data.options import BucketOptions, CaptionOptions
+from library.data.records import ImageRecord
 from library.data.same_files import file_keys
 from library.data.scan import Scan
-from library.data.sources import ImageRecord
 from library.data.summary import LoadedDataset
 
 CountTokens = Callable[[Sequence[str]], list[int]]

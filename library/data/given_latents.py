@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 from library.data.cache import DiskLatents, refuse_without_image, states_of
 from library.data.cache_files import UNCHECKED, VALID, CacheItem
 from library.data.config import DatasetConfig
+from library.data.folder_contents import FolderContents
 from library.data.images import find_broken
-from library.data.sources import FolderContents, ImageRecord
+from library.data.records import ImageRecord
 from library.options import OptionError
 from library.wording import counted
 

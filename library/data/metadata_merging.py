@@ -10,19 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.data.caption_cleaning import clean_caption, clean_tags
+from library.data.caption_names import CAPTION_FALLBACKS, caption_files, captions_alone
 from library.data.listing import is_hidden, is_image, listing
 from library.data.metadata_options import MergeOptions
 from library.data.metadata_tables import image_tables, write_tables
 from library.data.progress import progress
 from library.data.slow_files import FileCalls
-from library.data.sources import (
-    CAPTION_FALLBACKS,
-    caption_files,
-    captions_alone,
-    listed,
-    read_text_file,
-    table_of_broken,
-)
+from library.data.sources import listed, read_text_file, table_of_broken
 from library.options import OptionError, require
 from library.wording import counted
 

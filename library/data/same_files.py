@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from library.data.sources import FolderContents, ImageRecord
+from library.data.folder_contents import FolderContents
+from library.data.records import ImageRecord
 
 
 def path_key(path: Path | str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from library.data.folder_contents import FolderContents
 from library.data.index import DataIndex
 from library.data.lookalikes import Look
-from library.data.sources import FolderContents
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from library.data.buckets import Size, aspect_error
 from library.data.captions import tag_frequency
 from library.data.config import DatasetConfig, SubsetConfig, base_name
 from library.data.loading import TrainImage
+from library.data.train_images import TrainImages
 
 
 @dataclass(frozen=True)
@@ -19,18 +22,20 @@ class LoadedDataset:
     """One dataset with the images found for it."""
 
     config: DatasetConfig
-    images_of: tuple[tuple[TrainImage, ...], ...]  # by subset of the config
+    images_of: tuple[TrainImages, ...]  # by subset of the config
     bucket_counts: tuple[tuple[Size, int], ...]  # samples per epoch by bucket, ascending; buckets in use only
     num_train: int  # images x repeats
     num_reg: int
     num_reg_per_epoch: int
 
     @property
-    def images(self) -> list[TrainImage]:
-        return [image for images in self.images_of for image in images]
+    def images(self) -> TrainImages:
+        if len(self.images_of) == 1:
+            return self.images_of[0]
+        return replace(self.images_of[0], rows_M=np.concatenate([images.rows for images in self.images_of]))
 
     @property
-    def subsets(self) -> list[tuple[SubsetConfig, tuple[TrainImage, ...]]]:
+    def subsets(self) -> list[tuple[SubsetConfig, TrainImages]]:
         return list(zip(self.config.subsets, self.images_of, strict=True))
 
 

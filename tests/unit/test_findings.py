@@ -14,7 +14,7 @@ from library.data.findings import enlargement, find, kept_part
 from library.data.images import place
 from library.data.loading import TrainImage
 from library.data.options import AugmentOptions, BucketOptions, CaptionOptions
-from library.data.sources import ImageRecord
+from library.data.records import ImageRecord
 from library.text.lengths import count_tokens
 from library.text.tokens import ClipTokenizer
 from tests.tiny_data import tiny_image, tiny_images

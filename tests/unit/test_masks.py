@@ -24,7 +24,7 @@ from library.data.options import (
     MaskOptions,
     SourceOptions,
 )
-from library.data.sources import MaskFile
+from library.data.records import MaskFile
 from library.options import OptionError
 from tests.tiny_data import tiny_images
 from tests.tiny_runs import BUCKETS, batches

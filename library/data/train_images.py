@@ -1,0 +1,143 @@
+"""The images of a run in columns: which record, which size to train at, which cached latents.
+
+Shape letters: S subsets, N rows of all images, M images of a selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from library.data.buckets import Placement
+from library.data.columns import Column
+from library.data.face_crop import Face
+from library.data.loading import TrainImage
+from library.data.record_table import RecordTable
+from library.data.records import ImageRecord
+
+
+@dataclass(frozen=True, eq=False)
+class TrainImages(Column[TrainImage]):
+    """Images of a run, subset by subset: all that were placed, or a selection of their rows."""
+
+    records: tuple[Sequence[ImageRecord], ...]  # by subset
+    placements: tuple[Placement, ...]  # different ones
+    placement_N: np.ndarray  # int32: of each row
+    item_N: np.ndarray  # int32: its item in the latent cache
+    faces: Mapping[int, Face] = field(default_factory=dict)  # by row
+    rows_M: np.ndarray | None = None  # int32, ascending; None: all
+
+    def __len__(self) -> int:
+        return len(self.placement_N) if self.rows_M is None else len(self.rows_M)
+
+    def at(self, row: int) -> TrainImage:
+        row = row if self.rows_M is None else int(self.rows_M[row])
+        subset = int(np.searchsorted(self._starts_S, row, side="right")) - 1
+        return TrainImage(
+            self.records[subset][row - int(self._starts_S[subset])],
+            subset,
+            self.placements[self.placement_N[row]],
+            int(self.item_N[row]),
+            self.faces.get(row),
+        )
+
+    @property
+    def _starts_S(self) -> np.ndarray:
+        """The first row of each subset; subsets without images share theirs with the next one."""
+        return np.cumsum([0, *map(len, self.records)][:-1])
+
+    # ------------------------------------------------------------------------------------------ selections
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(M,) the row of each image."""
+        return np.arange(len(self), dtype=np.int32) if self.rows_M is None else self.rows_M
+
+    def take(self, places: np.ndarray) -> TrainImages:
+        """The images at these places, which ascend."""
+        return self if len(places) == len(self) else replace(self, rows_M=self.rows[places].astype(np.int32))
+
+    def of_subsets(self, subsets: range) -> TrainImages:
+        """Those of some subsets, one behind the other."""
+        subset_M = self.subset_M
+        first, end = np.searchsorted(subset_M, [subsets.start, subsets.stop])
+        return self.take(np.arange(first, end))
+
+    def with_items(self, item_M: np.ndarray) -> TrainImages:
+        """The same with other items of the latent cache."""
+        item_N = self.item_N.copy()
+        item_N[self.rows] = item_M
+        return replace(self, item_N=item_N)
+
+    # ------------------------------------------------------------------------------------------ columns
+
+    @property
+    def subset_M(self) -> np.ndarray:
+        """Index into the run's subsets."""
+        return (np.searchsorted(self._starts_S, self.rows, side="right") - 1).astype(np.int32)
+
+    @property
+    def placement_M(self) -> np.ndarray:
+        """Index into `placements`."""
+        return self.placement_N[self.rows]
+
+    @property
+    def item_M(self) -> np.ndarray:
+        return self.item_N[self.rows]
+
+    @property
+    def has_face_M(self) -> np.ndarray:
+        return np.isin(self.rows, list(self.faces))
+
+    def by_placement(self, value: Callable[[Placement], Any]) -> np.ndarray:
+        """(M, ...) something of each image's placement."""
+        values = np.array([value(placement) for placement in self.placements])
+        return values[self.placement_M] if len(values) else np.empty(0)
+
+    @property
+    def size_M2(self) -> np.ndarray:
+        """int64: width and height of each picture, upright."""
+        return self._of_records(
+            lambda table: table.sizes_N2, lambda records: [each.size_wh for each in records], np.empty((0, 2))
+        )
+
+    @property
+    def num_bytes_M(self) -> np.ndarray:
+        """int64: of each file."""
+        return self._of_records(
+            lambda table: table.num_bytes_N, lambda records: [each.num_bytes for each in records], np.empty(0)
+        )
+
+    @property
+    def orientation_M(self) -> np.ndarray:
+        """int64: of Exif, 1-8."""
+        return self._of_records(
+            lambda table: table.orientations_N, lambda records: [each.orientation for each in records], np.empty(0)
+        )
+
+    @property
+    def caption_bytes_M(self) -> np.ndarray:
+        """int64: the length of each caption."""
+        return self._of_records(
+            lambda table: table.captions.lengths_N,
+            lambda records: [len(each.caption.encode()) for each in records],
+            np.empty(0),
+        )
+
+    def _of_records(
+        self,
+        of_table: Callable[[RecordTable], np.ndarray],
+        of_others: Callable[[Sequence[ImageRecord]], list[Any]],
+        nothing: np.ndarray,
+    ) -> np.ndarray:
+        columns = [
+            of_table(records)
+            if isinstance(records, RecordTable)
+            else np.array(of_others(records)).reshape(-1, *nothing.shape[1:])
+            for records in self.records
+        ]
+        column = columns[0] if len(columns) == 1 else np.concatenate([nothing, *columns])
+        return (column if self.rows_M is None else column[self.rows_M]).astype(np.int64)
