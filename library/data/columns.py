@@ -1,4 +1,4 @@
-"""Columns in place of objects: what is kept of a million files at some bytes each, and read as the objects it stands for.
+"""Columns in place of objects: a million files at some bytes each, read as the objects that they stand for.
 
 Shape letters: N rows.
 """
@@ -135,7 +135,27 @@ class Paths(Column[str]):
     def at(self, row: int) -> str:
         return self.base + self.names.at(row if self.rows is None else int(self.rows[row]))
 
+    def without(self, paths: Iterable[str]) -> Paths:
+        """The same, less these, where the names are sorted."""
+        gone = [row for path in paths if (row := self.find(path)) is not None]
+        rows = np.arange(len(self)) if self.rows is None else self.rows
+        return Paths(self.base, self.names, rows[~np.isin(rows, gone)])
+
     def find(self, path: str) -> int | None:
-        """The row of a path, where the names are sorted and all are meant."""
+        """The row of a path among all names of the folder, which are sorted."""
         folder, name = os.path.split(path)
         return self.names.find(name) if os.path.join(folder, "") == self.base else None
+
+
+class PathsAt(Column[str]):
+    """Some of many paths, by their places."""
+
+    def __init__(self, paths: Sequence[str], places: np.ndarray) -> None:
+        self.paths = paths
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def at(self, row: int) -> str:
+        return self.paths[int(self.places[row])]

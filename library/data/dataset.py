@@ -17,7 +17,7 @@ from library.data.assembly import Assembly
 from library.data.batch import Batch, Position
 from library.data.cache import Encode, JoinedLatents, LatentStore, fill_disk, fill_memory
 from library.data.cache_files import CacheItem, decoded_before
-from library.data.checked_images import find_broken_images, known_whole
+from library.data.checked_images import find_broken_images, items_of_unknown_looks, known_whole
 from library.data.config import DatasetConfig, SubsetConfig, check_cacheable
 from library.data.face_crop import report_faces
 from library.data.folder_contents import FolderContents
@@ -35,6 +35,7 @@ from library.data.options import CacheOptions
 from library.data.packed_files import Packs
 from library.data.packed_latents import fill_packs
 from library.data.placed_images import placed_images
+from library.data.record_table import RecordTable
 from library.data.records import ImageRecord
 from library.data.same_files import under_one_name
 from library.data.scan import Scan
@@ -89,10 +90,12 @@ class TrainingData:
         broken = {path: reason for contents in found for path, reason in contents.broken.items()} | unusable
         broken |= broken_masks
         packs, looks = Packs(), Looks()
-        for path, look in known_whole((item.path for item in items if item.has_image), index):
+        unknown = items_of_unknown_looks(images, items, looks, index)
+        for path, look in known_whole((item.path for item in unknown if item.has_image), index):
             looks.add(path, look)
-        unchecked = {item.path: None for item in items if item.path not in looks.by_path and _needs_a_look(item, packs)}
-        unchecked |= {image.record.mask.path: None for image in images if image.record.mask}
+        unchecked = {item.path: None for item in unknown if item.path not in looks and _needs_a_look(item, packs)}
+        others = (record for records in images.records if not isinstance(records, RecordTable) for record in records)
+        unchecked |= {record.mask.path: None for record in others if record.mask}
         broken |= find_broken_images(unchecked if checks_images else (), looks, index)
         if on_bad_image == "stop":
             refuse_broken(broken)
@@ -119,7 +122,7 @@ class TrainingData:
             raise OptionError("training images", f"none left to train on in {looked_at}", way_out)
         _report_unused(datasets)
         data = cls(datasets, items, assembly.samples(seed), validation)
-        data.scan = Scan(tuple(found), broken, looks.by_path, index)
+        data.scan = Scan(tuple(found), broken, looks, index)
         return data
 
     # ------------------------------------------------------------------------------------------ facts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+from library.data.columns import Paths
 from library.data.record_table import RecordTable
 from library.data.records import ImageRecord
 
@@ -26,7 +27,10 @@ class FolderContents:
     def without(self, paths: Collection[str]) -> FolderContents:
         """The same, less these images."""
         if isinstance(self.images, RecordTable):
-            return replace(self, images=self.images.without(paths))
+            uncaptioned = self.uncaptioned
+            if isinstance(uncaptioned, Paths):
+                uncaptioned = uncaptioned.without(paths)
+            return replace(self, images=self.images.without(paths), uncaptioned=uncaptioned)
         gone = frozenset(paths)
         return replace(self, images=tuple(image for image in self.images if not _files_of(image) & gone))
 

@@ -48,7 +48,7 @@ def scan_folder(
     `index_policy` says whether it takes up the folder (--data_index). Raises OptionError for a folder that can't be
     looked into.
     """
-    files, broken, passed_over = listing(folder)
+    files, broken, passed_over, links = listing(folder)
     names = [name for name in files if is_image(name)]
     spellings = Spellings(files)
     extension = extension_in_use(names, spellings, caption_extension)
@@ -59,12 +59,13 @@ def scan_folder(
     index = DataIndex() if index is None else index
     index.use(folder, index_policy, len(files))
     reading = _Reading(base, names, texts, class_tokens or "", all_lines=all_lines)
-    if (of_folder := index.in_folder(folder)) is not None and of_folder.num_unarranged is not None:
-        if not reading.take_known(of_folder) or of_folder.num_unarranged:
-            of_folder.keep_only(files)
+    of_folder = index.in_folder(folder)
+    unarranged = None if of_folder is None else of_folder.num_unarranged
+    if of_folder is not None and unarranged is not None and (not reading.take_known(of_folder) or unarranged):
+        of_folder.keep_only(files)
     del files, spellings
     unreadable = reading.read_rest(folder.name, index, broken)
-    table, is_captioned_N = reading.table()
+    table, is_captioned_N = reading.table(links)
     if reading.stamps_N3 is not None:
         index.saw(base, table.names, reading.stamps_N3[reading.is_good_N])
     return FolderContents(
@@ -165,7 +166,7 @@ class _Reading:
             self._captions += caption.encode()
             self._ends_N[row] = len(self._captions)
 
-    def table(self) -> tuple[RecordTable, np.ndarray]:
+    def table(self, links: frozenset[str]) -> tuple[RecordTable, np.ndarray]:
         """(the images that can be used, whether each has a caption file)."""
         rows = np.flatnonzero(self.is_good_N)
         headers = self.headers_N[rows]
@@ -179,6 +180,7 @@ class _Reading:
             headers["alpha"].astype(bool),
             headers["bytes"].astype(np.int64),
             self._joined_captions(rows),
+            links,
         )
         return table, captioned
 

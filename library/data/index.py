@@ -31,12 +31,14 @@ VERSION = 2  # goes up with every change to what facts mean; an index of another
 FILES_FROM = 1000  # in a folder: below, reading is as quick
 SETTLED_NS = 2_000_000_000  # of age: file systems keep times to 2 s or better, and a younger file may change unseen
 NOTED_TOGETHER = 4096
+LOOKS_IN_FULL = 200_000  # pictures that are compared by their looks; of more, columns keep the transparency alone
 ASKED_TOGETHER = 900  # values in one query; old versions of SQLite take no more than 999
 WAIT_SECONDS = 10.0  # for another program that is writing
 
 Stamp = tuple[int, int, int]  # bytes, time of modification, time of change of the file or its name, in ns
-FACTS_TABLE = "CREATE TABLE facts (kind INTEGER, name TEXT, bytes INTEGER, modified INTEGER, changed INTEGER, value BLOB, " \
-       "PRIMARY KEY (kind, name)) WITHOUT ROWID"  # fmt: skip
+FACTS_TABLE = "CREATE TABLE facts (kind INTEGER, name TEXT, bytes INTEGER, modified INTEGER, changed INTEGER, " \
+       "value BLOB, PRIMARY KEY (kind, name)) WITHOUT ROWID"  # fmt: skip
+LENGTHS_TABLE = "CREATE TABLE lengths (counter TEXT PRIMARY KEY, hashes BLOB, tokens BLOB)"  # of texts
 STATE_TABLE = "CREATE TABLE state (unarranged INTEGER)"  # facts that are in no columns yet
 
 
@@ -171,6 +173,33 @@ class FolderIndex:
         except (sqlite3.Error, ValueError) as error:
             logger.debug("%s can't be read (%s)", self.path, error)
 
+    def lengths(self, counter: str) -> tuple[np.ndarray, np.ndarray]:
+        """(hashes of texts, uint64, ascending; their tokens, int32), as far as they were counted before."""
+        nothing = np.empty(0, np.uint64), np.empty(0, np.int32)
+        if not os.path.exists(self.path):
+            return nothing
+        try:
+            with closing(self._connected("ro")) as connection:
+                query = "SELECT hashes, tokens FROM lengths WHERE counter=?"
+                row = connection.execute(query, (counter,)).fetchone() if _version(connection) == VERSION else None
+                found = (np.frombuffer(row[0], np.uint64), np.frombuffer(row[1], np.int32)) if row else nothing
+                return found if len(found[0]) == len(found[1]) else nothing
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            logger.debug("%s can't be read (%s)", self.path, error)
+            return nothing
+
+    def keep_lengths(self, counter: str, hashes: np.ndarray, tokens: np.ndarray) -> None:
+        """Keep the tokens of texts, in place of what was kept."""
+        if not self.writes or not os.path.exists(self.path):
+            return
+        row = (counter, hashes.astype(np.uint64).tobytes(), tokens.astype(np.int32).tobytes())
+        try:
+            with closing(self._connected("rw")) as connection:
+                if _version(connection) == VERSION:
+                    connection.execute("INSERT OR REPLACE INTO lengths VALUES (?, ?, ?)", row)
+        except sqlite3.Error as error:
+            logger.debug("%s can't be written (%s)", self.path, error)
+
     def arrange(self) -> None:
         """Put all facts into columns, if many came since that was done."""
         if not self.writes or (self.num_unarranged or 0) < ARRANGED_FROM:
@@ -179,7 +208,7 @@ class FolderIndex:
             with closing(self._connected("rw")) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 with connection:
-                    arrange(connection, list(map(int, Fact)))
+                    arrange(connection, list(map(int, Fact)), {int(Fact.LOOK): (LOOKS_IN_FULL, 1)})
                     connection.execute("UPDATE state SET unarranged = 0")
         except sqlite3.Error as error:
             logger.debug("%s can't be arranged (%s)", self.path, error)
@@ -219,9 +248,9 @@ def _holding(connection: sqlite3.Connection, fact: Fact, stamps: Mapping[str, St
 
 
 def _create(connection: sqlite3.Connection) -> None:
-    for table in ("facts", "columns", "state"):
+    for table in ("facts", "columns", "lengths", "state"):
         connection.execute(f"DROP TABLE IF EXISTS {table}")
-    for statement in (FACTS_TABLE, COLUMNS_TABLE, STATE_TABLE, "INSERT INTO state VALUES (0)"):
+    for statement in (FACTS_TABLE, COLUMNS_TABLE, LENGTHS_TABLE, STATE_TABLE, "INSERT INTO state VALUES (0)"):
         connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {VERSION}")
 
@@ -288,10 +317,13 @@ class DataIndex:
         if (folder := os.path.dirname(base)) in self._folders:
             self._seen[folder] = (names, stamps_N3)
 
-    def of_seen(self, fact: Fact, base: str) -> Iterator[Match]:
-        """The facts that hold of the images that were seen in a folder, by their rows in what was seen."""
+    def of_seen(self, fact: Fact, base: str, count: int) -> Iterator[Match]:
+        """The facts that hold of the images that were seen in a folder, by their rows in what was seen.
+
+        None where `count` is not how many were seen: some were left out since.
+        """
         folder = os.path.dirname(base)
-        if folder in self._seen:
+        if folder in self._seen and len(self._seen[folder][0]) == count:
             yield from self._folders[folder].matches(fact, *self._seen[folder])
 
     def in_folder(self, folder: Path | str) -> FolderIndex | None:

@@ -10,8 +10,10 @@ Shape letters: N facts of a part, or files of a folder; M of these that match.
 from __future__ import annotations
 
 import sqlite3
+import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -47,15 +49,24 @@ class Match(NamedTuple):
     num_named: int  # facts of the part whose file is there, whether changed or not
 
 
-def arrange(connection: sqlite3.Connection, kinds: Iterable[int]) -> None:
-    """Put all facts into columns anew, in a transaction of the caller's."""
+def arrange(
+    connection: sqlite3.Connection,
+    kinds: Iterable[int],
+    shortened: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+) -> None:
+    """Put all facts into columns anew, in a transaction of the caller's.
+
+    `shortened` says by kind how many facts are kept whole, and how many bytes of each of the others.
+    """
     connection.execute("DELETE FROM columns")
     for kind in kinds:
         query = "SELECT name, bytes, modified, changed, value FROM facts WHERE kind=? ORDER BY name"
         cursor, number = connection.execute(query, (kind,)), 0
+        num_whole, length = shortened.get(kind, (sys.maxsize, 0))
         while rows := cursor.fetchmany(PART):
             names = Texts.of(row[0] for row in rows)
             values = [row[4] if isinstance(row[4], bytes) else b"" for row in rows]
+            values = values if number * PART < num_whole else [value[:length] for value in values]
             blobs = (
                 names.content,
                 names.lengths_N.tobytes(),

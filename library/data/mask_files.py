@@ -133,6 +133,8 @@ def _mask_file(path: str) -> MaskFile:
 
 def report_masks(contents: Sequence[FolderContents], subsets: Sequence[SubsetConfig]) -> None:
     """Log how many images are masked by what, and which are not."""
+    if not any(subset.masks.enabled for subset in subsets):
+        return
     pairs = [(image, subset) for c, subset in zip(contents, subsets, strict=True) for image in c.images]
     by_file = [image for image, _ in pairs if image.mask]
     by_alpha = [image for image, subset in pairs if subset.masks.alpha_mask and image.has_alpha]

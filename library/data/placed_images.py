@@ -146,7 +146,7 @@ def _are_apart(records: Sequence[Sequence[ImageRecord]]) -> bool:
 
 
 def _odd_names(items: CacheItems) -> dict[int, str]:
-    """The files of items that are not called as their image: metadata lead elsewhere, or another item would share it."""
+    """The files of items that are not called as their image: metadata lead elsewhere, or two would share one."""
     records = items.images.records
     if _are_apart(records) and not any(_share_stems(images) for images in records if isinstance(images, RecordTable)):
         return {}

@@ -22,6 +22,9 @@ class RecordTable(Column[ImageRecord]):
     alphas_N: np.ndarray  # bool
     num_bytes_N: np.ndarray  # int64
     captions: Texts
+    links: frozenset[str] = frozenset()  # names of those that are links to files
+    num_seen: int = -1  # images of the scan that it is from, as its index counts them; -1: all that are here
+    seen_N: np.ndarray | None = None  # int32: their rows in that scan; None: all of them, in order
 
     def __len__(self) -> int:
         return len(self.names)
@@ -53,7 +56,27 @@ class RecordTable(Column[ImageRecord]):
             alphas_N=self.alphas_N[rows],
             num_bytes_N=self.num_bytes_N[rows],
             captions=self.captions.take(rows),
+            num_seen=self.num_in_scan,
+            seen_N=rows.astype(np.int32) if self.seen_N is None else self.seen_N[rows],
         )
+
+    @property
+    def num_in_scan(self) -> int:
+        """How many images the scan found."""
+        return len(self) if self.num_seen < 0 else self.num_seen
+
+    def of_scan(self, values: np.ndarray) -> np.ndarray:
+        """What belongs to the images that are here, of something that there is for each image of the scan."""
+        return values if self.seen_N is None else values[self.seen_N]
+
+    def rows_here(self, seen: np.ndarray) -> np.ndarray:
+        """The rows of images by their rows in the scan; -1 for those that were left out since."""
+        if self.seen_N is None:
+            return seen
+        places = np.searchsorted(self.seen_N, seen)
+        is_here = places < len(self.seen_N)
+        is_here[is_here] = self.seen_N[places[is_here]] == seen[is_here]
+        return np.where(is_here, places, -1)
 
     def without(self, paths: Collection[str]) -> RecordTable:
         """The same, less these images."""

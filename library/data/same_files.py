@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from library.data.columns import Paths
 from library.data.folder_contents import FolderContents
+from library.data.record_table import RecordTable
 from library.data.records import ImageRecord
 
 
@@ -53,11 +55,15 @@ def under_one_name(found: Sequence[FolderContents]) -> list[FolderContents]:
             facts = replace(facts, npz=npz, flipped_npz=flipped_npz)
         return replace(image, path=path, metadata=facts)
 
-    return [
-        replace(
-            contents,
-            images=tuple(renamed_record(image) for image in contents.images),
-            uncaptioned=tuple(map(renamed, contents.uncaptioned)),
-        )
-        for contents in found
-    ]
+    def renamed_contents(contents: FolderContents) -> FolderContents:
+        images, uncaptioned = contents.images, contents.uncaptioned
+        if isinstance(images, RecordTable):
+            base = renamed(images.base)
+            if base == images.base:
+                return contents
+            paths = Paths(base, uncaptioned.names, uncaptioned.rows) if isinstance(uncaptioned, Paths) else uncaptioned
+            return replace(contents, images=replace(images, base=base), uncaptioned=paths)
+        images = tuple(renamed_record(image) for image in images)
+        return replace(contents, images=images, uncaptioned=tuple(map(renamed, uncaptioned)))
+
+    return [renamed_contents(contents) for contents in found]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from library.data.buckets import Size, aspect_error
 from library.data.captions import tag_frequency
 from library.data.config import DatasetConfig, SubsetConfig, base_name
 from library.data.loading import TrainImage
-from library.data.train_images import TrainImages
+from library.data.train_images import TrainImages, joined
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,7 @@ class LoadedDataset:
 
     @property
     def images(self) -> TrainImages:
-        if len(self.images_of) == 1:
-            return self.images_of[0]
-        return replace(self.images_of[0], rows_M=np.concatenate([images.rows for images in self.images_of]))
+        return joined(self.images_of)
 
     @property
     def subsets(self) -> list[tuple[SubsetConfig, TrainImages]]:

@@ -5,8 +5,11 @@ Shape letters: S subsets, N rows of all images, M images of a selection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,20 @@ from library.data.face_crop import Face
 from library.data.loading import TrainImage
 from library.data.record_table import RecordTable
 from library.data.records import ImageRecord
+
+
+class ImagePaths(Column[str]):
+    """The paths of images."""
+
+    def __init__(self, images: TrainImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def at(self, row: int) -> str:
+        records, place = self.images.place_of(row)
+        return records.base + records.names.at(place) if isinstance(records, RecordTable) else records[place].path
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,19 +52,29 @@ class TrainImages(Column[TrainImage]):
 
     def at(self, row: int) -> TrainImage:
         row = row if self.rows_M is None else int(self.rows_M[row])
-        subset = int(np.searchsorted(self._starts_S, row, side="right")) - 1
+        subset = bisect_right(self._starts, row) - 1
         return TrainImage(
-            self.records[subset][row - int(self._starts_S[subset])],
+            self.records[subset][row - self._starts[subset]],
             subset,
             self.placements[self.placement_N[row]],
             int(self.item_N[row]),
             self.faces.get(row),
         )
 
-    @property
-    def _starts_S(self) -> np.ndarray:
+    def place_of(self, place: int) -> tuple[Sequence[ImageRecord], int]:
+        """The records of the subset that an image is from, and its place among them."""
+        row = place if self.rows_M is None else int(self.rows_M[place])
+        subset = bisect_right(self._starts, row) - 1
+        return self.records[subset], row - self._starts[subset]
+
+    @cached_property
+    def _starts(self) -> list[int]:
         """The first row of each subset; subsets without images share theirs with the next one."""
-        return np.cumsum([0, *map(len, self.records)][:-1])
+        return list(accumulate(map(len, self.records[:-1]), initial=0))
+
+    def first_of(self, subset: int) -> int:
+        """The first row of a subset."""
+        return self._starts[subset]
 
     # ------------------------------------------------------------------------------------------ selections
 
@@ -72,12 +99,46 @@ class TrainImages(Column[TrainImage]):
         item_N[self.rows] = item_M
         return replace(self, item_N=item_N)
 
+    # ------------------------------------------------------------------------------------------ files
+
+    @cached_property
+    def paths(self) -> ImagePaths:
+        """The path of each image."""
+        return ImagePaths(self)
+
+    @property
+    def num_folders(self) -> int:
+        """How many subsets they may come from."""
+        return len(self.records)
+
+    @property
+    def has_each_file_once(self) -> bool:
+        """Whether no file can be there twice, under whatever names: every subset is a folder without links."""
+        tables = [records for records in self.records if isinstance(records, RecordTable)]
+        bases = {table.base for table in tables}
+        return len(bases) == len(self.records) and not any(table.links for table in tables)
+
+    def find(self, path: str) -> int | None:
+        """The place of the first image of a path."""
+        start = 0
+        for records in self.records:
+            if isinstance(records, RecordTable):
+                row = records.paths.find(path)
+            else:
+                row = next((row for row, record in enumerate(records) if record.path == path), None)
+            if row is not None:
+                place = int(np.searchsorted(self.rows, row + start))
+                if place < len(self) and self.rows[place] == row + start:
+                    return place
+            start += len(records)
+        return None
+
     # ------------------------------------------------------------------------------------------ columns
 
     @property
     def subset_M(self) -> np.ndarray:
         """Index into the run's subsets."""
-        return (np.searchsorted(self._starts_S, self.rows, side="right") - 1).astype(np.int32)
+        return (np.searchsorted(self._starts, self.rows, side="right") - 1).astype(np.int32)
 
     @property
     def placement_M(self) -> np.ndarray:
@@ -141,3 +202,40 @@ class TrainImages(Column[TrainImage]):
         ]
         column = columns[0] if len(columns) == 1 else np.concatenate([nothing, *columns])
         return (column if self.rows_M is None else column[self.rows_M]).astype(np.int64)
+
+
+def joined(parts: Sequence[TrainImages]) -> TrainImages:
+    """Selections of the same images, one behind the other, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = np.concatenate([part.rows for part in parts])
+    return replace(parts[0], rows_M=None if len(rows) == len(parts[0].placement_N) else rows)
+
+
+def each_path_once(images: TrainImages) -> TrainImages:
+    """The first image of each path."""
+    if images.has_each_file_once:
+        return images
+    first: dict[str, int] = {}
+    for place, path in enumerate(images.paths):
+        first.setdefault(path, place)
+    return images.take(np.array(list(first.values()), np.int32))
+
+
+class ImagesByPath(Mapping[str, TrainImage]):
+    """Images, each of another path, by their paths."""
+
+    def __init__(self, images: TrainImages) -> None:
+        self.all = images
+
+    def __getitem__(self, path: str) -> TrainImage:
+        place = self.all.find(path)
+        if place is None:
+            raise KeyError(path)
+        return self.all.at(place)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.all.paths)
+
+    def __len__(self) -> int:
+        return len(self.all)

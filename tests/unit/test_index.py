@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from library.data import checked_images, findings, index, lookalikes, sources
+from library.data import checked_images, equal_pictures, findings, index, lookalikes, sources
 from library.data.config import load_configs
 from library.data.dataset import TrainingData
 from library.data.index import NAME, DataIndex, Fact
@@ -49,7 +49,7 @@ def read(monkeypatch):
 
     watched(sources, "read_header")
     watched(sources, "read_text_file")
-    watched(lookalikes, "_content_hash")
+    watched(equal_pictures, "_content_hash")
     original = checked_images.find_broken
     monkeypatch.setattr(
         checked_images,
