@@ -98,6 +98,12 @@ class Texts(Column[str]):
         for row in range(0, len(self), JOINED_TOGETHER):
             yield from self[row : row + JOINED_TOGETHER]
 
+    def some(self, rows: np.ndarray) -> list[str]:
+        """The texts of these rows, which ascend."""
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+            return self[int(rows[0]) : int(rows[-1]) + 1]
+        return list(map(self.at, rows.tolist()))
+
     def raws(self) -> Iterator[bytes]:
         """The bytes of each text."""
         start = 0

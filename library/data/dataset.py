@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -20,7 +19,7 @@ from library.data.cache_files import CacheItem, decoded_before
 from library.data.checked_images import find_broken_images, items_of_unknown_looks, known_whole
 from library.data.config import DatasetConfig, SubsetConfig, check_cacheable
 from library.data.face_crop import report_faces
-from library.data.folder_contents import FolderContents
+from library.data.folder_contents import FolderContents, under_one_name
 from library.data.folder_scan import scan_folder
 from library.data.given_latents import datasets_with_latents, given_latents
 from library.data.images import usable_cores
@@ -36,8 +35,6 @@ from library.data.packed_files import Packs
 from library.data.packed_latents import fill_packs
 from library.data.placed_images import placed_images
 from library.data.record_table import RecordTable
-from library.data.records import ImageRecord
-from library.data.same_files import under_one_name
 from library.data.scan import Scan
 from library.data.sources import refuse_broken, report_captions, table_of_broken
 from library.data.summary import LoadedDataset, metadata
@@ -46,6 +43,7 @@ from library.data.text_cache_check import check_text_cacheable
 from library.data.text_cache_files import TextItem
 from library.data.text_cache_options import TextCacheOptions
 from library.data.text_items import text_items
+from library.data.train_images import TrainImages, described_images
 from library.data.validation_set import ValidationSet, split_images, with_own_items
 from library.options import OptionError
 
@@ -59,6 +57,7 @@ class TrainingData:
         self,
         datasets: Sequence[LoadedDataset],
         items: Sequence[CacheItem],
+        images: TrainImages,
         samples: Samples,
         validation: ValidationSet | None = None,
     ) -> None:
@@ -67,6 +66,7 @@ class TrainingData:
         self._items = items
         self.scan = Scan()  # what else was seen while they were found
         self._samples = samples
+        self._images = images
         self._store: LatentStore | None = None
         self._texts: TextStore | None = None
 
@@ -121,7 +121,7 @@ class TrainingData:
             way_out = f"add images that are not is_reg{table_of_broken(broken)}"
             raise OptionError("training images", f"none left to train on in {looked_at}", way_out)
         _report_unused(datasets)
-        data = cls(datasets, items, assembly.samples(seed), validation)
+        data = cls(datasets, items, images, assembly.samples(seed), validation)
         data.scan = Scan(tuple(found), broken, looks, index)
         return data
 
@@ -178,10 +178,9 @@ class TrainingData:
         options, files, captions = (hashlib.blake2b(digest_size=16) for _ in range(3))
         for dataset in self.datasets:
             options.update(repr(_without_place(dataset.config)).encode())
-        for image in self._samples.images:
-            record = replace(_without_folders(image.record), caption="")
-            files.update(repr((record, image.placement, image.subset)).encode())
-            captions.update(repr(image.record.caption).encode())
+        for text, caption in described_images(self._images):
+            files.update(text.encode())
+            captions.update(repr(caption).encode())
         return {
             "number of images": len(self._samples.images),
             "image files": files.hexdigest(),
@@ -326,17 +325,6 @@ def _without_place(config: DatasetConfig) -> DatasetConfig:
         for subset in config.subsets
     )
     return replace(config, subsets=subsets, from_file=False)
-
-
-def _without_folders(record: ImageRecord) -> ImageRecord:
-    """The record with the bare names of its files."""
-    mask, metadata = record.mask, record.metadata
-    return replace(
-        record,
-        path=os.path.basename(record.path),
-        mask=mask and replace(mask, path=os.path.basename(mask.path)),
-        metadata=metadata and replace(metadata, npz=None, flipped_npz=None),
-    )
 
 
 def _report_unused(datasets: Sequence[LoadedDataset]) -> None:

@@ -34,7 +34,7 @@ class EqualFiles(Column[tuple[str, ...]]):
 
     def at(self, row: int) -> tuple[str, ...]:
         start = int(self.ends[row - 1]) if row else 0
-        return tuple(sorted(self.paths[place] for place in self.places[start : self.ends[row]].tolist()))
+        return tuple(sorted(str(self.paths[place]) for place in self.places[start : self.ends[row]].tolist()))
 
     @property
     def num_copies(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from library.data.columns import Paths
 from library.data.record_table import RecordTable
 from library.data.records import ImageRecord
+from library.data.same_files import path_key
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,40 @@ class FolderContents:
 
 def _files_of(image: ImageRecord) -> set[str]:
     return {image.path} | ({image.mask.path} if image.mask else set())
+
+
+def under_one_name(found: Sequence[FolderContents]) -> list[FolderContents]:
+    """The same with every folder called as it was called first, so that no file has two paths.
+
+    A link to a file keeps its own.
+    """
+    first_name: dict[str, str] = {}
+    called: dict[str, str] = {}
+
+    def renamed(path: str) -> str:
+        folder, name = os.path.split(path)
+        if folder not in called:
+            called[folder] = first_name.setdefault(path_key(folder), folder)
+        return os.path.join(called[folder], name)
+
+    def renamed_record(image: ImageRecord) -> ImageRecord:
+        facts, path = image.metadata, renamed(image.path)
+        if facts is None and path == image.path:
+            return image
+        if facts is not None:
+            npz, flipped_npz = (path and renamed(path) for path in (facts.npz, facts.flipped_npz))
+            facts = replace(facts, npz=npz, flipped_npz=flipped_npz)
+        return replace(image, path=path, metadata=facts)
+
+    def renamed_contents(contents: FolderContents) -> FolderContents:
+        images, uncaptioned = contents.images, contents.uncaptioned
+        if isinstance(images, RecordTable):
+            base = renamed(images.base)
+            if base == images.base:
+                return contents
+            paths = Paths(base, uncaptioned.names, uncaptioned.rows) if isinstance(uncaptioned, Paths) else uncaptioned
+            return replace(contents, images=replace(images, base=base), uncaptioned=paths)
+        images = tuple(renamed_record(image) for image in images)
+        return replace(contents, images=images, uncaptioned=tuple(map(renamed, uncaptioned)))
+
+    return [renamed_contents(contents) for contents in found]

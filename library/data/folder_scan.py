@@ -6,7 +6,6 @@ Shape letters: N images of the folder, M of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +83,7 @@ class _Reading:
     """What is known so far of a folder's images, in the order of their names."""
 
     def __init__(
-        self, base: str, names: Sequence[str], texts: Sequence[str | None], class_tokens: str, *, all_lines: bool
+        self, base: str, names: list[str], texts: list[str | None], class_tokens: str, *, all_lines: bool
     ) -> None:
         count = len(names)
         self.base, self.names, self.texts, self.all_lines = base, names, texts, all_lines

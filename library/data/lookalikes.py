@@ -101,10 +101,13 @@ class Looks(Mapping[str, Look]):
             states = match.part.fixed(1) if packed is None else packed
             if states is None:
                 continue
-            has_room = packed is not None and self.num_with_colours + len(match.rows_M) <= MOST_COMPARED
-            colours = packed[match.rows_M, 1:] if packed is not None and has_room else None
-            self.num_with_colours += len(match.rows_M) if has_room else 0
-            table.add(match.files_M, np.where(states[match.rows_M, 0] > 0, TRANSPARENT, OPAQUE), colours)
+            is_transparent = states[match.rows_M, 0]
+            is_sound = is_transparent <= 1
+            rows, files = match.rows_M[is_sound], match.files_M[is_sound]
+            has_room = packed is not None and self.num_with_colours + len(rows) <= MOST_COMPARED
+            self.num_with_colours += len(rows) if has_room else 0
+            colours = packed[rows, 1:] if packed is not None and has_room else None
+            table.add(files, np.where(is_transparent[is_sound] == 1, TRANSPARENT, OPAQUE), colours)
         if table.state_N.any():
             self.tables[paths.base] = table
 

@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.data.caption_names import composed
 from library.data.config import DatasetConfig, SubsetConfig
-from library.data.folder_contents import FolderContents
 from library.data.headers import BadImage, read_header
 from library.data.listing import entries_of, is_file, is_image
 from library.data.options import MaskOptions
@@ -18,6 +18,9 @@ from library.data.records import ImageRecord, MaskFile
 from library.data.sources import listed
 from library.options import OptionError, require
 from library.wording import counted
+
+if TYPE_CHECKING:
+    from library.data.folder_contents import FolderContents
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from library.data.folder_contents import FolderContents
 from library.data.headers import BadImage, Header, read_header
 from library.data.index import DataIndex, Fact, now, stamp_of
 from library.data.listing import image_extensions, is_hidden
@@ -16,6 +16,9 @@ from library.data.progress import progress
 from library.data.slow_files import FileCalls
 from library.options import OptionError
 from library.wording import counted
+
+if TYPE_CHECKING:
+    from library.data.folder_contents import FolderContents
 
 logger = logging.getLogger(__name__)
 

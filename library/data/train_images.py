@@ -5,6 +5,7 @@ Shape letters: S subsets, N rows of all images, M images of a selection.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from library.data.face_crop import Face
 from library.data.loading import TrainImage
 from library.data.record_table import RecordTable
 from library.data.records import ImageRecord
+
+DESCRIBED_TOGETHER = 1 << 14
 
 
 class ImagePaths(Column[str]):
@@ -117,6 +120,13 @@ class TrainImages(Column[TrainImage]):
         tables = [records for records in self.records if isinstance(records, RecordTable)]
         bases = {table.base for table in tables}
         return len(bases) == len(self.records) and not any(table.links for table in tables)
+
+    @property
+    def are_all_of_one_folder(self) -> bool:
+        """Whether they are the images of one subset, a folder, without exception."""
+        subsets = np.unique(self.subset_M)
+        records = self.records[subsets[0]] if len(subsets) == 1 else None
+        return isinstance(records, RecordTable) and len(records) == len(self)
 
     def find(self, path: str) -> int | None:
         """The place of the first image of a path."""
@@ -220,6 +230,53 @@ def each_path_once(images: TrainImages) -> TrainImages:
     for place, path in enumerate(images.paths):
         first.setdefault(path, place)
     return images.take(np.array(list(first.values()), np.int32))
+
+
+def described_images(images: TrainImages) -> Iterator[tuple[str, str]]:
+    """(what an image is apart from its folder, its caption) of each, for a digest.
+
+    The first is `repr` of its record without folders and caption, its placement, and its subset.
+    """
+    placements = [repr(placement) for placement in images.placements]
+    placement_M, subset_M, rows_M = images.placement_M, images.subset_M, images.rows
+    for subset, records in enumerate(images.records):
+        first, end = np.searchsorted(subset_M, [subset, subset + 1])
+        rows = rows_M[first:end] - images.first_of(subset)
+        of_records = _described_table(records, rows) if isinstance(records, RecordTable) else (
+            (repr(without_folders(records[row])), records[row].caption) for row in rows.tolist())  # fmt: skip
+        for (text, caption), placement in zip(of_records, placement_M[first:end].tolist(), strict=True):
+            yield f"({text}, {placements[placement]}, {subset})", caption
+
+
+def _described_table(table: RecordTable, rows: np.ndarray) -> Iterator[tuple[str, str]]:
+    """As `repr` of the records, in a tenth of the time."""
+    for start in range(0, len(rows), DESCRIBED_TOGETHER):
+        some = rows[start : start + DESCRIBED_TOGETHER]
+        columns = zip(
+            table.names.some(some), table.captions.some(some), table.sizes_N2[some].tolist(),
+            table.orientations_N[some].tolist(), table.num_bytes_N[some].tolist(), table.alphas_N[some].tolist(),
+            strict=True,
+        )  # fmt: skip
+        for name, caption, (width, height), orientation, num_bytes, has_alpha in columns:
+            yield (
+                (
+                    f"ImageRecord(path={name!r}, size_wh=({width}, {height}), orientation={orientation}, caption='', "
+                    f"num_bytes={num_bytes}, has_alpha={has_alpha}, mask=None, metadata=None)"
+                ),
+                caption,
+            )
+
+
+def without_folders(record: ImageRecord) -> ImageRecord:
+    """The record with the bare names of its files, and without its caption."""
+    mask, metadata = record.mask, record.metadata
+    return replace(
+        record,
+        path=os.path.basename(record.path),
+        caption="",
+        mask=mask and replace(mask, path=os.path.basename(mask.path)),
+        metadata=metadata and replace(metadata, npz=None, flipped_npz=None),
+    )
 
 
 class ImagesByPath(Mapping[str, TrainImage]):
