@@ -22,9 +22,9 @@ from table import print_table
 from library.data.buckets import place_images
 from library.data.config import load_configs
 from library.data.dataset import TrainingData
+from library.data.folder_scan import scan_folder
 from library.data.images import find_broken
 from library.data.options import AugmentOptions, BucketOptions, CaptionOptions, LoaderOptions, SourceOptions
-from library.data.sources import scan_folder
 from tests.tiny_data import tiny_image
 
 DISTINCT = 60  # pictures made; the rest are copies under other names

@@ -58,7 +58,14 @@ def start(root: str, policy: str) -> dict[str, float]:
     configs = load_configs(SourceOptions(root), BUCKETS, captions, AugmentOptions(), LoaderOptions(4))
     data = TrainingData.build(configs, seed=0, on_bad_image="stop")
     built = time.perf_counter()
-    find(data.datasets, data.scan, num_processes=1, token_limit=75, count_tokens=lambda texts: [9] * len(texts))
+    find(
+        data.datasets,
+        data.scan,
+        num_processes=1,
+        token_limit=75,
+        count_tokens=lambda texts: [9] * len(texts),
+        counter="nines",
+    )
     end = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = (built - begun, end - built, end - begun, time.process_time() - processor)

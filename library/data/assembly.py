@@ -9,8 +9,9 @@ import numpy as np
 from library.data.buckets import Size
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.epoch_plan import Pool, registered_repeats, rotation_quotas
-from library.data.loading import Samples, TrainImage
+from library.data.loading import Samples
 from library.data.summary import LoadedDataset
+from library.data.train_images import TrainImages
 
 
 class Assembly:
@@ -19,36 +20,40 @@ class Assembly:
     `images` come dataset by dataset and name their subset by its index in `subsets`.
     """
 
-    def __init__(self, images: Sequence[TrainImage], subsets: Sequence[SubsetConfig]) -> None:
+    def __init__(self, images: TrainImages, subsets: Sequence[SubsetConfig]) -> None:
         self.images = images
         self.subsets = subsets
         self._pools: list[Pool] = []
         self._image_of_sample: list[np.ndarray] = []
         self._num_samples = 0
         self._num_datasets = 0
-        self._images_of_subset: list[list[int]] = [[] for _ in subsets]
-        for index, image in enumerate(images):
-            self._images_of_subset[image.subset].append(index)
+        self._first_of_subset = np.searchsorted(images.subset_M, range(len(subsets) + 1))
+        self._repeats_M = np.array([subset.folder.num_repeats for subset in subsets], np.int64)[images.subset_M]
+        self._buckets = sorted({placement.bucket_wh for placement in images.placements})
+        number_of = {bucket: number for number, bucket in enumerate(self._buckets)}
+        self._bucket_M = images.by_placement(lambda placement: number_of[placement.bucket_wh])
 
     def add(self, config: DatasetConfig, subsets: range) -> LoadedDataset:
         """Form the pools of one dataset, whose subsets these are."""
         train, reg = self._chosen(subsets, is_reg=False), self._chosen(subsets, is_reg=True)
-        num_train, num_reg = sum(map(self._repeats, train)), sum(map(self._repeats, reg))
-        registered = registered_repeats([self._repeats(index) for index in reg], num_train)
-        reg_per_epoch = sum(registered)
+        of_train, of_reg = self._repeats_M[train], self._repeats_M[reg]
+        num_train, num_reg = int(of_train.sum()), int(of_reg.sum())
+        registered = np.array(registered_repeats(of_reg.tolist(), num_train), np.int64)
+        reg_per_epoch = int(registered.sum())
         rotates = reg_per_epoch < num_reg
-        always: dict[Size, list[np.ndarray]] = {}
-        rotating: dict[Size, list[np.ndarray]] = {}
-        for index in train:
-            self._number(index, self._repeats(index), always)
-        for index, showings in zip(reg, registered, strict=True):
-            self._number(index, self._repeats(index) if rotates else showings, rotating if rotates else always)
-        pools = self._form_pools(config.batch_size, _joined(always), _joined(rotating), reg_per_epoch)
+        always = self._numbered(train, of_train)
+        rotating: dict[Size, np.ndarray] = {}
+        if rotates:
+            rotating = self._numbered(reg, of_reg)
+        else:
+            for bucket, ids in self._numbered(reg, registered).items():
+                always[bucket] = np.concatenate([always[bucket], ids]) if bucket in always else ids
+        pools = self._form_pools(config.batch_size, always, rotating, reg_per_epoch)
         self._pools += pools.values()
         self._num_datasets += 1
         return LoadedDataset(
             config,
-            tuple(tuple(self.images[index] for index in self._images_of_subset[subset]) for subset in subsets),
+            tuple(self.images.of_subsets(range(subset, subset + 1)) for subset in subsets),
             tuple((bucket, pool.size) for bucket, pool in pools.items() if bucket is not None),
             num_train,
             num_reg,
@@ -84,24 +89,21 @@ class Assembly:
             )
         return pools
 
-    def _chosen(self, subsets: range, *, is_reg: bool) -> list[int]:
-        return [
-            index
-            for subset in subsets
-            if self.subsets[subset].folder.is_reg == is_reg
-            for index in self._images_of_subset[subset]
-        ]
+    def _chosen(self, subsets: range, *, is_reg: bool) -> np.ndarray:
+        """The places of their images."""
+        first = self._first_of_subset
+        chosen = [np.arange(first[subset], first[subset + 1]) for subset in subsets
+                  if self.subsets[subset].folder.is_reg == is_reg]  # fmt: skip
+        return np.concatenate([np.empty(0, np.int64), *chosen])
 
-    def _repeats(self, image_index: int) -> int:
-        return self.subsets[self.images[image_index].subset].folder.num_repeats
-
-    def _number(self, image_index: int, showings: int, buckets: dict[Size, list[np.ndarray]]) -> None:
-        """Give the image's showings the next sample ids, and note them under its bucket."""
-        ids = np.arange(self._num_samples, self._num_samples + showings)
-        self._num_samples += showings
-        self._image_of_sample.append(np.full(showings, image_index, dtype=np.int64))
-        buckets.setdefault(self.images[image_index].placement.bucket_wh, []).append(ids)
-
-
-def _joined(buckets: dict[Size, list[np.ndarray]]) -> dict[Size, np.ndarray]:
-    return {bucket: np.concatenate(ids) for bucket, ids in sorted(buckets.items())}
+    def _numbered(self, places: np.ndarray, showings: np.ndarray) -> dict[Size, np.ndarray]:
+        """Give each showing of these images the next sample id; the ids by bucket, ascending."""
+        count = int(showings.sum())
+        self._image_of_sample.append(np.repeat(places.astype(np.int32), showings))
+        bucket = np.repeat(self._bucket_M[places].astype(np.int32), showings)
+        order = np.argsort(bucket, kind="stable")
+        ids = (order + self._num_samples).astype(np.int64 if self._num_samples + count > 2**31 - 1 else np.int32)
+        self._num_samples += count
+        ends = np.searchsorted(bucket[order], range(1, len(self._buckets)))
+        by_bucket = zip(self._buckets, np.split(ids, ends), strict=True) if self._buckets else ()
+        return {size: of_size for size, of_size in by_bucket if len(of_size)}

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 from PIL import Image
 
+from library.data.cache_files import CacheItem
 from library.data.images import find_broken
 from library.data.index import DataIndex, Fact, now
-from library.data.lookalikes import Look, Looks
+from library.data.lookalikes import OPAQUE, TRANSPARENT, UNKNOWN, Look, Looks
+from library.data.record_table import RecordTable
+from library.data.train_images import TrainImages
+
+
+def items_of_unknown_looks(
+    images: TrainImages, items: Sequence[CacheItem], looks: Looks, index: DataIndex
+) -> Sequence[CacheItem]:
+    """The items of images whose looks the index's columns don't know; those that they know go into `looks`."""
+    is_unknown_N = np.ones(len(images), bool)
+    start = 0
+    for records in images.records:
+        if isinstance(records, RecordTable):
+            looks.take_known(records, index)
+            states_N = looks.states_of(records)
+            if states_N is not None:
+                is_unknown_N[start : start + len(records)] = states_N == UNKNOWN
+        start += len(records)
+    if is_unknown_N.all():
+        return items
+    return [items[item] for item in dict.fromkeys(images.item_N[is_unknown_N].tolist())]
+
+
+def look_states(images: TrainImages, looks: Looks) -> np.ndarray:
+    """(M,) UNKNOWN, OPAQUE or TRANSPARENT of each image."""
+    columns = []
+    for records in images.records:
+        states_N = looks.states_of(records) if isinstance(records, RecordTable) else None
+        if states_N is None:
+            found = (looks.get(record.path) for record in records)
+            states = [UNKNOWN if look is None else TRANSPARENT if look.is_transparent else OPAQUE for look in found]
+            states_N = np.array(states, np.uint8)
+        columns.append(states_N)
+    return np.concatenate([np.empty(0, np.uint8), *columns])[images.rows]
 
 
 def known_whole(paths: Iterable[str], index: DataIndex) -> Iterator[tuple[str, Look]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from library.data.listing import count_images, entries_of, is_folder, is_hidden, why_closed
+from library.data.listing import count_images, entries_of, has_images, is_folder, is_hidden, why_closed
 from library.data.options import MOST_REPEATS, FolderOptions
 from library.options import OptionError, require
 from library.wording import counted
@@ -81,10 +81,16 @@ def passed_over_folders(base: Path | str) -> list[tuple[Path, str]]:
 
 
 def _look_into(path: Path) -> tuple[list[ClassFolder], dict[Path, int], int]:
-    """(sub-folders in order, how many images each holds, how many lie directly in the folder)."""
+    """(sub-folders in order, how many images each holds, how many lie directly in the folder).
+
+    Of those that may be used it is only told whether there are any.
+    """
     folders = [Path(entry.path) for entry in entries_of(path) if is_folder(entry)]
     children = [ClassFolder(folder, *parse_folder_name(folder.name)) for folder in folders]
-    counts = {folder: 0 if why_closed(folder) else count_images(folder) for folder in folders}
+    counts = {
+        child.path: 0 if why_closed(child.path) else int((has_images if child.used else count_images)(child.path))
+        for child in children
+    }
     return children, counts, count_images(path)
 
 

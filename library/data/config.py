@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from library.data import dataset_file
 from library.data.class_folders import class_folders, why_empty
 from library.data.dataset_file import Level
-from library.data.listing import count_images
+from library.data.listing import has_images
 from library.data.metadata_file import Size, common_train_sizes, metadata_entries
 from library.data.options import (
     BUCKET_SIDES,
@@ -203,7 +203,7 @@ def _from_file(path: Path, groups: Sequence[Any]) -> tuple[DatasetConfig, ...]:
         "add [[datasets.subsets]] with image_dir, or with metadata_file",
     )
     subsets = [subset for config in configs for subset in config.subsets]
-    if not any(subset.is_metadata or count_images(subset.image_dir) for subset in subsets):
+    if not any(subset.is_metadata or has_images(subset.image_dir) for subset in subsets):
         tree = "".join(f"\n  {subset.source}{os.sep}: {why_empty(subset.source)}" for subset in subsets)
         raise OptionError("--dataset_config", f"{path} leads to no training images; correct image_dir:{tree}")
     return configs

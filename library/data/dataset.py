@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
+
+import numpy as np
 
 from library.data import text_cache
 from library.data.assembly import Assembly
 from library.data.batch import Batch, Position
 from library.data.cache import Encode, JoinedLatents, LatentStore, fill_disk, fill_memory
 from library.data.cache_files import CacheItem, decoded_before
-from library.data.checked_images import find_broken_images, known_whole
+from library.data.checked_images import find_broken_images, items_of_unknown_looks, known_whole
 from library.data.config import DatasetConfig, SubsetConfig, check_cacheable
 from library.data.face_crop import report_faces
+from library.data.folder_contents import FolderContents, under_one_name
+from library.data.folder_scan import scan_folder
 from library.data.given_latents import datasets_with_latents, given_latents
 from library.data.images import usable_cores
 from library.data.index import DataIndex
@@ -31,22 +34,16 @@ from library.data.options import CacheOptions
 from library.data.packed_files import Packs
 from library.data.packed_latents import fill_packs
 from library.data.placed_images import placed_images
-from library.data.same_files import under_one_name
+from library.data.record_table import RecordTable
 from library.data.scan import Scan
-from library.data.sources import (
-    FolderContents,
-    ImageRecord,
-    refuse_broken,
-    report_captions,
-    scan_folder,
-    table_of_broken,
-)
+from library.data.sources import refuse_broken, report_captions, table_of_broken
 from library.data.summary import LoadedDataset, metadata
 from library.data.text_cache import EncodeText, MemoryTexts, TextStore
 from library.data.text_cache_check import check_text_cacheable
 from library.data.text_cache_files import TextItem
 from library.data.text_cache_options import TextCacheOptions
 from library.data.text_items import text_items
+from library.data.train_images import TrainImages, described_images
 from library.data.validation_set import ValidationSet, split_images, with_own_items
 from library.options import OptionError
 
@@ -60,6 +57,7 @@ class TrainingData:
         self,
         datasets: Sequence[LoadedDataset],
         items: Sequence[CacheItem],
+        images: TrainImages,
         samples: Samples,
         validation: ValidationSet | None = None,
     ) -> None:
@@ -68,6 +66,7 @@ class TrainingData:
         self._items = items
         self.scan = Scan()  # what else was seen while they were found
         self._samples = samples
+        self._images = images
         self._store: LatentStore | None = None
         self._texts: TextStore | None = None
 
@@ -91,10 +90,12 @@ class TrainingData:
         broken = {path: reason for contents in found for path, reason in contents.broken.items()} | unusable
         broken |= broken_masks
         packs, looks = Packs(), Looks()
-        for path, look in known_whole((item.path for item in items if item.has_image), index):
+        unknown = items_of_unknown_looks(images, items, looks, index)
+        for path, look in known_whole((item.path for item in unknown if item.has_image), index):
             looks.add(path, look)
-        unchecked = {item.path: None for item in items if item.path not in looks.by_path and _needs_a_look(item, packs)}
-        unchecked |= {image.record.mask.path: None for image in images if image.record.mask}
+        unchecked = {item.path: None for item in unknown if item.path not in looks and _needs_a_look(item, packs)}
+        others = (record for records in images.records if not isinstance(records, RecordTable) for record in records)
+        unchecked |= {record.mask.path: None for record in others if record.mask}
         broken |= find_broken_images(unchecked if checks_images else (), looks, index)
         if on_bad_image == "stop":
             refuse_broken(broken)
@@ -103,10 +104,10 @@ class TrainingData:
             images, items = placed_images(configs, found, with_latents)
         report_masks(found, subsets)
         crops_faces = [config.crops_faces(subset) for config in configs for subset in config.subsets]
-        report_faces([image.face is not None for image in images if crops_faces[image.subset]])
+        report_faces(images.has_face_M[np.array(crops_faces, bool)[images.subset_M]].tolist())
         split = split_images(configs, images, seed)
         validation = None
-        if split.validation:
+        if len(split.validation):
             validation = ValidationSet(configs, *with_own_items(split.validation, items), seed)
             images, items = with_own_items(split.training, items)
         assembly = Assembly(images, subsets)
@@ -120,8 +121,8 @@ class TrainingData:
             way_out = f"add images that are not is_reg{table_of_broken(broken)}"
             raise OptionError("training images", f"none left to train on in {looked_at}", way_out)
         _report_unused(datasets)
-        data = cls(datasets, items, assembly.samples(seed), validation)
-        data.scan = Scan(tuple(found), broken, looks.by_path, index)
+        data = cls(datasets, items, images, assembly.samples(seed), validation)
+        data.scan = Scan(tuple(found), broken, looks, index)
         return data
 
     # ------------------------------------------------------------------------------------------ facts
@@ -177,10 +178,9 @@ class TrainingData:
         options, files, captions = (hashlib.blake2b(digest_size=16) for _ in range(3))
         for dataset in self.datasets:
             options.update(repr(_without_place(dataset.config)).encode())
-        for image in self._samples.images:
-            record = replace(_without_folders(image.record), caption="")
-            files.update(repr((record, image.placement, image.subset)).encode())
-            captions.update(repr(image.record.caption).encode())
+        for text, caption in described_images(self._images):
+            files.update(text.encode())
+            captions.update(repr(caption).encode())
         return {
             "number of images": len(self._samples.images),
             "image files": files.hexdigest(),
@@ -325,17 +325,6 @@ def _without_place(config: DatasetConfig) -> DatasetConfig:
         for subset in config.subsets
     )
     return replace(config, subsets=subsets, from_file=False)
-
-
-def _without_folders(record: ImageRecord) -> ImageRecord:
-    """The record with the bare names of its files."""
-    mask, metadata = record.mask, record.metadata
-    return replace(
-        record,
-        path=os.path.basename(record.path),
-        mask=mask and replace(mask, path=os.path.basename(mask.path)),
-        metadata=metadata and replace(metadata, npz=None, flipped_npz=None),
-    )
 
 
 def _report_unused(datasets: Sequence[LoadedDataset]) -> None:

@@ -16,7 +16,7 @@ from library.data.headers import BadImage
 from library.data.images import augment_color, cut_out, load_picture
 from library.data.masks import latent_mask, load_mask
 from library.data.options import AugmentOptions
-from library.data.sources import ImageRecord, MaskFile
+from library.data.records import ImageRecord, MaskFile
 from library.options import OptionError
 from library.randomness import python_random
 

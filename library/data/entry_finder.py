@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
+from library.data.caption_names import composed
 from library.data.listing import is_file, is_image
-from library.data.sources import composed
 
 
 @dataclass(frozen=True, slots=True)

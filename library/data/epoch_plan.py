@@ -6,8 +6,10 @@ batch form a pool (one bucket of one dataset). Every epoch has the same number o
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -66,21 +68,30 @@ class EpochPlan:
 
     def __init__(self, pools: Sequence[Pool], *, seed: int, epoch: int, num_processes: int) -> None:
         self.num_processes = num_processes
-        batches = [batch for pool in pools for batch in _cut(pool, pool.samples(seed, epoch), num_processes)]
-        python_random(seed, "batch order", epoch).shuffle(batches)
-        self.batches = batches
+        self._samples = [pool.samples(seed, epoch) for pool in pools]  # in the order of their batches
+        self._sizes = [1 if pool.cut is None else pool.cut * num_processes for pool in pools]
+        self._first = list(accumulate((pool.num_batches(num_processes) for pool in pools), initial=0))  # batch of each
+        order = list(range(self._first[-1]))
+        python_random(seed, "batch order", epoch).shuffle(order)
+        self._order = np.array(order, np.int32)
+
+    @property
+    def batches(self) -> list[np.ndarray]:
+        """The sample ids of each batch of the epoch."""
+        return [self._batch(index) for index in range(len(self._order))]
+
+    def _batch(self, index: int) -> np.ndarray:
+        number = int(self._order[index])
+        pool = bisect_right(self._first, number) - 1
+        start = (number - self._first[pool]) * self._sizes[pool]
+        return self._samples[pool][start : start + self._sizes[pool]]
 
     def share(self, batch_index: int, process_index: int) -> Share:
         """The contiguous slice of a batch that belongs to a process, filled up to the size of all others."""
-        batch = self.batches[batch_index].tolist()
+        batch = self._batch(batch_index).tolist()
         size = -(-len(batch) // self.num_processes)
         own = batch[process_index * size : (process_index + 1) * size]
         return Share(own + batch[-1:] * (size - len(own)), len(own), len(batch) / self.num_processes)
-
-
-def _cut(pool: Pool, samples: np.ndarray, num_processes: int) -> list[np.ndarray]:
-    size = 1 if pool.cut is None else pool.cut * num_processes
-    return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def _permutation(count: int, seed: int, purpose: str, epoch: int, name: str) -> np.ndarray:

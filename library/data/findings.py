@@ -5,29 +5,31 @@ An image is named by its path; where the same file is part of several datasets i
 
 from __future__ import annotations
 
-import functools
 import math
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
+import numpy as np
+
 from library.data.buckets import Placement, Size
-from library.data.captions import process_caption
-from library.data.config import DatasetConfig, SubsetConfig
-from library.data.images import usable_cores
+from library.data.caption_lengths import CaptionLengths, CountTokens, caption_lengths
+from library.data.checked_images import look_states
+from library.data.columns import PathsAt
+from library.data.config import DatasetConfig
+from library.data.equal_pictures import equal_pictures
+from library.data.folder_contents import FolderContents
 from library.data.loading import TrainImage
-from library.data.lookalikes import alike, equal_files
-from library.data.options import BucketOptions, CaptionOptions
+from library.data.lookalikes import MOST_COMPARED, TRANSPARENT, alike
+from library.data.options import BucketOptions
+from library.data.record_table import RecordTable
 from library.data.same_files import file_keys
 from library.data.scan import Scan
-from library.data.sources import ImageRecord
 from library.data.summary import LoadedDataset
-
-CountTokens = Callable[[Sequence[str]], list[int]]
+from library.data.train_images import ImagesByPath, TrainImages, each_path_once, joined
 
 
 class Box(NamedTuple):
@@ -44,6 +46,12 @@ def kept_part(placement: Placement) -> Box:
     (bucket_w, bucket_h), (resized_w, resized_h) = placement.bucket_wh, placement.resized_wh
     left, top = (resized_w - bucket_w) // 2, (resized_h - bucket_h) // 2
     return Box(left / resized_w, top / resized_h, bucket_w / resized_w, bucket_h / resized_h)
+
+
+def enlargements(images: TrainImages) -> np.ndarray:
+    """(M,) :func:`enlargement` of each image."""
+    resized_M2 = images.by_placement(attrgetter("resized_wh")).reshape(-1, 2)
+    return (resized_M2 / images.size_M2).max(axis=1) if len(images) else np.empty(0)
 
 
 def enlargement(image: TrainImage) -> float:
@@ -71,17 +79,19 @@ class FolderUse:
     is_reg: bool
     repeats: int
     class_tokens: str | None
-    images: tuple[TrainImage, ...]
-    uncaptioned: tuple[str, ...]
+    images: TrainImages
+    uncaptioned: Sequence[str]
     caption_extension: str
     cut_moves: bool = False  # the cut is random, or follows a face
 
     @property
     def empty_captions(self) -> tuple[str, ...]:
         """Images whose caption file holds nothing."""
+        empty = np.flatnonzero(self.images.caption_bytes_M == 0)
+        if len(empty) <= len(self.uncaptioned) == len(self.images):
+            return ()
         missing = frozenset(self.uncaptioned)
-        records = (image.record for image in self.images)
-        return tuple(record.path for record in records if not record.caption and record.path not in missing)
+        return tuple(path for place in empty.tolist() if (path := self.images.paths[place]) not in missing)
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class BucketUse:
 
     dataset: int  # from 1
     size_wh: Size
-    images: tuple[TrainImage, ...]
+    images: TrainImages
     samples: int  # per epoch: images x repeats, and the regularisation images that share these batches
     batch_size: int  # asked for, over all processes
 
@@ -104,9 +114,19 @@ class BucketUse:
         return self.samples - (self.batches - 1) * self.batch_size
 
     @cached_property
+    def shares_M(self) -> np.ndarray:
+        """The share (0-1) of each picture that is cut away."""
+        return self.images.by_placement(attrgetter("cropped_share"))
+
+    @property
     def cropped(self) -> float:
-        """The share of a picture that is cut away, on average over the images."""
-        return mean(image.placement.cropped_share for image in self.images)
+        """That share on average over the images."""
+        return float(self.shares_M.mean())
+
+    @property
+    def num_enlarged(self) -> int:
+        """Pictures that are enlarged."""
+        return int((enlargements(self.images) > 1).sum())
 
 
 @dataclass(frozen=True)
@@ -121,14 +141,6 @@ class Regularisation:
     alone: int = 0  # of those per epoch, in batches of one: they come in more sizes than an epoch shows of them
 
 
-class LongCaption(NamedTuple):
-    """A caption with more tokens than are read."""
-
-    record: ImageRecord
-    caption: str
-    tokens: int
-
-
 @dataclass(frozen=True)
 class Findings:
     """Everything that reports say of the data."""
@@ -138,24 +150,25 @@ class Findings:
     buckets: tuple[BucketUse, ...]
     regularisation: tuple[Regularisation, ...]
     token_limit: int
-    tokens: Mapping[str, int]  # caption with prefix and suffix -> tokens
-    longest_captions: tuple[LongCaption, ...]  # the longest first, whether cut off or not
+    captions: CaptionLengths = field(default_factory=CaptionLengths)
     scan: Scan = field(default_factory=Scan)
-    equal: tuple[tuple[str, ...], ...] = ()  # groups of files with the same content
+    equal: Sequence[tuple[str, ...]] = ()  # groups of files with the same content
     alike: tuple[tuple[str, ...], ...] = ()  # groups of pictures that look the same
     num_validation: int = 0
 
     @cached_property
-    def images(self) -> dict[str, TrainImage]:
+    def whole(self) -> TrainImages | None:
+        """The images in columns, each file's once, as the first dataset uses it; None where there are none."""
+        return each_path_once(joined([folder.images for folder in self.folders])) if self.folders else None
+
+    @cached_property
+    def images(self) -> Mapping[str, TrainImage]:
         """Path -> image; where a file is used several times, as the first dataset uses it."""
-        found: dict[str, TrainImage] = {}
-        for image in (image for folder in self.folders for image in folder.images):
-            found.setdefault(image.record.path, image)
-        return found
+        return ImagesByPath(self.whole) if self.whole is not None else {}
 
     def bucket_of(self, path: str) -> BucketOptions:
         """The bucket options of the first dataset that uses an image."""
-        numbers = (folder.dataset for folder in self.folders if any(i.record.path == path for i in folder.images))
+        numbers = (folder.dataset for folder in self.folders if folder.images.find(path) is not None)
         return self.datasets[next(numbers) - 1].bucket
 
     def cut_moves(self, image: TrainImage) -> bool:
@@ -163,17 +176,21 @@ class Findings:
         return self.folders[image.subset].cut_moves
 
     @cached_property
-    def cut_off(self) -> tuple[LongCaption, ...]:
-        return tuple(long for long in self.longest_captions if long.tokens > self.token_limit)
-
-    @cached_property
     def rotated(self) -> list[str]:
         """Pictures that their file says to turn or to mirror."""
-        return [path for path, image in self.images.items() if image.record.orientation != 1]
+        if self.whole is None:
+            return []
+        return [self.whole.paths[place] for place in np.flatnonzero(self.whole.orientation_M != 1).tolist()]
 
     @cached_property
-    def transparent(self) -> list[str]:
-        return [path for path in self.images if path in self.scan.looks and self.scan.looks[path].is_transparent]
+    def transparent(self) -> Sequence[str]:
+        """Pictures with transparent parts."""
+        return PathsAt(self.whole.paths, np.flatnonzero(self._looks == TRANSPARENT)) if self.whole is not None else ()
+
+    @cached_property
+    def _looks(self) -> np.ndarray:
+        assert self.whole is not None
+        return look_states(self.whole, self.scan.looks)
 
     @property
     def passed_over(self) -> list[str]:
@@ -184,14 +201,26 @@ class Findings:
     def unnamed(self) -> list[str]:
         """Images in the folders of metadata files that none of these names."""
         paths = [path for contents in self.scan.contents for path in contents.unnamed]
+        if not paths:
+            return []
         keys = file_keys([*paths, *self.images])
         used = {keys[path] for path in self.images}
         return [path for path in dict.fromkeys(paths) if keys[path] not in used]
 
+    @property
+    def captions_alone(self) -> list[str]:
+        """Caption files without an image."""
+        return list(dict.fromkeys(path for contents in self.scan.contents for path in contents.alone))
+
+    @property
+    def sharing_captions(self) -> list[str]:
+        """Images of one name with several extensions, which have one caption file for all."""
+        return list(dict.fromkeys(path for contents in self.scan.contents for path in contents.sharing))
+
     @cached_property
     def num_looked_at(self) -> int:
         """Pictures that this start decoded; of others a valid cache says that they were decoded before."""
-        return sum(path in self.scan.looks for path in self.images)
+        return int(np.count_nonzero(self._looks)) if self.whole is not None else 0
 
 
 def find(
@@ -202,14 +231,16 @@ def find(
     token_limit: int,
     count_tokens: CountTokens,
     num_validation: int = 0,
+    counter: str | None = None,
 ) -> Findings:
-    """Facts about the data of a run. `count_tokens` gives the length of each caption, without begin and end."""
+    """Facts about the data of a run. `count_tokens` gives the length of each caption, without begin and end.
+
+    What `counter` names as counting is not counted again at the next start, where an index is kept.
+    """
     folders = list(_folders(datasets, scan))
-    tokens, longest = _captions(datasets, count_tokens)
-    sizes = {image.record.path: image.record.num_bytes for folder in folders for image in folder.images}
-    one_path = {key: path for path, key in reversed(file_keys(sizes).items())}  # a file under two names is no copy
-    equal = equal_files([(path, sizes[path]) for path in one_path.values()], usable_cores(), scan.index)
-    looks = {path: scan.looks[path] for path in one_path.values() if path in scan.looks}
+    captions = caption_lengths(datasets, count_tokens, token_limit, scan.index, counter)
+    equal, similar = _copies(folders, scan)
+    scan.index.arrange()
     uses = (
         DatasetUse(number, dataset.config.batch_size, dataset.config.bucket, sizes_in_words(dataset.config))
         for number, dataset in enumerate(datasets, 1)
@@ -223,11 +254,10 @@ def find(
             _regularisation(number, dataset) for number, dataset in enumerate(datasets, 1) if dataset.num_reg
         ),
         token_limit=token_limit,
-        tokens=tokens,
-        longest_captions=tuple(longest),
+        captions=captions,
         scan=scan,
-        equal=tuple(map(tuple, equal)),
-        alike=tuple(map(tuple, alike(looks, equal))),
+        equal=equal,
+        alike=similar,
         num_validation=num_validation,
     )  # fmt: skip
 
@@ -240,12 +270,35 @@ def sizes_in_words(config: DatasetConfig) -> str:
     return f"{'buckets around' if config.bucket.enable_bucket else 'all cut to'} {width}x{height}"
 
 
+def _copies(folders: Sequence[FolderUse], scan: Scan) -> tuple[Sequence[tuple[str, ...]], tuple[tuple[str, ...], ...]]:
+    """(groups of equal files, groups of pictures that look alike); a file under two names is no copy."""
+    if not folders:
+        return (), ()
+    images = joined([folder.images for folder in folders])
+    places = np.arange(len(images))
+    if not images.has_each_file_once:
+        keys = file_keys(images.paths)
+        first: dict[str, int] = {}
+        for place, path in enumerate(images.paths):
+            first.setdefault(keys[path], place)
+        places = np.array(list(first.values()))
+    equal = equal_pictures(images, places, scan.index)
+    if len(places) > MOST_COMPARED:
+        return equal, ()
+    copies, looks = equal.copies(), {}
+    for place in places.tolist():
+        path = images.paths[place]
+        look = None if path in copies else scan.looks.of(path, *images.place_of(place))
+        if look is not None:
+            looks[path] = look
+    return equal, tuple(map(tuple, alike(looks)))
+
+
 def _folders(datasets: Sequence[LoadedDataset], scan: Scan) -> Iterable[FolderUse]:
     contents = iter(scan.contents)
     for number, dataset in enumerate(datasets, 1):
         for subset, images in dataset.subsets:
             found = next(contents, None)
-            used = frozenset(image.record.path for image in images)
             yield FolderUse(
                 dataset=number,
                 source=subset.source,
@@ -253,7 +306,7 @@ def _folders(datasets: Sequence[LoadedDataset], scan: Scan) -> Iterable[FolderUs
                 repeats=subset.folder.num_repeats,
                 class_tokens=subset.folder.class_tokens,
                 images=images,
-                uncaptioned=tuple(path for path in found.uncaptioned if path in used) if found else (),
+                uncaptioned=_used(found, images) if found else (),
                 caption_extension=found.caption_extension if found else "",
                 cut_moves=subset.augment.random_crop or dataset.config.crops_faces(subset),
             )
@@ -261,13 +314,24 @@ def _folders(datasets: Sequence[LoadedDataset], scan: Scan) -> Iterable[FolderUs
 
 def _buckets(number: int, dataset: LoadedDataset, num_processes: int) -> Iterable[BucketUse]:
     """Ascending by size."""
-    images: dict[Size, list[TrainImage]] = {}
-    for image in dataset.images:
-        images.setdefault(image.placement.bucket_wh, []).append(image)
-    samples = dict(dataset.bucket_counts)
-    for size in sorted(images):
-        batch_size = dataset.config.batch_size * num_processes
-        yield BucketUse(number, size, tuple(images[size]), samples.get(size, 0), batch_size)
+    images, samples = dataset.images, dict(dataset.bucket_counts)
+    sizes = sorted({placement.bucket_wh for placement in images.placements})
+    number_of = {size: number for number, size in enumerate(sizes)}
+    bucket_M = images.by_placement(lambda placement: number_of[placement.bucket_wh])
+    for size in sizes:
+        places = np.flatnonzero(bucket_M == number_of[size])
+        if len(places):
+            batch_size = dataset.config.batch_size * num_processes
+            yield BucketUse(number, size, images.take(places), samples.get(size, 0), batch_size)
+
+
+def _used(found: FolderContents, images: TrainImages) -> Sequence[str]:
+    """The paths of images without a caption file, of those that are used."""
+    is_table = isinstance(found.images, RecordTable)
+    if len(found.uncaptioned) == 0 or (is_table and len(images) == len(found.images)):
+        return found.uncaptioned
+    used = frozenset(images.paths)
+    return tuple(path for path in found.uncaptioned if path in used)
 
 
 def _regularisation(number: int, dataset: LoadedDataset) -> Regularisation:
@@ -279,47 +343,6 @@ def _regularisation(number: int, dataset: LoadedDataset) -> Regularisation:
         per_epoch=dataset.num_reg_per_epoch,
         training=dataset.num_train,
         alone=dataset.num_train + dataset.num_reg_per_epoch - in_buckets,
-    )
-
-
-def _captions(datasets: Sequence[LoadedDataset], count_tokens: CountTokens) -> tuple[dict[str, int], list[LongCaption]]:
-    """Tokens by caption, and the longest caption of each image, the longest first."""
-    written: list[tuple[ImageRecord, tuple[str, ...]]] = []
-    for dataset in datasets:
-        for subset, images in dataset.subsets:
-            written += [(image.record, written_captions(image.record.caption, subset)) for image in images]
-    unique = list(dict.fromkeys(caption for _, captions in written for caption in captions))
-    tokens = dict(zip(unique, count_tokens(unique), strict=True))
-    longest: dict[str, LongCaption] = {}
-    for record, captions in written:
-        caption = max(captions, key=tokens.__getitem__)
-        known = longest.get(record.path)
-        if known is None or known.tokens < tokens[caption]:
-            longest[record.path] = LongCaption(record, caption, tokens[caption])
-    return tokens, sorted(longest.values(), key=lambda long: -long.tokens)
-
-
-def written_captions(caption: str, subset: SubsetConfig) -> tuple[str, ...]:
-    """What the text encoder may be given of a stored caption when nothing of it is dropped: one text for each line.
-
-    Of alternatives ({a|b}) one is taken.
-    """
-    whole = _undropped(subset.caption)
-    return tuple(
-        process_caption(line, whole, random.Random(0), epoch=1, step=0, max_train_steps=1)
-        for line in caption.split("\n")
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _undropped(options: CaptionOptions) -> CaptionOptions:
-    return replace(
-        options,
-        shuffle_caption=False,
-        caption_dropout_rate=0.0,
-        caption_dropout_every_n_epochs=0,
-        caption_tag_dropout_rate=0.0,
-        token_warmup_step=0,
     )
 
 

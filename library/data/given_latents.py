@@ -9,8 +9,10 @@ from collections.abc import Collection, Sequence
 from library.data.cache import DiskLatents, refuse_without_image, states_of
 from library.data.cache_files import UNCHECKED, VALID, CacheItem
 from library.data.config import DatasetConfig
+from library.data.folder_contents import FolderContents
 from library.data.images import find_broken
-from library.data.sources import FolderContents, ImageRecord
+from library.data.record_table import RecordTable
+from library.data.records import ImageRecord
 from library.options import OptionError
 from library.wording import counted
 
@@ -28,7 +30,10 @@ def datasets_with_latents(
     contents = iter(found)
     with_latents, unusable = set(), {}
     for number, config in enumerate(configs):
-        records = [record for _ in config.subsets for record in next(contents).images]
+        folders = [next(contents).images for _ in config.subsets]
+        if all(isinstance(images, RecordTable) for images in folders):  # folders bring none
+            continue
+        records = [record for images in folders for record in images]
         if not any(record.metadata and record.metadata.npz for record in records):
             continue
         why_not = _why_not(config, records)

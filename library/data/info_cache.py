@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from library.data.sources import ImageRecord
+from library.data.records import ImageRecord
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import os
 import stat
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +35,16 @@ def is_image(name: str) -> bool:
 
 def is_hidden(path: str) -> bool:
     """Whether a file or folder is one that systems and programs keep for themselves."""
-    return os.path.basename(path).startswith(".")
+    name = os.path.basename(path) if os.sep in path or os.altsep else path
+    return name.startswith(".")
 
 
 def _has_image_extension(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in image_extensions()
+    """As of os.path.splitext, to which a name that begins with dots may have none; asked of each of many files."""
+    extension = name[name.rfind(".") :] if "." in name else ""
+    if extension.lower() not in image_extensions():
+        return False
+    return not name.startswith(".") or os.path.splitext(name)[1] != ""
 
 
 def is_utf8(text: str) -> bool:
@@ -62,12 +69,16 @@ def why_no_name(path: str) -> str | None:
 
 def entries_of(folder: Path | str, where: str = "training images") -> list[os.DirEntry[str]]:
     """What lies in a folder, sorted by name. Raises OptionError for a folder that can't be used."""
+    _refuse_closed(folder, where)
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=attrgetter("name"))
+
+
+def _refuse_closed(folder: Path | str, where: str) -> None:
     if reason := why_no_name(str(folder)):
         raise OptionError(where, f"{folder}: {reason}")
     if reason := why_closed(folder):
         raise OptionError(where, f"{folder} {reason}", "correct its permissions, or name another folder")
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
 
 
 def why_closed(folder: Path | str) -> str | None:
@@ -95,7 +106,18 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def count_images(folder: Path) -> int:
     """How many images lie directly in `folder`; raises OptionError for a folder that can't be used."""
-    return sum(is_image(entry.name) and is_file(entry) for entry in entries_of(folder))
+    return sum(1 for _ in _images_in(folder))
+
+
+def has_images(folder: Path) -> bool:
+    """Whether images lie directly in `folder`, of which only as much is looked at as that takes."""
+    return any(True for _ in _images_in(folder))
+
+
+def _images_in(folder: Path) -> Iterator[os.DirEntry[str]]:
+    _refuse_closed(folder, "training images")
+    with os.scandir(folder) as entries:
+        yield from (entry for entry in entries if is_image(entry.name) and is_file(entry))
 
 
 class Listing(NamedTuple):
@@ -104,26 +126,36 @@ class Listing(NamedTuple):
     files: list[str]  # names, sorted
     broken: dict[str, str]  # paths of image files that can't be read, with the reason
     passed_over: tuple[str, ...]  # paths: images of other kinds, hidden ones, and folders named like an image
+    links: frozenset[str] = frozenset()  # names of images that are links to files
 
 
 def listing(folder: Path) -> Listing:
     """Raises OptionError for a folder that can't be used."""
-    files, broken, passed_over = [], {}, []
-    unusable = OTHER_IMAGES - image_extensions()
-    for entry in entries_of(folder):
-        if not _has_image_extension(entry.name):
-            if is_file(entry):
-                files.append(entry.name)
-                passed_over += [entry.path] if os.path.splitext(entry.name)[1].lower() in unusable else []
-        elif is_hidden(entry.name) or is_folder(entry):
-            passed_over.append(entry.path)
-        elif reason := why_no_name(entry.name):
-            broken[entry.path] = reason
-        elif is_file(entry):
-            files.append(entry.name)
-        else:
-            broken[entry.path] = _why_no_file(entry)
-    return Listing(files, broken, tuple(passed_over))
+    files: list[str] = []
+    broken: dict[str, str] = {}
+    passed_over: list[str] = []
+    links: set[str] = set()
+    unusable = tuple(OTHER_IMAGES - image_extensions())
+    _refuse_closed(folder, "training images")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if not _has_image_extension(name):
+                if is_file(entry):
+                    files.append(name)
+                    passed_over += [entry.path] if name.lower().endswith(unusable) else []
+            elif is_hidden(name) or is_folder(entry):
+                passed_over.append(entry.path)
+            elif not name.isascii() and (reason := why_no_name(name)):
+                broken[entry.path] = reason
+            elif is_file(entry):
+                files.append(name)
+                if entry.is_symlink():
+                    links.add(name)
+            else:
+                broken[entry.path] = _why_no_file(entry)
+    files.sort()
+    return Listing(files, dict(sorted(broken.items())), tuple(sorted(passed_over)), frozenset(links))
 
 
 def _why_no_file(entry: os.DirEntry[str]) -> str:

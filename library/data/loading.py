@@ -28,7 +28,7 @@ from library.data.epoch_plan import EpochPlan, Pool, Share
 from library.data.face_crop import Face
 from library.data.images import to_tensor
 from library.data.masks import averaged
-from library.data.sources import ImageRecord
+from library.data.records import ImageRecord
 from library.data.text_cache import TextStore, stacked
 from library.data.text_variations import drawn_version
 from library.options import OptionError

@@ -1,4 +1,4 @@
-"""Which image files hold the same picture: byte for byte, or to the eye.
+"""Which image files hold the same picture to the eye; for byte by byte, see equal_pictures.py.
 
 The look of a picture is its colours on a grid of GRID x GRID cells. Two pictures look alike where these differ little,
 measured against the contrast of the pictures themselves: two drawings on white paper have nearly all cells in common
@@ -7,23 +7,26 @@ and are still not the same.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from library.data.index import DataIndex, Fact, now
+from library.data.columns import Paths
+from library.data.index import LOOKS_IN_FULL, DataIndex, Fact
+from library.data.record_table import RecordTable
+from library.data.records import ImageRecord
 
 GRID = 10
 MAX_DIFFERENCE = 5.0  # of 255, root mean square over cells and colours
 MAX_RELATIVE_DIFFERENCE = 0.15  # of the pictures' contrast: a correlation above 1 - 0.15^2 / 2 = 0.99
 MIN_CONTRAST = 2.0  # of 255: below it a picture is one colour, of which nothing can be said
 COMPARED_AT_ONCE = 1024
-MOST_COMPARED = 200_000  # pictures; comparing more would take minutes
-READ_AT_ONCE = 1 << 20
+MOST_COMPARED = LOOKS_IN_FULL  # pictures; comparing more would take minutes
+COLOURS = GRID * GRID * 3  # bytes of a look's colours
+UNKNOWN, OPAQUE, TRANSPARENT = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,103 @@ BARE = (Look(b"", False), Look(b"", True))  # by transparency
 
 
 @dataclass
-class Looks:
-    """The looks of the pictures that a check decoded, by path. Threads may note at the same time."""
+class LookTable:
+    """The looks of images of one folder. N images; K of them with colours."""
+
+    paths: Paths  # sorted by name
+    state_N: np.ndarray  # uint8: UNKNOWN, OPAQUE or TRANSPARENT
+    colours_K: bytearray
+    place_N: np.ndarray  # int32: of the colours of an image; -1: none are kept
+
+    @classmethod
+    def empty(cls, paths: Paths) -> LookTable:
+        """Nothing is known."""
+        count = len(paths)
+        return cls(paths, np.zeros(count, np.uint8), bytearray(), np.full(count, -1, np.int32))
+
+    def add(self, rows: np.ndarray, states: np.ndarray, colours: np.ndarray | None) -> None:
+        """Looks of some rows: their states, and (len(rows), COLOURS) uint8 where they are kept."""
+        self.state_N[rows] = states
+        if colours is not None:
+            first = len(self.colours_K) // COLOURS
+            self.colours_K += colours.tobytes()
+            self.place_N[rows] = np.arange(first, first + len(rows))
+
+    def at(self, row: int) -> Look | None:
+        """The look of one image, where it is known."""
+        if self.state_N[row] == UNKNOWN:
+            return None
+        start = int(self.place_N[row]) * COLOURS
+        return Look(
+            bytes(self.colours_K[start : start + COLOURS]) if start >= 0 else b"", self.state_N[row] == TRANSPARENT
+        )
+
+
+@dataclass
+class Looks(Mapping[str, Look]):
+    """The looks of pictures that were decoded, by path. Threads may note at the same time."""
 
     by_path: dict[str, Look] = field(default_factory=dict)
+    tables: dict[str, LookTable] = field(default_factory=dict)  # of whole folders, by their paths' base
+    num_with_colours: int = 0  # in the tables
+
+    def take_known(self, images: RecordTable, index: DataIndex) -> None:
+        """Take the looks of a folder's images, as they were when it was scanned, from the index's columns."""
+        if images.seen_N is not None:
+            return
+        paths = images.paths
+        table = LookTable.empty(paths)
+        for match in index.of_seen(Fact.LOOK, paths.base, len(paths)):
+            packed = match.part.fixed(1 + COLOURS)
+            states = match.part.fixed(1) if packed is None else packed
+            if states is None:
+                continue
+            is_transparent = states[match.rows_M, 0]
+            is_sound = is_transparent <= 1
+            rows, files = match.rows_M[is_sound], match.files_M[is_sound]
+            has_room = packed is not None and self.num_with_colours + len(rows) <= MOST_COMPARED
+            self.num_with_colours += len(rows) if has_room else 0
+            colours = packed[rows, 1:] if packed is not None and has_room else None
+            table.add(files, np.where(is_transparent[is_sound] == 1, TRANSPARENT, OPAQUE), colours)
+        if table.state_N.any():
+            self.tables[paths.base] = table
+
+    def states_of(self, images: RecordTable) -> np.ndarray | None:
+        """UNKNOWN, OPAQUE or TRANSPARENT of each image of a folder; None where its looks are in no table."""
+        table = self.tables.get(images.base)
+        if table is None or len(table.paths) != images.num_in_scan:
+            return None
+        states_N, paths = images.of_scan(table.state_N).copy(), images.paths
+        for path, look in self.by_path.items():
+            if (row := paths.find(path)) is not None:
+                states_N[row] = TRANSPARENT if look.is_transparent else OPAQUE
+        return states_N
+
+    def of(self, path: str, records: Sequence[ImageRecord], row: int) -> Look | None:
+        """The look of a record, where it is known; `path` is the record's."""
+        table = self.tables.get(records.base) if isinstance(records, RecordTable) else None
+        if path in self.by_path or table is None or not isinstance(records, RecordTable):
+            return self.by_path.get(path)
+        return table.at(row if records.seen_N is None else int(records.seen_N[row]))
+
+    def __getitem__(self, path: str) -> Look:
+        if path in self.by_path:
+            return self.by_path[path]
+        table = self.tables.get(os.path.join(os.path.dirname(path), ""))
+        row = None if table is None else table.paths.find(path)
+        look = None if table is None or row is None else table.at(row)
+        if look is None:
+            raise KeyError(path)
+        return look
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.by_path
+        for table in self.tables.values():
+            known = (table.paths.at(row) for row in np.flatnonzero(table.state_N).tolist())
+            yield from (path for path in known if path not in self.by_path)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self) if self.by_path else sum(map(_num_known, self.tables.values()))
 
     def note(self, path: str, image: Image.Image) -> Look:
         """Keep the look of an image that is decoded, maybe at a part of its size; returns it."""
@@ -61,54 +157,18 @@ class Looks:
 
     def add(self, path: str, look: Look) -> None:
         """Keep a look, without its colours where there are too many to compare."""
-        self.by_path[path] = look if len(self.by_path) < MOST_COMPARED else BARE[look.is_transparent]
+        has_room = len(self.by_path) + self.num_with_colours < MOST_COMPARED
+        self.by_path[path] = look if has_room else BARE[look.is_transparent]
+
+
+def _num_known(table: LookTable) -> int:
+    return int(np.count_nonzero(table.state_N))
 
 
 def _has_transparent_pixels(image: Image.Image) -> bool:
     if not image.has_transparency_data:
         return False
     return sum(image.convert("RGBA").getchannel("A").histogram()[:255]) > 0
-
-
-# ---------------------------------------------------------------------------------------------- equal files
-
-
-def equal_files(files: Iterable[tuple[str, int]], threads: int, index: DataIndex | None = None) -> list[list[str]]:
-    """Groups of files with the same content, each sorted; `files` are (path, bytes). Only files of one size are read,
-    and only those of which the `index` doesn't know the hash.
-
-    A file that can't be read any more is in no group.
-    """
-    index = index or DataIndex()
-    by_size: dict[int, list[str]] = {}
-    for path, size in dict(files).items():
-        by_size.setdefault(size, []).append(path)
-    suspects = [path for paths in by_size.values() if len(paths) > 1 for path in paths]
-    hashes = dict(index.look_up(Fact.CONTENT, suspects))
-    unknown = [path for path in suspects if path not in hashes]
-    since = now()
-    with ThreadPoolExecutor(threads) as pool:
-        for path, content in zip(unknown, pool.map(_content_hash, unknown), strict=True):
-            if content is not None:
-                hashes[path] = content
-                index.note(Fact.CONTENT, path, content, since)
-    index.flush()
-    by_hash: dict[bytes, list[str]] = {}
-    for path in suspects:
-        if path in hashes:
-            by_hash.setdefault(hashes[path], []).append(path)
-    return sorted(sorted(paths) for paths in by_hash.values() if len(paths) > 1)
-
-
-def _content_hash(path: str) -> bytes | None:
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        with open(path, "rb") as file:
-            while part := file.read(READ_AT_ONCE):
-                digest.update(part)
-    except OSError:
-        return None
-    return digest.digest()
 
 
 # ---------------------------------------------------------------------------------------------- alike

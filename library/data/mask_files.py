@@ -7,45 +7,23 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from library.data.config import DatasetConfig, SubsetConfig
+from library.data.caption_names import composed
+from library.data.config import SubsetConfig
 from library.data.headers import BadImage, read_header
 from library.data.listing import entries_of, is_file, is_image
-from library.data.options import MaskOptions
-from library.data.sources import FolderContents, ImageRecord, MaskFile, composed, listed
-from library.options import OptionError, require
+from library.data.records import ImageRecord, MaskFile
+from library.data.sources import listed
+from library.options import OptionError
 from library.wording import counted
+
+if TYPE_CHECKING:
+    from library.data.folder_contents import FolderContents
 
 logger = logging.getLogger(__name__)
 
 LARGEST_STRETCH = 0.02  # by which a mask's aspect ratio may differ from its image's without a word
-
-
-def settle_masks(configs: Sequence[DatasetConfig], *, masked_loss: bool) -> tuple[DatasetConfig, ...]:
-    """The datasets with the masks that this run uses: files only with --masked_loss, alpha channels where asked for.
-
-    Raises OptionError for a folder of masks that is not there, and for --masked_loss without any masks.
-    """
-    subsets = [subset for config in configs for subset in config.subsets]
-    for folder in dict.fromkeys(subset.masks.conditioning_data_dir for subset in subsets):
-        require(folder is None or os.path.isdir(folder), "conditioning_data_dir", f"{str(folder)!r} is not a folder")
-    if masked_loss:
-        way_out = "give a folder of masks (conditioning_data_dir) or use the images' alpha channel (alpha_mask)"
-        if not configs:
-            logger.warning("--masked_loss has no effect with --dataset_class, which brings no masks")
-        has_masks = not configs or any(subset.masks.enabled for subset in subsets)
-        require(has_masks, "--masked_loss", "there are no masks", way_out)
-        return tuple(configs)
-    if any(subset.masks.conditioning_data_dir for subset in subsets):
-        logger.warning("conditioning_data_dir has no effect without --masked_loss")
-    return tuple(
-        replace(config, subsets=tuple(replace(subset, masks=_without_files(subset)) for subset in config.subsets))
-        for config in configs
-    )
-
-
-def _without_files(subset: SubsetConfig) -> MaskOptions:
-    return replace(subset.masks, conditioning_data_dir=None)
 
 
 def with_mask_files(
@@ -130,6 +108,8 @@ def _mask_file(path: str) -> MaskFile:
 
 def report_masks(contents: Sequence[FolderContents], subsets: Sequence[SubsetConfig]) -> None:
     """Log how many images are masked by what, and which are not."""
+    if not any(subset.masks.enabled for subset in subsets):
+        return
     pairs = [(image, subset) for c, subset in zip(contents, subsets, strict=True) for image in c.images]
     by_file = [image for image, _ in pairs if image.mask]
     by_alpha = [image for image, subset in pairs if subset.masks.alpha_mask and image.has_alpha]

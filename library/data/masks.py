@@ -13,7 +13,7 @@ from library.data.buckets import Cut
 from library.data.headers import BadImage
 from library.data.images import load_picture
 from library.data.options import LATENT_STRIDE
-from library.data.sources import MaskFile
+from library.data.records import MaskFile
 from library.options import OptionError
 
 

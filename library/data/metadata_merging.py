@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.data.caption_cleaning import clean_caption, clean_tags
+from library.data.caption_names import CAPTION_FALLBACKS, caption_files, captions_alone
 from library.data.listing import is_hidden, is_image, listing
 from library.data.metadata_options import MergeOptions
 from library.data.metadata_tables import image_tables, write_tables
 from library.data.progress import progress
 from library.data.slow_files import FileCalls
-from library.data.sources import CAPTION_FALLBACKS, caption_files, listed, read_text_file, table_of_broken
+from library.data.sources import listed, read_text_file, table_of_broken
 from library.options import OptionError, require
 from library.wording import counted
 
@@ -74,9 +75,7 @@ def find_images(folder: Path, extension: str, *, recursive: bool) -> list[Captio
         texts = caption_files(names, contents.files, extension)
         base = os.path.join(place, "")
         found += [CaptionedImage(base + name, base + text if text else None) for name, text in texts.items()]
-        used = set(texts.values())
-        alone += [base + name for name in contents.files
-                  if name.lower().endswith(extension.lower()) and name not in used and not is_hidden(name)]  # fmt: skip
+        alone += [base + name for name in captions_alone(contents.files, texts.values(), extension)]
     if alone:
         logger.warning("%s without an image: %s", counted(len(alone), f"{extension} file"), listed(alone))
     return sorted(found)

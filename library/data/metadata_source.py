@@ -11,14 +11,16 @@ from pathlib import Path
 
 from library.data.cache_files import DAMAGE, original_size
 from library.data.entry_finder import EntryFiles, EntryFinder
+from library.data.folder_contents import FolderContents
 from library.data.headers import BadImage, Header
 from library.data.index import NOTED_TOGETHER, DataIndex
 from library.data.listing import is_image, listing, why_closed
 from library.data.metadata_file import MetadataEntry, Size, metadata_entries
 from library.data.progress import progress
+from library.data.records import FromMetadata, ImageRecord
 from library.data.same_files import file_keys
 from library.data.slow_files import FileCalls
-from library.data.sources import FolderContents, FromMetadata, ImageRecord, known_or_read, listed
+from library.data.sources import known_or_read, listed
 from library.options import OptionError
 from library.wording import counted
 

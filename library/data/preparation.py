@@ -18,7 +18,8 @@ from library.data.metadata_file import metadata_entries
 from library.data.metadata_source import scan_metadata
 from library.data.metadata_tables import TRAIN_SIZE, image_tables, write_tables
 from library.data.options import BucketOptions
-from library.data.sources import ImageRecord, listed, refuse_broken
+from library.data.records import ImageRecord
+from library.data.sources import listed, refuse_broken
 from library.options import OptionError
 
 logger = logging.getLogger(__name__)

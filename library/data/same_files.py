@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
-
-from library.data.sources import FolderContents, ImageRecord
 
 
 def path_key(path: Path | str) -> str:
@@ -27,36 +24,3 @@ def file_keys(paths: Iterable[str]) -> dict[str, str]:
             path_key(path) if os.path.islink(path) else os.path.join(folder_keys[folder], os.path.normcase(name))
         )
     return keys
-
-
-def under_one_name(found: Sequence[FolderContents]) -> list[FolderContents]:
-    """The same with every folder called as it was called first, so that no file has two paths.
-
-    A link to a file keeps its own.
-    """
-    first_name: dict[str, str] = {}
-    called: dict[str, str] = {}
-
-    def renamed(path: str) -> str:
-        folder, name = os.path.split(path)
-        if folder not in called:
-            called[folder] = first_name.setdefault(path_key(folder), folder)
-        return os.path.join(called[folder], name)
-
-    def renamed_record(image: ImageRecord) -> ImageRecord:
-        facts, path = image.metadata, renamed(image.path)
-        if facts is None and path == image.path:
-            return image
-        if facts is not None:
-            npz, flipped_npz = (path and renamed(path) for path in (facts.npz, facts.flipped_npz))
-            facts = replace(facts, npz=npz, flipped_npz=flipped_npz)
-        return replace(image, path=path, metadata=facts)
-
-    return [
-        replace(
-            contents,
-            images=tuple(renamed_record(image) for image in contents.images),
-            uncaptioned=tuple(map(renamed, contents.uncaptioned)),
-        )
-        for contents in found
-    ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from library.data.folder_contents import FolderContents
 from library.data.index import DataIndex
-from library.data.lookalikes import Look
-from library.data.sources import FolderContents
+from library.data.lookalikes import Looks
 
 
 @dataclass(frozen=True)
@@ -16,5 +16,5 @@ class Scan:
 
     contents: tuple[FolderContents, ...] = ()  # by subset
     broken: Mapping[str, str] = field(default_factory=dict)  # path -> reason, of images that the run does without
-    looks: Mapping[str, Look] = field(default_factory=dict)  # by path, of images that were decoded, now or earlier
+    looks: Looks = field(default_factory=Looks)  # by path, of images that were decoded, now or earlier
     index: DataIndex = field(default_factory=DataIndex)

@@ -1,141 +1,33 @@
-"""Folders of images: listing, headers, captions. Nothing is decoded here, and torch and numpy are not needed.
-
-One os.scandir per folder tells which images and which caption files there are; then one small read per image and one
-per caption file.
-"""
+"""Headers and captions of images: one small read per image and one per caption file. Nothing is decoded here."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from library.data.headers import BadImage, Header, read_header
 from library.data.index import DataIndex, Fact, now, stamp_of
-from library.data.listing import image_extensions, is_hidden, is_image, listing
+from library.data.listing import image_extensions, is_hidden
 from library.data.progress import progress
 from library.data.slow_files import FileCalls
 from library.options import OptionError
 from library.wording import counted
 
+if TYPE_CHECKING:
+    from library.data.folder_contents import FolderContents
+
 logger = logging.getLogger(__name__)
 
 LINE_ENDS = re.compile(r"\r\n?|\n")  # not the other characters that Unicode counts as such: they are text
-CAPTION_FALLBACKS = (".txt", ".caption")  # what people have when nothing has the extension asked for
-FACE_PIECES = 4  # "name_cx_cy_w_h": a face position in the file name, which the caption's name may lack
 NAMES_SHOWN = 5
 READ_TOGETHER = 256  # images between two looks at how slow the disk is
 
 ReadTask = tuple[str, str | None]  # image, caption file
 ReadResult = tuple[Header | BadImage, str | None | UnicodeDecodeError]
-
-
-@dataclass(frozen=True, slots=True)
-class MaskFile:
-    """A picture that says which parts of an image count: white all, black not at all."""
-
-    path: str
-    size_wh: tuple[int, int]  # upright
-    orientation: int
-    num_bytes: int  # of the file
-
-
-@dataclass(frozen=True, slots=True)
-class FromMetadata:
-    """What a metadata file says of its image, and the latents that lie beside it."""
-
-    tags: str  # what its tag statistics count
-    train_wh: tuple[int, int] | None  # the size to train at
-    npz: str | None = None  # latents
-    flipped_npz: str | None = None  # those of the mirrored image, where older tools gave them a file of their own
-    has_image: bool = True  # False: there are only latents, and the record's path is theirs
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """One image file as found in its folder, or by its metadata."""
-
-    path: str
-    size_wh: tuple[int, int]  # upright
-    orientation: int  # of Exif, 1-8
-    caption: str
-    num_bytes: int  # of the file
-    has_alpha: bool = False  # whether its kind of file can be transparent
-    mask: MaskFile | None = None
-    metadata: FromMetadata | None = None
-
-
-@dataclass(frozen=True)
-class FolderContents:
-    """What a scan of one folder, or of the images of one metadata file, found."""
-
-    images: tuple[ImageRecord, ...]
-    broken: dict[str, str] = field(default_factory=dict)  # path -> reason
-    uncaptioned: tuple[str, ...] = ()  # paths of images without a caption file
-    caption_extension: str = ""  # the one used; empty where captions are in no files of their own
-    unreadable_captions: tuple[str, ...] = ()  # not UTF-8
-    passed_over: tuple[str, ...] = ()  # paths: images of other kinds, hidden ones, and folders named like an image
-    unnamed: tuple[str, ...] = ()  # paths of images in the folder that the metadata file does not name
-
-    def without(self, paths: Collection[str]) -> FolderContents:
-        """The same, less these images."""
-        gone = frozenset(paths)
-        return replace(self, images=tuple(image for image in self.images if not _files_of(image) & gone))
-
-
-def _files_of(image: ImageRecord) -> set[str]:
-    return {image.path} | ({image.mask.path} if image.mask else set())
-
-
-def scan_folder(
-    folder: Path,
-    *,
-    caption_extension: str,
-    class_tokens: str | None,
-    all_lines: bool = False,
-    index: DataIndex | None = None,
-    index_policy: str = "auto",
-) -> FolderContents:
-    """The images directly in `folder`, sorted by name, with sizes and captions.
-
-    Captions are the first line with text of their files, or, with `all_lines`, all those lines. An image without a
-    caption file gets `class_tokens`, or the empty caption. When no image has a caption file of `caption_extension` but
-    there are .txt or .caption files, those are used. What the `index` knows of the folder's files is not read again;
-    `index_policy` says whether it takes up the folder (--data_index). Raises OptionError for a folder that can't be
-    looked into.
-    """
-    files, broken, passed_over = listing(folder)
-    names = [name for name in files if is_image(name)]
-    by_name = _by_caption_name(files)
-    extension = _extension_in_use(names, by_name, caption_extension)
-    base = os.path.join(folder, "")
-    captions = (_caption_name(name, by_name, extension) for name in names)
-    tasks = [(base + name, base + caption if caption else None) for name, caption in zip(names, captions, strict=True)]
-    del by_name
-    if index is not None:
-        index.use(folder, index_policy, len(files))
-        index.keep_only(folder, files)
-    results = read_all(tasks, folder.name, all_lines, index)
-    images, uncaptioned, unreadable = [], [], []
-    for (path, caption_path), (header, caption) in zip(tasks, results, strict=True):
-        if isinstance(header, BadImage):
-            broken[path] = str(header)
-        elif isinstance(caption, UnicodeDecodeError):
-            unreadable.append(caption_path)
-        else:
-            text = (class_tokens or "") if caption is None else caption
-            images.append(
-                ImageRecord(
-                    path, header.size_wh, header.orientation, text, header.num_bytes, has_alpha=header.has_alpha
-                )
-            )
-            uncaptioned += [] if caption_path else [path]
-    return FolderContents(tuple(images), broken, tuple(uncaptioned), extension, tuple(unreadable), passed_over)
 
 
 def read_all(
@@ -218,51 +110,6 @@ def read_text_file(path: str) -> str:
     if "\0" in text:  # UTF-16 without its mark, or UTF-32
         raise UnicodeDecodeError(encoding, raw, 0, len(raw), "holds NUL characters")
     return LINE_ENDS.sub("\n", text)
-
-
-def caption_files(names: Iterable[str], files: Sequence[str], extension: str) -> dict[str, str | None]:
-    """Image name -> name of its caption file among the `files` of the same folder; None where there is none."""
-    by_name = _by_caption_name(files)
-    return {name: _caption_name(name, by_name, extension) for name in names}
-
-
-def _by_caption_name(files: Sequence[str]) -> dict[str, str]:
-    """Name -> file, for names as they are, composed, and with their extension in lower case."""
-    by_name = {name: name for name in files}
-    odd = [name for name in files if not name.isascii() or name != name.lower()]  # others have one spelling
-    for spelling in (composed, _with_small_extension):
-        for name in odd:
-            by_name.setdefault(spelling(name), name)
-    return by_name
-
-
-def _with_small_extension(name: str) -> str:
-    stem, extension = os.path.splitext(composed(name))
-    return stem + extension.lower()
-
-
-def composed(name: str) -> str:
-    """The one of Unicode's ways to write a name that most systems use; macOS writes accents as letters (UAX #15)."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
-def _extension_in_use(names: Sequence[str], files: Mapping[str, str], asked: str) -> str:
-    for extension in (asked, *CAPTION_FALLBACKS):
-        if any(_caption_name(name, files, extension) for name in names):
-            return extension
-    return asked
-
-
-def _caption_name(image_name: str, files: Mapping[str, str], extension: str) -> str | None:
-    """The caption file of an image, whose extension may be in capitals; `files` as of :func:`_by_caption_name`."""
-    stem = os.path.splitext(image_name)[0]
-    if (usual := stem + extension) in files:
-        return files[usual]
-    pieces = stem.split("_")
-    stems = [stem, "_".join(pieces[:-FACE_PIECES])] if len(pieces) > FACE_PIECES else [stem]
-    tries = [stem + ending for stem in stems for ending in (extension, extension.lower())]
-    tries += [composed(name) for name in tries]
-    return next((files[name] for name in tries if name in files), None)
 
 
 # ---------------------------------------------------------------------------------------------- reports

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from library.data.buckets import Size, aspect_error
+import numpy as np
+
+from library.data.buckets import Size
 from library.data.captions import tag_frequency
 from library.data.config import DatasetConfig, SubsetConfig, base_name
-from library.data.loading import TrainImage
+from library.data.record_table import RecordTable
+from library.data.train_images import TrainImages, joined
 
 
 @dataclass(frozen=True)
@@ -19,18 +22,18 @@ class LoadedDataset:
     """One dataset with the images found for it."""
 
     config: DatasetConfig
-    images_of: tuple[tuple[TrainImage, ...], ...]  # by subset of the config
+    images_of: tuple[TrainImages, ...]  # by subset of the config
     bucket_counts: tuple[tuple[Size, int], ...]  # samples per epoch by bucket, ascending; buckets in use only
     num_train: int  # images x repeats
     num_reg: int
     num_reg_per_epoch: int
 
     @property
-    def images(self) -> list[TrainImage]:
-        return [image for images in self.images_of for image in images]
+    def images(self) -> TrainImages:
+        return joined(self.images_of)
 
     @property
-    def subsets(self) -> list[tuple[SubsetConfig, tuple[TrainImage, ...]]]:
+    def subsets(self) -> list[tuple[SubsetConfig, TrainImages]]:
         return list(zip(self.config.subsets, self.images_of, strict=True))
 
 
@@ -115,7 +118,7 @@ def _bucket_limits(config: DatasetConfig) -> tuple[int | None, int | None]:
     return (None, None) if is_free else (bucket.min_bucket_reso, bucket.max_bucket_reso)
 
 
-def _subset_description(subset: SubsetConfig, images: Sequence[TrainImage]) -> dict[str, Any]:
+def _subset_description(subset: SubsetConfig, images: TrainImages) -> dict[str, Any]:
     """One entry of `subsets` in ss_datasets."""
     folder = subset.folder
     place = {"image_dir": base_name(folder.image_dir)} if folder.image_dir else {}
@@ -136,7 +139,9 @@ def _subset_description(subset: SubsetConfig, images: Sequence[TrainImage]) -> d
 def _bucket_info(dataset: LoadedDataset) -> dict[str, Any] | None:
     if not dataset.config.bucket.enable_bucket:
         return None
-    errors = [abs(aspect_error(image.record.size_wh, image.placement)) for image in dataset.images]
+    images = dataset.images
+    of_buckets_M = images.by_placement(lambda placement: placement.bucket_wh[0] / placement.bucket_wh[1])
+    errors = np.abs(of_buckets_M - images.size_M2[:, 0] / images.size_M2[:, 1]).tolist()
     buckets = {
         str(index): {"resolution": size, "count": count} for index, (size, count) in enumerate(dataset.bucket_counts)
     }
@@ -148,15 +153,19 @@ def _tag_frequency(dataset: LoadedDataset) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
     for subset, images in dataset.subsets:
         separator = subset.caption.caption_separator
-        texts = (_counted_text(image).replace("\n", separator) for image in images)
+        texts = (text.replace("\n", separator) for text in _counted_texts(images))
         counts.setdefault(subset.name, Counter()).update(tag_frequency(texts, separator))
     return {name: dict(counter) for name, counter in counts.items()}
 
 
-def _counted_text(image: TrainImage) -> str:
+def _counted_texts(images: TrainImages) -> Iterable[str]:
     """What is split into tags: of a metadata file its tags, not its sentences."""
-    metadata = image.record.metadata
-    return image.record.caption if metadata is None else metadata.tags
+    if images.are_all_of_one_folder:
+        table = images.records[int(images.subset_M[0])]
+        assert isinstance(table, RecordTable)
+        return table.captions
+    records = (image.record for image in images)
+    return (record.caption if record.metadata is None else record.metadata.tags for record in records)
 
 
 def _add_folders(

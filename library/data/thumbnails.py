@@ -12,7 +12,7 @@ from PIL import Image
 
 from library.data.headers import open_image
 from library.data.images import UPRIGHT, to_rgb, usable_cores
-from library.data.sources import ImageRecord
+from library.data.records import ImageRecord
 
 SIDE = 128  # pixels of the longer side
 QUALITY = 72  # of JPEG

@@ -24,9 +24,10 @@ from library.data.cache_files import CacheItem
 from library.data.config import DatasetConfig, SubsetConfig
 from library.data.epoch_plan import Pool
 from library.data.images import usable_cores
-from library.data.loading import RunFacts, Samples, TrainImage, load_batches
+from library.data.loading import RunFacts, Samples, load_batches
 from library.data.same_files import file_keys
 from library.data.text_cache import TextStore
+from library.data.train_images import TrainImages
 from library.options import OptionError
 from library.randomness import seed_for
 from library.wording import counted
@@ -49,11 +50,11 @@ FIXED = {
 class ImageSplit:
     """The images of a run, in their order."""
 
-    training: list[TrainImage]
-    validation: list[TrainImage]
+    training: TrainImages
+    validation: TrainImages
 
 
-def split_images(configs: Sequence[DatasetConfig], images: Sequence[TrainImage], seed: int) -> ImageSplit:
+def split_images(configs: Sequence[DatasetConfig], images: TrainImages, seed: int) -> ImageSplit:
     """Hold out each dataset's share of its images, except regularisation images.
 
     What one dataset holds out no other trains on, so that a folder may be used at several resolutions. `seed` decides
@@ -61,25 +62,28 @@ def split_images(configs: Sequence[DatasetConfig], images: Sequence[TrainImage],
     """
     shares = [config.split.validation_split for config in configs]
     if not any(shares):
-        return ImageSplit(list(images), [])
+        return ImageSplit(images, images.take(np.empty(0, np.int32)))
     dataset_of = [number for number, config in enumerate(configs) for _ in config.subsets]
     subsets = [subset for config in configs for subset in config.subsets]
-    measurable: list[list[TrainImage]] = [[] for _ in configs]
-    for image in images:
-        if not subsets[image.subset].folder.is_reg:
-            measurable[dataset_of[image.subset]].append(image)
-    keys = file_keys(image.record.path for image in images)
+    paths = [image.record.path for image in images]
+    subset_M = images.subset_M.tolist()
+    measurable: list[list[int]] = [[] for _ in configs]
+    for place, subset in enumerate(subset_M):
+        if not subsets[subset].folder.is_reg:
+            measurable[dataset_of[subset]].append(place)
+    keys = file_keys(paths)
     held = [
-        _keys_held_out([image.record.path for image in found], keys, share, seed_of(config, seed))
+        _keys_held_out([paths[place] for place in found], keys, share, seed_of(config, seed))
         for found, share, config in zip(measurable, shares, configs, strict=True)
     ]
-    validation = [
-        image for found, held_keys in zip(measurable, held, strict=True) for image in found
-        if keys[image.record.path] in held_keys
+    chosen = [
+        place for found, held_keys in zip(measurable, held, strict=True) for place in found
+        if keys[paths[place]] in held_keys
     ]  # fmt: skip
     anywhere = frozenset().union(*held)
-    training = [image for image in images if keys[image.record.path] not in anywhere]
-    _check(len(validation), sum(not subsets[image.subset].folder.is_reg for image in training), max(shares))
+    rest = [place for place, path in enumerate(paths) if keys[path] not in anywhere]
+    _check(len(chosen), sum(not subsets[subset_M[place]].folder.is_reg for place in rest), max(shares))
+    training, validation = (images.take(np.array(places, np.int32)) for places in (rest, chosen))
     if elsewhere := len(images) - len(training) - len(validation):
         count = counted(elsewhere, "image")
         logger.info("validation: %s left out of other datasets, because one holds the same out", count)
@@ -115,16 +119,13 @@ def _check(num_validation: int, num_training: int, share: float) -> None:
         raise OptionError("--validation_split", f"{share:g} leaves no image to train on", "use less; 0.1 is usual")
 
 
-def with_own_items(
-    images: Sequence[TrainImage], items: Sequence[CacheItem]
-) -> tuple[list[TrainImage], list[CacheItem]]:
+def with_own_items(images: TrainImages, items: Sequence[CacheItem]) -> tuple[TrainImages, Sequence[CacheItem]]:
     """The images with only those cache items that are theirs, in the same order.
 
     Kept apart, the latents of training images are encoded in the groups of a run that never had the others.
     """
-    used = sorted({image.latents for image in images})
-    index_of = {old: new for new, old in enumerate(used)}
-    return [replace(image, latents=index_of[image.latents]) for image in images], [items[old] for old in used]
+    used, own = np.unique(images.item_M, return_inverse=True)
+    return images.with_items(own.reshape(-1).astype(np.int32)), [items[old] for old in used.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -134,7 +135,7 @@ class ValidationSet:
     """The images held out of a run's datasets, as samples to be measured."""
 
     def __init__(
-        self, configs: Sequence[DatasetConfig], images: Sequence[TrainImage], items: Sequence[CacheItem], seed: int
+        self, configs: Sequence[DatasetConfig], images: TrainImages, items: Sequence[CacheItem], seed: int
     ) -> None:
         self.items = items
         self.store: LatentStore | None = None

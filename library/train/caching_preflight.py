@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.probe import MODEL_FLAG, check_vae, probe_any
 from library.data.config import DatasetConfig, check_cacheable, check_dataset_class, face_crop_notes, load_configs
-from library.data.mask_files import settle_masks
+from library.data.mask_settings import settle_masks
 from library.data.text_cache_check import check_text_cacheable
 from library.families.options import SDXL_BUCKET_STEP
 from library.options import OptionError

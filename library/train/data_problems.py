@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from operator import attrgetter
 
-from library.data.findings import Findings, enlargement, kept_part, samples_in_short_batches
+import numpy as np
+
+from library.data.columns import PathsAt
+from library.data.findings import Findings, enlargements, kept_part, samples_in_short_batches
 from library.data.loading import TrainImage
 from library.data.options import BucketOptions, MaskOptions, SourceOptions
 from library.data.sources import kinds_passed_over, with_folder
+from library.data.train_images import TrainImages
 from library.train.report import Gallery, Picture, Problem
 from library.wording import counted
 
@@ -53,6 +59,7 @@ def _unusable(findings: Findings, source: SourceOptions) -> Iterator[Problem]:
             f"{counted(len(broken), 'image')} can't be read{':' if is_refused else ' and'} {fate}",
             "mend or remove them" + ("; --on_bad_image skip trains without them" if is_refused else ""),
             lines=tuple(f"{with_folder(path)}: {reason}" for path, reason in sorted(broken.items())[:LISTED]),
+            more=max(0, len(broken) - LISTED),
         )
     others = findings.passed_over
     if others:
@@ -62,6 +69,7 @@ def _unusable(findings: Findings, source: SourceOptions) -> Iterator[Problem]:
             f"({kinds_passed_over(others)})",
             "convert them to PNG, JPEG or WebP if they belong to the training",
             lines=tuple(map(with_folder, sorted(set(others))[:LISTED])),
+            more=max(0, len(set(others)) - LISTED),
         )
     unnamed = findings.unnamed
     if unnamed:
@@ -71,6 +79,7 @@ def _unusable(findings: Findings, source: SourceOptions) -> Iterator[Problem]:
             f"{'it' if len(unnamed) == 1 else 'them'}",
             "make the metadata anew if they belong to the training",
             lines=tuple(map(with_folder, unnamed[:LISTED])),
+            more=max(0, len(unnamed) - LISTED),
         )
 
 
@@ -87,6 +96,7 @@ def _captions(findings: Findings) -> Iterator[Problem]:
             f"write caption files ({_extension(findings)}), or name the folder <repeats>_<class>",
             _gallery(findings, bare),
         )
+    yield from _odd_caption_files(findings)
     empty = [path for folder in findings.folders for path in folder.empty_captions]
     if empty:
         yield Problem(
@@ -107,17 +117,39 @@ def _captions(findings: Findings) -> Iterator[Problem]:
             "write what the picture shows",
             _gallery(findings, missing),
         )
-    if findings.cut_off:
-        limit, longest = findings.token_limit, findings.cut_off[0].tokens
+    if number := findings.captions.num_cut_off:
+        limit, longest = findings.token_limit, findings.captions.longest
         larger = next((size for size in (150, 225) if size > limit and size >= longest), 225)
         way_out = f"--max_token_length {larger} reads more, or shorten them" if limit < 225 else "shorten them"
-        lengths = {long.record.path: f"{long.tokens} tokens, {long.tokens - limit} cut off: ... "
-                   f"{long.caption[-60:]}" for long in findings.cut_off}  # fmt: skip
+        lengths = {
+            long.record.path: f"{long.tokens} tokens, {long.tokens - limit} cut off: ... {long.caption[-60:]}"
+            for long in findings.captions.longest_captions
+            if long.tokens > limit
+        }
+        gallery = _gallery(findings, list(lengths), lengths.__getitem__)
         yield Problem(
             True,
-            f"{counted(len(lengths), 'caption')} longer than the {limit} tokens that are read; the end is cut off",
+            f"{counted(number, 'caption')} longer than the {limit} tokens that are read; the end is cut off",
             way_out,
-            _gallery(findings, list(lengths), lengths.__getitem__),
+            replace(gallery, more=number - len(gallery.pictures)),
+        )
+
+
+def _odd_caption_files(findings: Findings) -> Iterator[Problem]:
+    if alone := findings.captions_alone:
+        yield Problem(
+            True,
+            f"{counted(len(alone), 'caption file')} without an image",
+            "look for the images, or remove the files",
+            lines=tuple(map(with_folder, alone[:LISTED])),
+            more=max(0, len(alone) - LISTED),
+        )
+    if sharing := findings.sharing_captions:
+        yield Problem(
+            True,
+            f"{counted(len(sharing), 'image')} of the same name but for the extension: trained with one caption file",
+            "rename those that are other pictures, and remove copies",
+            _gallery(findings, sharing),
         )
 
 
@@ -130,7 +162,7 @@ def _extension(findings: Findings) -> str:
 
 def _copies(findings: Findings) -> Iterator[Problem]:
     if findings.equal:
-        extra = sum(len(group) - 1 for group in findings.equal)
+        extra = sum(map(len, findings.equal)) - len(findings.equal)
         differing = sum(len({_caption(findings, path) for path in group}) > 1 for group in findings.equal)
         captions = f"; in {differing} of the groups the captions differ" if differing else ""
         yield Problem(
@@ -165,10 +197,22 @@ def _groups(findings: Findings, groups: Iterable[Sequence[str]]) -> Gallery:
 # ---------------------------------------------------------------------------------------------- sizes
 
 
+def _most(images: TrainImages, values_M: np.ndarray, limit: float) -> Sequence[str]:
+    """The paths of images whose value is above the limit, the highest first."""
+    places = np.flatnonzero(values_M > limit)
+    return PathsAt(images.paths, places[np.argsort(-values_M[places], kind="stable")])
+
+
+def _size(findings: Findings, path: str) -> str:
+    return "{}x{}".format(*findings.images[path].record.size_wh)
+
+
 def _sizes(findings: Findings) -> Iterator[Problem]:
-    images = findings.images
-    cropped = {path: image.placement.cropped_share for path, image in images.items()}
-    worst = sorted((path for path in cropped if cropped[path] > MUCH_CROPPED), key=lambda path: -cropped[path])
+    images = findings.whole
+    if images is None:
+        return
+    cropped_M, factor_M = images.by_placement(attrgetter("cropped_share")), enlargements(images)
+    worst = _most(images, cropped_M, MUCH_CROPPED)
     if worst:
         bucket = findings.bucket_of(worst[0])
         advice = (
@@ -182,19 +226,16 @@ def _sizes(findings: Findings) -> Iterator[Problem]:
             len(worst) > MANY * len(images),
             f"{counted(len(worst), 'image')} {lose} more than {MUCH_CROPPED:.0%} of the picture to the cut",
             advice,
-            _gallery(findings, worst, lambda path: f"{cropped[path]:.0%} cut away"),
+            _gallery(findings, worst, lambda path: f"{cropped_M[images.find(path)]:.0%} cut away"),
         )
-    factors = {path: enlargement(image) for path, image in images.items()}
-    small = sorted((path for path in factors if factors[path] > MUCH_ENLARGED), key=lambda path: -factors[path])
+    small = _most(images, factor_M, MUCH_ENLARGED)
     if small:
         yield Problem(
             True,
             f"{counted(len(small), 'image')} too small: enlarged more than {MUCH_ENLARGED} times",
             "find larger originals, remove them, or train at a lower --resolution"
             + _no_upscale(findings.bucket_of(small[0])),
-            _gallery(
-                findings, small, lambda path: f"{factors[path]:.1f} x, {'{}x{}'.format(*images[path].record.size_wh)}"
-            ),
+            _gallery(findings, small, lambda path: f"{factor_M[images.find(path)]:.1f} x, {_size(findings, path)}"),
         )
 
 

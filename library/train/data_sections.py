@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 from library.data.class_folders import passed_over_folders
 from library.data.findings import BucketUse, Findings, FolderUse, Regularisation, enlargement
@@ -15,7 +17,6 @@ from library.wording import counted
 PICTURES = 200  # of all buckets together
 CAPTION_LETTERS = 160
 LONGEST = 5  # captions listed for their length
-EXAMPLES = 3  # captions shown
 
 
 def data_sections(findings: Findings, source: SourceOptions) -> list[Section]:
@@ -111,15 +112,17 @@ def _buckets(findings: Findings) -> Section:
     ]
     if any(folder.cut_moves for folder in findings.folders):
         blocks.append(Text("Where the cut is another one each time a picture is drawn, no frame shows it."))
-    regular = {image.record.path for folder in findings.folders if folder.is_reg for image in folder.images}
+    is_regular = np.array([folder.is_reg for folder in findings.folders], bool)  # by subset of the run
     chosen = dict(zip(range(len(buckets)), _shares([len(bucket.images) for bucket in buckets]), strict=True))
     for index, bucket in enumerate(buckets):
         if not chosen[index]:
             continue
-        images = sorted(bucket.images, key=lambda image: (image.record.path in regular, -image.placement.cropped_share))
+        images = bucket.images
+        is_reg_M = is_regular[images.subset_M]
+        order = np.lexsort((-bucket.shares_M, is_reg_M))
         pictures = [
-            picture_of(findings, image, _note(image, is_reg=image.record.path in regular))
-            for image in _spread(images, chosen[index])
+            picture_of(findings, images[place], _note(images[place], is_reg=bool(is_reg_M[place])))
+            for place in _spread(order, chosen[index]).tolist()
         ]
         width, height = bucket.size_wh
         title = f"{width}x{height}{_of_dataset(bucket.dataset, several)}: {counted(len(images), 'image')}"
@@ -129,8 +132,7 @@ def _buckets(findings: Findings) -> Section:
 
 def _bucket_row(bucket: BucketUse, several: bool) -> tuple[str | Bar, ...]:
     width, height = bucket.size_wh
-    worst = max(image.placement.cropped_share for image in bucket.images)
-    enlarged = sum(enlargement(image) > 1 for image in bucket.images)
+    worst, enlarged = float(bucket.shares_M.max()), bucket.num_enlarged
     last = f"{bucket.last_batch} of {bucket.batch_size}" if bucket.last_batch < bucket.batch_size else "full"
     return (
         f"{width}x{height}{_of_dataset(bucket.dataset, several)}",
@@ -163,25 +165,24 @@ def _shares(counts: Sequence[int]) -> list[int]:
     return [min(count, max(1, round(PICTURES * count / total))) if count else 0 for count in counts]
 
 
-def _spread(items: Sequence[TrainImage], number: int) -> list[TrainImage]:
-    """`number` items, evenly spread, the first among them."""
-    return [items[index * len(items) // number] for index in range(number)]
+def _spread(places: np.ndarray, number: int) -> np.ndarray:
+    """`number` of the places, evenly spread, the first among them."""
+    return places[np.arange(number) * len(places) // number]
 
 
 # ---------------------------------------------------------------------------------------------- captions
 
 
 def _captions(findings: Findings) -> Section:
-    lengths = sorted(findings.tokens.values())
-    if not lengths:
+    lengths = findings.captions
+    if not lengths.num_different:
         return Section("Captions", (Text("No captions."),))
-    middle = lengths[len(lengths) // 2]
-    lengths_in_words = f"median {counted(middle, 'token')}, longest {lengths[-1]}; {findings.token_limit} are read"
-    facts = (("captions", f"{len(lengths):,} different; {lengths_in_words}"),)
-    examples = tuple((f"{tokens}", _short(caption)) for caption, tokens in _some(findings.tokens.items()))
+    in_words = f"median {counted(lengths.median, 'token')}, longest {lengths.longest}; {findings.token_limit} are read"
+    facts = (("captions", f"{lengths.num_different:,} different; {in_words}"),)
+    examples = tuple((f"{tokens}", _short(caption)) for caption, tokens in lengths.examples)
     longest = tuple(
         (f"{long.tokens}", Picture(long.record.path).name, _short(long.caption))
-        for long in findings.longest_captions[:LONGEST]
+        for long in lengths.longest_captions[:LONGEST]
         if long.record.path in findings.images
     )
     return Section(
@@ -192,12 +193,6 @@ def _captions(findings: Findings) -> Section:
             Table(("tokens", "the longest", ""), longest, numbers=(0,)),
         ),
     )
-
-
-def _some(captions: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    captions = list(captions)
-    return [captions[index * len(captions) // EXAMPLES] for index in range(EXAMPLES)] if len(captions) > EXAMPLES else (
-        captions)  # fmt: skip
 
 
 def _short(text: str) -> str:

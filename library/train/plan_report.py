@@ -129,9 +129,8 @@ def publish(report: Report, findings: Findings, names: FileNames, *, is_plan_onl
         for warning in warnings_of(report.problems):
             logger.warning("%s", warning)
         _write(names.log_file(), f"{text}\n", mode="a")
-    records = {path: image.record for path, image in findings.images.items()}
-    shown = [records[path] for path in shown_pictures(report) if path in records]
-    limit = float("inf") if is_plan_only else LEAST_SECONDS + SECONDS_PER_IMAGE * len(records)
+    shown = [findings.images[path].record for path in shown_pictures(report) if path in findings.images]
+    limit = float("inf") if is_plan_only else LEAST_SECONDS + SECONDS_PER_IMAGE * len(findings.images)
     page_file = names.folder / PAGE_NAME
     _write(page_file, page(report, thumbnails(shown, limit)))
     logger.info("with pictures: %s", page_file)

@@ -16,6 +16,7 @@ from library.options import OptionError
 from library.randomness import seed_global_generators
 from library.targets.base import ParamGroup, TrainTarget
 from library.text.lengths import count_tokens
+from library.text.tokens import ClipTokenizer
 from library.train import fsdp_settings, placement
 from library.train.beginning import Beginning, begin, param_groups
 from library.train.forecast import (
@@ -98,13 +99,14 @@ def announce(
 
 def findings_of(checked: CheckedRun, begun: Beginning, bundle: ModelBundle, num_processes: int) -> Findings:
     """The data's findings, captions counted by the model's own tokenizer."""
-    text, data = checked.config.text, begun.data
+    text, data, tokenizer = checked.config.text, begun.data, bundle.tokenizers[0]
     return find(
         data.datasets,
         data.scan,
         num_processes=num_processes,
         token_limit=75 * text.token_windows,
-        count_tokens=partial(count_tokens, bundle.tokenizers[0], weighted=text.weighted_captions),
+        count_tokens=partial(count_tokens, tokenizer, weighted=text.weighted_captions),
+        counter=f"CLIP{', weighted' * text.weighted_captions}" if type(tokenizer) is ClipTokenizer else None,
         num_validation=0 if data.validation is None else data.validation.num_images,
     )
 

@@ -19,7 +19,7 @@ from library.data.config import (
     load_configs,
 )
 from library.data.headers import BadImage, open_image
-from library.data.mask_files import settle_masks
+from library.data.mask_settings import settle_masks
 from library.data.text_cache_check import check_text_cacheable
 from library.families.options import SDXL_BUCKET_STEP
 from library.generate.prompt_line import PromptLine

@@ -107,13 +107,14 @@ class Problem:
     advice: str = ""
     gallery: Gallery | None = None
     lines: tuple[str, ...] = ()
+    more: int = 0  # beyond those lines
 
     @property
     def examples(self) -> str:
         """The first of what it is about, in one line."""
         known = [picture.name for picture in self.gallery.pictures] if self.gallery else self.lines
         names = list(dict.fromkeys(known))
-        number = len(names) + (self.gallery.more if self.gallery else 0)
+        number = len(names) + (self.gallery.more if self.gallery else self.more)
         more = f" and {number - NAMED} more" if number > NAMED else ""
         return f"{(', ' if self.gallery else '; ').join(names[:NAMED])}{more}"
 

@@ -14,7 +14,7 @@ from library.data.findings import enlargement, find, kept_part
 from library.data.images import place
 from library.data.loading import TrainImage
 from library.data.options import AugmentOptions, BucketOptions, CaptionOptions
-from library.data.sources import ImageRecord
+from library.data.records import ImageRecord
 from library.text.lengths import count_tokens
 from library.text.tokens import ClipTokenizer
 from tests.tiny_data import tiny_image, tiny_images
@@ -91,17 +91,18 @@ def test_captions_are_counted_as_they_are_trained(tmp_path):
     tiny_images(tmp_path / "1_a", 3, captions=["one two three", "word " * 80, "one two three"])
     caption = CaptionOptions(caption_prefix="now", caption_suffix="then", caption_dropout_rate=1.0)
     findings = found(build(tmp_path, caption=caption))
-    assert sorted(findings.tokens.values()) == [5, 82]
-    (long,) = findings.cut_off
+    assert sorted(tokens for _, tokens in findings.captions.examples) == [5, 82]
+    assert (findings.captions.num_different, findings.captions.longest, findings.captions.num_cut_off) == (2, 82, 1)
+    long, *_ = findings.captions.longest_captions
     assert long.record.path.endswith("image_001.jpg") and long.tokens == 82
-    assert not found(build(tmp_path, caption=caption), token_limit=150).cut_off
+    assert not found(build(tmp_path, caption=caption), token_limit=150).captions.num_cut_off
 
 
 def test_of_several_lines_the_longest_counts(tmp_path):
     tiny_images(tmp_path / "1_a", 1, captions=["short\nthis one is longer\nso"])
     findings = found(build(tmp_path, caption=CaptionOptions(enable_wildcard=True)))
-    assert sorted(findings.tokens.values()) == [1, 1, 4] or sorted(findings.tokens.values()) == [1, 4]
-    assert findings.longest_captions[0].caption == "this one is longer"
+    assert [tokens for _, tokens in findings.captions.examples] == [1, 4, 1]
+    assert findings.captions.longest_captions[0].caption == "this one is longer"
 
 
 def test_emphasis_is_not_counted():

@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from library.data import checked_images, findings, index, lookalikes, sources
+from library.data import checked_images, equal_pictures, findings, index, index_columns, lookalikes, sources
 from library.data.config import load_configs
 from library.data.dataset import TrainingData
 from library.data.index import NAME, DataIndex, Fact
@@ -18,10 +18,12 @@ from tests.tiny_data import tiny_image, tiny_images
 BUCKETS = BucketOptions((64, 64), enable_bucket=True, min_bucket_reso=32, max_bucket_reso=128, bucket_reso_steps=32)
 
 
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-    """Files count as come to rest as soon as they are written."""
+@pytest.fixture(autouse=True, params=["single facts", "in columns"])
+def at_once(monkeypatch, request):
+    """Files count as come to rest as soon as they are written; few facts, and many, which are put into columns."""
     monkeypatch.setattr(index, "SETTLED_NS", -(10**10))
+    monkeypatch.setattr(index, "ARRANGED_FROM", 1000 if request.param == "single facts" else 1)
+    monkeypatch.setattr(index_columns, "PART", 3)
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def read(monkeypatch):
 
     watched(sources, "read_header")
     watched(sources, "read_text_file")
-    watched(lookalikes, "_content_hash")
+    watched(equal_pictures, "_content_hash")
     original = checked_images.find_broken
     monkeypatch.setattr(
         checked_images,
@@ -66,10 +68,14 @@ def build(folder, policy="on", **options):
     return facts(TrainingData.build(configs, seed=0, on_bad_image="skip"))
 
 
+def letters(texts):
+    return [len(text) for text in texts]
+
+
 def facts(data):
     """All that a start finds."""
     found = findings.find(
-        data.datasets, data.scan, num_processes=1, token_limit=75, count_tokens=lambda texts: [1] * len(texts)
+        data.datasets, data.scan, num_processes=1, token_limit=75, count_tokens=letters, counter="letters"
     )
     scan = data.scan
     samples = data._samples
@@ -80,7 +86,8 @@ def facts(data):
         "looks": dict(sorted(scan.looks.items())),
         "images": samples.images,
         "order": samples.image_of_sample.tolist(),
-        "equal": found.equal,
+        "equal": list(found.equal),
+        "captions": found.captions,
         "alike": found.alike,
         "transparent": found.transparent,
         "metadata": data.metadata(),
@@ -184,7 +191,18 @@ def test_when_an_index_is_kept(folder, monkeypatch, read):
     assert len(set(read)) == 6
 
 
-@pytest.mark.parametrize("damage", ["no database", "cut off", "other version", "other values", "a folder", "empty"])
+STATEMENTS = {
+    "other version": "PRAGMA user_version = 99",
+    "other values": "UPDATE facts SET value = x'ff'",
+    "other columns": "UPDATE columns SET contents = x'ff'",
+    "values cut off": "UPDATE columns SET contents = x'ff', lengths = name_lengths * 0",
+    "no columns": "UPDATE columns SET stamps = NULL",
+    "no table": "DROP TABLE columns",
+    "no lengths": "UPDATE lengths SET tokens = x'ff'",
+}
+
+
+@pytest.mark.parametrize("damage", ["no database", "cut off", "a folder", "empty", *STATEMENTS])
 def test_an_index_that_can_not_be_used_is_made_anew(folder, read, caplog, damage):
     caplog.set_level("INFO")
     plain = build(folder)
@@ -192,10 +210,9 @@ def test_an_index_that_can_not_be_used_is_made_anew(folder, read, caplog, damage
     if damage == "a folder":
         path.unlink()
         path.mkdir()
-    elif damage in ("other version", "other values"):
+    elif damage in STATEMENTS:
         with sqlite3.connect(path) as connection:
-            statement = "PRAGMA user_version = 99" if damage == "other version" else "UPDATE facts SET value = x'ff'"
-            connection.execute(statement)
+            connection.execute(STATEMENTS[damage])
     else:
         content = path.read_bytes()
         path.write_bytes({"no database": b"x" * 9999, "cut off": content[: len(content) // 2], "empty": b""}[damage])

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from library.data.folder_scan import scan_folder
 from library.data.info_cache import write_info
-from library.data.sources import scan_folder
 from tests.tiny_data import tiny_image, tiny_images
 
 

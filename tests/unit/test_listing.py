@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from library.data.class_folders import passed_over_folders
+from library.data.folder_scan import scan_folder
 from library.data.listing import count_images, is_image, listing
 from library.data.options import FolderOptions
-from library.data.sources import kinds_passed_over, refuse_broken, scan_folder
+from library.data.sources import kinds_passed_over, refuse_broken
 from library.options import OptionError
 from tests.tiny_data import tiny_image, tiny_images
 from tests.unit.test_class_folders import load_folder

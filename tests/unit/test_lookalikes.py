@@ -8,7 +8,7 @@ from PIL import Image
 
 from library.data import lookalikes
 from library.data.images import find_broken
-from library.data.lookalikes import GRID, Look, Looks, alike, equal_files
+from library.data.lookalikes import GRID, Look, Looks, alike
 from tests.tiny_data import tiny_image
 
 
@@ -18,25 +18,8 @@ def looks_of(*paths) -> dict[str, Look]:
     return looks.by_path
 
 
-def files(*paths):
-    return [(str(path), path.stat().st_size) for path in paths]
-
-
 def names(groups):
     return [[path.rpartition("/")[2] for path in group] for group in groups]
-
-
-def test_equal_files_are_found_whatever_their_names(tmp_path):
-    contents = {"a.png": b"x" * 9, "b.jpg": b"x" * 9, "c.png": b"y" * 9, "d.png": b"x" * 8, "e.png": b"y" * 9}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    found = equal_files(files(*sorted(tmp_path.iterdir())), threads=2)
-    assert names(found) == [["a.png", "b.jpg"], ["c.png", "e.png"]]
-
-
-def test_a_file_used_twice_is_no_copy_of_itself(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"x")
-    assert equal_files(files(tmp_path / "a.png") * 2, threads=1) == []
 
 
 def test_a_picture_resized_and_saved_again_looks_alike(tmp_path):

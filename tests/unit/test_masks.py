@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d
 from library.data.buckets import Cut
 from library.data.config import load_configs
 from library.data.dataset import TrainingData
-from library.data.mask_files import settle_masks
+from library.data.mask_settings import settle_masks
 from library.data.masks import averaged, latent_mask, load_mask
 from library.data.options import (
     AugmentOptions,
@@ -24,7 +24,7 @@ from library.data.options import (
     MaskOptions,
     SourceOptions,
 )
-from library.data.sources import MaskFile
+from library.data.records import MaskFile
 from library.options import OptionError
 from tests.tiny_data import tiny_images
 from tests.tiny_runs import BUCKETS, batches

@@ -5,8 +5,9 @@ import logging
 import pytest
 
 from library.data import slow_files, sources
+from library.data.folder_scan import scan_folder
 from library.data.listing import image_extensions
-from library.data.sources import kinds_passed_over, refuse_broken, report_captions, scan_folder
+from library.data.sources import kinds_passed_over, refuse_broken, report_captions
 from library.options import OptionError
 from tests.tiny_data import tiny_image, tiny_images
 
