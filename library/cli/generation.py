@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
-from library.cli import live_prompts, networks
+from library.cli import grids, live_prompts, networks
 from library.cli.console import start_console
 from library.cli.ending import USER_MISTAKE, Ending, leave
 from library.generate.completion import Completion
@@ -66,7 +66,14 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
         asked = check(script, config)
         folder = prepare_folder(config.output.outdir, max((3 * r.width * r.height for r in asked.requests), default=0))
         ending.log_file = folder / f"{Path(parser.prog).stem}.log"
-        paths = generate(script.family, config, asked, folder)
+        if config.grid.is_on:
+
+            def draw_all(own: GenerationConfig, draw: grids.Draw) -> list[Path]:
+                return generate(script.family, own, asked, folder, draw)
+
+            paths = grids.generate_grid(draw_all, config, asked.requests, folder)
+        else:
+            paths = generate(script.family, config, asked, folder)
         logger.info("%s in %s", counted(len(paths), "picture"), folder)
         if asked.broken.said:
             logger.error("%s could not be drawn", counted(len(asked.broken.said), "prompt"))
@@ -83,8 +90,10 @@ class Asked:
     broken: BrokenLines
 
 
-def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: Path) -> list[Path]:
-    """Load the model and its networks, and make the pictures. This is where torch is loaded."""
+def generate(
+    family_name: str, config: GenerationConfig, asked: Asked, folder: Path, draw: grids.Draw | None = None
+) -> list[Path]:
+    """Load the model and its networks, and make the pictures, or let `draw` do so. This is where torch is loaded."""
     from library.generate import images
     from library.generate.conditions import PromptEncoder
     from library.generate.deep_shrink import DeepShrink
@@ -110,7 +119,8 @@ def generate(family_name: str, config: GenerationConfig, asked: Asked, folder: P
     parts = (DeepShrink(), GradualLatent(), InpaintingModel(), Inpainting())
     engine = images.Engine(family, bundle, encoder, parts, config.vae, upscaler)
     show = None if config.prompts.no_preview else PreviewWindows().show
-    return images.generate(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
+    draw = draw or images.generate
+    return draw(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
 
 
 def rounds(
@@ -149,6 +159,7 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     check_requests(asked.requests)
     model = config.checkpoint
     probe(str(model.ckpt), flag="--ckpt", family=script.models, v2=model.v2, may_inpaint=True, **SCRIPTS)
+    grids.check(config, script.models, SCRIPTS)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return asked

@@ -55,6 +55,14 @@ def attach(factories: Sequence[NetworkFactory], options: NetworkOptions, bundle:
         _attach_one(factory, file, models, plan, wants_merge=options.network_merge)
 
 
+def plan_of(bundle: ModelBundle) -> LoadPlan:
+    """The precisions and the place of a loaded model."""
+    from library.families.base import LoadPlan
+
+    unet, text, vae = (next(part.parameters()) for part in (bundle.unet, bundle.text_encoders[0], bundle.vae))
+    return LoadPlan(unet.dtype, text.dtype, vae.dtype, unet.device)
+
+
 def _attach_one(
     factory: NetworkFactory, file: NetworkFile, models: Models, plan: LoadPlan, *, wants_merge: bool
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from library.generate.grid_options import GridOptions
 from library.generate.network_options import NetworkOptions
 from library.generate.options import (
     CheckpointOptions,
@@ -36,6 +37,7 @@ class GenerationConfig:
     start_noise: StartNoiseOptions
     schedule: ScheduleOptions
     vae: VaeOptions
+    grid: GridOptions
 
 
 CONFIG_GROUPS: dict[str, Any] = {
@@ -52,4 +54,5 @@ CONFIG_GROUPS: dict[str, Any] = {
     "vae": VaeOptions,
     "compute": ComputeOptions,
     "output": OutputOptions,
+    "grid": GridOptions,
 }

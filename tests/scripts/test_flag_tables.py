@@ -61,14 +61,18 @@ RESOLUTION = {
     "--gradual_latent_ratio", "--gradual_latent_ratio_step", "--gradual_latent_every_n_steps",
     "--gradual_latent_s_noise", "--gradual_latent_unsharp_params",
 }  # fmt: skip
+# contact sheets, and texts beside pictures
+SHEETS = {
+    "--grid", "--grid_networks", "--grid_multipliers", "--grid_ckpts", "--grid_network_module", "--sidecar",
+}  # fmt: skip
 OWN = {
     "train_network": OF_TRAINING,
     "sdxl_train_network": OF_TRAINING | {"--text_variations"},
     "train_db": OF_TRAINING | OF_NETWORKS,
     "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
-    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | {"--no_half_vae"},
-    "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | {"--v_parameterization", "--shuffle_prompts"},
+    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | SHEETS | {"--no_half_vae"},
+    "sdxl_gen_img": OF_PROMPTS | OF_GENERATION | RESOLUTION | SHEETS | {"--v_parameterization", "--shuffle_prompts"},
     "merge_captions_to_metadata": {"--on_missing_text"},
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
