@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +14,11 @@ from library.checkpoints.probe import probe
 from library.cli import networks
 from library.generate.config import GenerationConfig
 from library.generate.grid import Axes, Variant, blocks
-from library.generate.grid_options import GridOptions
+from library.generate.grid_options import NETWORKS, GridOptions
 from library.generate.network_options import NetworkOptions
 from library.generate.output import numbered_names, write_new
 from library.generate.request import GenerationRequest
-from library.options import require
+from library.options import OptionError, require
 from library.targets.options import NetworkOptions as Checked
 from library.wording import counted
 
@@ -43,7 +45,18 @@ def check(config: GenerationConfig, family: str, scripts: dict[str, str]) -> Non
         model = config.checkpoint
         probe(ckpt, flag="--grid_ckpts", family=family, v2=model.v2, may_inpaint=True, **scripts)
     for file in axes.networks:
-        Checked(network_module=options.grid_network_module, network_weights=file).check_before_start()
+        with _named_as_asked():
+            Checked(network_module=options.grid_network_module, network_weights=file).check_before_start()
+
+
+@contextlib.contextmanager
+def _named_as_asked() -> Iterator[None]:
+    """What is said of networks names the flags that they come from here."""
+    try:
+        yield
+    except OptionError as error:
+        said = str(error).replace(networks.WEIGHTS, NETWORKS).replace("--network_module", "--grid_network_module")
+        raise OptionError("", said) from None
 
 
 def generate_grid(
@@ -86,7 +99,8 @@ class _Comparison:
         for variant in self._variants:
             own = self._network(variant)
             with networks_taken_off((engine.bundle.unet, *engine.bundle.text_encoders)):
-                networks.attach(networks.import_modules(own), own, engine.bundle, networks.plan_of(engine.bundle))
+                with _named_as_asked():
+                    networks.attach(networks.import_modules(own), own, engine.bundle, networks.plan_of(engine.bundle))
                 engine.encoder.forget()
                 named = replace(config, networks=config.networks.with_more(own))
                 self._drawn[variant] = images.generate(named, rounds, engine, folder, show)
@@ -104,8 +118,6 @@ def write_sheets(
     axes: Axes, requests: Sequence[GenerationRequest], drawn: dict[Variant, list[Path]], folder: Path
 ) -> list[Path]:
     """grid.png and grid.html, numbered where there are such files; returns their paths."""
-    import io
-
     from library.generate.grid_page import grid_page
     from library.generate.grid_sheet import grid_sheet
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from library.generate.contact_sheet import thumbnail
 from library.generate.grid import Block, Row
+from library.wording import counted
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -32,13 +33,13 @@ img { display: block; width: clamp(7rem, 30vw, 16rem); height: auto; border-radi
 
 def grid_page(blocks: Sequence[Block], folder: Path) -> str:
     """An HTML page to lie in `folder`, beside the pictures that it links to; it needs nothing else."""
-    pictures = sum(path is not None for block in blocks for row in block.rows for path in row.pictures)
+    pictures = {path for block in blocks for row in block.rows for path in row.pictures if path is not None}
     body = "\n".join(_block(block, folder) for block in blocks)
     title = html.escape(folder.resolve().name)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}: {pictures} pictures</h1>\n{body}\n</body>\n</html>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}: {counted(len(pictures), 'picture')}</h1>\n{body}\n</body>\n</html>\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from library.generate.lettering import in_lines, line_height, with_font
 
 CELLS = (256, 192, 128, 96, 64, 48)  # pixels: the longer side of a picture, by how many there are
 MOST_PIXELS = 100_000_000  # of a sheet: what browsers and picture viewers still show
-LABEL_WIDTH = 180  # pixels, of labels left of rows
+LABEL_WIDTH = 180  # pixels: the most that labels left of rows take
 LABEL_LINES = 3
 EMPTY = "#dcdcdc"
 
@@ -58,9 +59,9 @@ def grid_sheet(blocks: Sequence[Block]) -> Image.Image:
 def _layout(block: Block, cell: int) -> Layout:
     sizes = [_size(path, cell) for row in block.rows for path in row.pictures if path is not None] or [(cell, cell)]
     cell_wh = (max(width for width, _ in sizes), max(height for _, height in sizes))
-    has_labels = any(row.label for row in block.rows)
+    labels = [part for row in block.rows for part in row.label.splitlines()]
     label_lines = max((len(_lines(name, max(cell_wh[0], 64), CAPTION_SIZE)) for name in block.columns), default=1)
-    label_width = LABEL_WIDTH + GAP if has_labels else 0
+    label_width = min(LABEL_WIDTH, max(map(_width, labels))) + GAP if labels else 0
     width = max(480, label_width + len(block.columns) * (cell_wh[0] + GAP) - GAP)
     title_lines = len(_lines(block.title, width, TITLE_SIZE))
     header = title_lines * line_height(TITLE_SIZE) + (1 + label_lines) * line_height(CAPTION_SIZE) + GAP
@@ -71,6 +72,11 @@ def _size(path: object, cell: int) -> tuple[int, int]:
     with Image.open(str(path)) as image:  # reads its header alone
         scale = min(1, cell / max(image.size))
         return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
+def _width(label: str) -> int:
+    text, font = with_font(label, CAPTION_SIZE)
+    return math.ceil(font.getlength(text))
 
 
 def _lines(text: str, width: int, size: int) -> list[str]:
