@@ -7,7 +7,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-OWN = ("forward", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+OWN = (
+    "forward",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 @contextlib.contextmanager

@@ -99,9 +99,7 @@ def sd1(tiny_sd1_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_img2img(sd1: tuple[ModelBundle, Any], files: tuple[str, str], sampler: str) -> None:
     bundle, components = sd1
     asked = requests(sampler, files[0])
-    pipeline = with_our_scheduler(
-        StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False), sampler
-    )
+    pipeline = with_our_scheduler(StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False), sampler)
     latents = requested_start(SD, bundle, asked)
     theirs = pipeline(image=latents, **arguments(asked)).images
     check(ours(SD, bundle, asked), theirs, f"img2img, {sampler}")
@@ -129,9 +127,7 @@ def test_inpainting(sd1: tuple[ModelBundle, Any], files: tuple[str, str], sample
     bundle, components = sd1
     image, mask = files
     asked = requests(sampler, image, mask=mask)
-    pipeline = with_our_scheduler(
-        StableDiffusionInpaintPipeline(**components, requires_safety_checker=False), sampler
-    )
+    pipeline = with_our_scheduler(StableDiffusionInpaintPipeline(**components, requires_safety_checker=False), sampler)
     latents = requested_start(SD, bundle, asked)
     pipeline._encode_vae_image = lambda *_, **__: latents
     theirs = pipeline(image=Image.open(image), mask_image=Image.open(mask), width=WIDTH, height=HEIGHT,
@@ -164,9 +160,7 @@ def test_inpainting_models(tmp_path: Path, files: tuple[str, str]) -> None:
             seen[:] = [drawing.beside_BChw]
 
     mine = ours(SD, bundle, asked, (InpaintingModel(), Seen()))
-    pipeline = with_our_scheduler(
-        StableDiffusionInpaintPipeline(**components, requires_safety_checker=False), "euler"
-    )
+    pipeline = with_our_scheduler(StableDiffusionInpaintPipeline(**components, requires_safety_checker=False), "euler")
     encoded = [seen[0][:, 1:], requested_start(SD, bundle, asked)]  # asked for in this order, the first once more
     pipeline._encode_vae_image = lambda image, **_: encoded[1 if image.abs().min() > 0 else 0]
     theirs = pipeline(image=Image.open(image), mask_image=Image.open(mask), width=WIDTH, height=HEIGHT,
