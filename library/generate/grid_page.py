@@ -39,7 +39,8 @@ def grid_page(blocks: Sequence[Block], folder: Path) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}: {counted(len(pictures), 'picture')}</h1>\n{body}\n</body>\n</html>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}: {counted(len(pictures), 'picture')}</h1>\n{body}\n"
+        "</body>\n</html>\n"
     )
 
 

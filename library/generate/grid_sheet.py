@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from library.generate.contact_sheet import (
-    CAPTION_SIZE, GAP, INK, MARGIN, PALE_INK, PAPER, TITLE_LINES, TITLE_SIZE, thumbnail,
-)  # fmt: skip
+    CAPTION_SIZE,
+    GAP,
+    INK,
+    MARGIN,
+    PALE_INK,
+    PAPER,
+    TITLE_LINES,
+    TITLE_SIZE,
+    thumbnail,
+)
 from library.generate.grid import Block
 from library.generate.lettering import in_lines, line_height, with_font
 

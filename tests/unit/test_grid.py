@@ -131,7 +131,7 @@ def test_forwards_and_hooks_are_undone() -> None:
     before, first = model(x), model[0]
     plain = first.forward
     with networks_taken_off([model]):
-        first.forward = lambda x: plain(x) * 2
+        first.forward = lambda input: plain(input) * 2
         model[1].register_forward_hook(lambda *_: torch.zeros(1, 2))
         model[1].register_forward_pre_hook(lambda *_: None)
         assert not torch.equal(model(x), before)
