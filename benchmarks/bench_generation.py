@@ -6,7 +6,6 @@ Run: python benchmarks/bench_generation.py [--full_size] [--rounds N]
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import tempfile
@@ -121,8 +120,6 @@ def throughput(name: str, path: Path, size: int, steps: int, rounds: int) -> lis
         cpu = statistics.median(other.cpu / own.cpu for own, other in pairs)
         per_minute = [f"{60 * batch / statistics.median(item.wall for item in each):.1f}" for each in times]
         rows.append((f"{name}, {size} px, {steps} steps", str(batch), *per_minute, f"{wall:.2f} x", f"{cpu:.2f} x"))
-    del pipeline, engine, bundle
-    gc.collect()
     return rows
 
 
