@@ -339,6 +339,23 @@ def legacy_model_hash(path: Path | str) -> str:
         return "IsADirectory"
 
 
+def network_hash(path: Path | str) -> str:
+    """The hash by which user interfaces recognise a network file: the noted one, or that of all behind the header."""
+    if Path(path).suffix.lower() != ".safetensors":
+        return file_sha256(path)
+    header = read_header(path)
+    return header.metadata.get("sshs_model_hash") or _digest(path, header.data_start)
+
+
+def _digest(path: Path | str, start: int = 0) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def file_sha256(path: Path | str) -> str:
     """The SHA-256 of a whole file, in hexadecimal digits; a file that has not changed is read once."""
     status = os.stat(path)
@@ -347,8 +364,4 @@ def file_sha256(path: Path | str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _sha256(path: str, size: int, changed_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+    return _digest(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints.probe import MODEL_FLAG, probe, resolve_model
-from library.cli import control, embeddings, live_prompts, networks
+from library.cli import control, embeddings, grids, live_prompts, networks
 from library.cli.console import start_console
 from library.cli.ending import USER_MISTAKE, Ending, leave
 from library.generate.completion import Completion
@@ -68,7 +68,14 @@ def run(script: Script, argv: Sequence[str] | None = None) -> int:
         asked = check(script, config)
         folder = prepare_folder(config.output.outdir, max((3 * r.width * r.height for r in asked.requests), default=0))
         ending.log_file = folder / f"{Path(parser.prog).stem}.log"
-        paths = generate(script, config, asked, folder)
+        if config.grid.is_on:
+
+            def draw_all(own: GenerationConfig, draw: grids.Draw) -> list[Path]:
+                return generate(script, own, asked, folder, draw)
+
+            paths = grids.generate_grid(draw_all, config, asked.requests, folder)
+        else:
+            paths = generate(script, config, asked, folder)
         logger.info("%s in %s", counted(len(paths), "picture"), folder)
         if asked.broken.said:
             logger.error("%s could not be drawn", counted(len(asked.broken.said), "prompt"))
@@ -85,8 +92,10 @@ class Asked:
     broken: BrokenLines
 
 
-def generate(script: Script, config: GenerationConfig, asked: Asked, folder: Path) -> list[Path]:
-    """Load the model and its networks, and make the pictures. This is where torch is loaded."""
+def generate(
+    script: Script, config: GenerationConfig, asked: Asked, folder: Path, draw: grids.Draw | None = None
+) -> list[Path]:
+    """Load the model and its networks, and make the pictures, or let `draw` do so. This is where torch is loaded."""
     from library.generate import images
     from library.generate.clip_vision import clip_vision
     from library.generate.conditions import PromptEncoder
@@ -121,7 +130,8 @@ def generate(script: Script, config: GenerationConfig, asked: Asked, folder: Pat
     parts = parts if in_use is None else (in_use, *parts)
     engine = images.Engine(family, bundle, encoder, parts, config.vae, upscaler)
     show = None if config.prompts.no_preview else PreviewWindows().show
-    return images.generate(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
+    draw = draw or images.generate
+    return draw(config, rounds(config, asked, get_prompter, bundle), engine, folder, show)
 
 
 def rounds(
@@ -171,6 +181,7 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     networks.check_kind(config.networks, source.kind)
     if config.networks.network_show_meta:
         networks.show_metadata(config.networks)
+    grids.check(config, script.models, SCRIPTS)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return asked

@@ -114,6 +114,14 @@ def attach(
     return Networks(used, plan.device) if used else None
 
 
+def plan_of(bundle: ModelBundle) -> LoadPlan:
+    """The precisions and the place of a loaded model."""
+    from library.families.base import LoadPlan
+
+    unet, text, vae = (next(part.parameters()) for part in (bundle.unet, bundle.text_encoders[0], bundle.vae))
+    return LoadPlan(unet.dtype, text.dtype, vae.dtype, unet.device)
+
+
 def _in_use(network: Adapted, file: NetworkFile, *, pre_calc: bool) -> NetworkInUse:
     from library.generate.networks import NetworkInUse
 

@@ -8,6 +8,7 @@ from typing import Any
 from library.generate.control_options import ControlOptions
 from library.generate.critic_options import ClipVisionOptions, CriticOptions
 from library.generate.embedding_options import EmbeddingOptions
+from library.generate.grid_options import GridOptions
 from library.generate.guidance_options import GuidanceOptions
 from library.generate.network_options import NetworkOptions
 from library.generate.options import (
@@ -48,6 +49,7 @@ class GenerationConfig:
     sizes: SizeOptions
     guidance: GuidanceOptions
     embeddings: EmbeddingOptions
+    grid: GridOptions
 
     def check(self) -> None:
         """The rules between groups; raises OptionError."""
@@ -79,4 +81,5 @@ CONFIG_GROUPS: dict[str, Any] = {
     "vae": VaeOptions,
     "compute": ComputeOptions,
     "output": OutputOptions,
+    "grid": GridOptions,
 }

@@ -35,3 +35,8 @@ class EmbeddingOptions:
                 )
                 require(other is None, flag, problem, "leave one out" if other == path else "rename one of them")
                 words[word.lower()] = path
+
+    @property
+    def files(self) -> list[Path]:
+        """All of them."""
+        return [Path(path) for path in (*(self.textual_inversion_embeddings or ()), *(self.XTI_embeddings or ()))]

@@ -150,7 +150,16 @@ def generate(
 
     The progress bar knows its end where `rounds` is a list of lists. `show` is given the pictures of a typed round.
     """
-    names = partial(ModelNames.of, Path(engine.bundle.source.path), config.networks.tags, config.networks.tags_at)
+    files = [Path(file.path) for file in config.networks.files]
+    names = partial(
+        ModelNames.of,
+        Path(engine.bundle.source.path),
+        config.networks.tags,
+        files,
+        config.embeddings.files,
+        vae=config.checkpoint.vae,
+        networks_at=config.networks.tags_at,
+    )
     sizes = [item.size for item in rounds] if isinstance(rounds, Sequence) else [None]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     writer = PictureWriter(folder, config.output, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from library.options import named_values, opt, require
@@ -115,6 +115,18 @@ class NetworkOptions:
         used = own[: self.num_merged] + multipliers_of(multipliers, own[self.num_merged :])
         return " ".join(
             network_tag(Path(file.path).stem, multiplier) for file, multiplier in zip(self.files, used, strict=True)
+        )
+
+    def with_more(self, others: NetworkOptions) -> NetworkOptions:
+        """These networks and behind them others; whether they are merged into the model is said here."""
+        files = (*self.files, *others.files)
+        arguments = (*(self.network_args or ()), *[""] * len(self.files))[: len(self.files)]
+        return replace(
+            self,
+            network_module=tuple(file.module for file in files),
+            network_weights=tuple(file.path for file in files),
+            network_mul=tuple(file.multiplier for file in files),
+            network_args=(*arguments, *(others.network_args or ())),
         )
 
     @property

@@ -142,6 +142,7 @@ class OutputOptions:
 
     outdir: str = opt("outputs", help="folder for the pictures; made where it is missing")
     sequential_file_name: bool = opt(False, help="name files im_000001.png and on, instead of by time and seed")
+    sidecar: bool = opt(False, help="write what made each picture beside it, too, as NAME.png.json")
     use_original_file_name: bool = opt(False, help="name a picture like the one of --image_path that it is made from")
 
     def __post_init__(self) -> None:

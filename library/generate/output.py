@@ -13,21 +13,18 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from library.checkpoints.safetensors_io import file_sha256
-from library.diffusion.samplers import label_of
-from library.generate.guidance_options import EMPHASIS, EMPHASIS_NAMES, NEGATIVE_SCALE
-from library.generate.infotext import WINDOWS
+from library.generate.infotext import infotext
+from library.generate.model_names import ModelNames
 from library.generate.options import OutputOptions
 from library.generate.picture_texts import EXIF_FOLDER, USER_COMMENT, as_comment
 from library.generate.request import GenerationRequest
-from library.generate.size_options import text_name
+from library.generate.sidecar import sidecar
 from library.options import OptionError, require
 
 if TYPE_CHECKING:
@@ -99,68 +96,25 @@ def sequential_names(folder: Path, stage: str = "") -> Iterator[str]:
         yield f"im_{stage}{number:06d}.png"
 
 
-@dataclass(frozen=True)
-class ModelNames:
-    """What web user interfaces call the weights that drew a picture."""
-
-    model: str
-    model_hash: str = ""  # the first 10 digits of the file's SHA-256
-    networks: str = ""  # tags such as "<lora:name:1>", as prompts ask for networks there
-    networks_at: Callable[[tuple[float, ...] | None], str] | None = None  # the same with the multipliers of a request
-
-    @classmethod
-    def of(
-        cls, model: Path, networks: str = "", networks_at: Callable[[tuple[float, ...] | None], str] | None = None
-    ) -> ModelNames:
-        """Of a model's file or folder; a file is read as a whole for its hash, once."""
-        return cls(model.stem, file_sha256(model)[:10] if model.is_file() else "", networks, networks_at)
+# PNG text chunks in the trade's order: what each says of a picture, None where it says nothing
+TEXTS: Sequence[tuple[str, Callable[[GenerationRequest], str | None]]] = (
+    ("prompt", lambda request: request.prompt),
+    ("seed", lambda request: str(request.seed)),
+    ("sampler", lambda request: request.sampler),
+    ("steps", lambda request: str(request.steps)),
+    ("scale", lambda request: str(request.scale)),
+    ("negative-prompt", lambda request: request.negative_prompt),
+    ("negative-scale", lambda request: None if request.negative_scale is None else str(request.negative_scale)),
+    ("clip-prompt", lambda request: request.clip_prompt),
+    ("raw-prompt", lambda request: request.raw_prompt or None),
+)
 
 
 def metadata(request: GenerationRequest, names: ModelNames) -> dict[str, str]:
-    """PNG text chunks in the trade's order; `parameters` is what web user interfaces read."""
-    texts = {
-        "prompt": request.prompt,
-        "seed": str(request.seed),
-        "sampler": request.sampler,
-        "steps": str(request.steps),
-        "scale": str(request.scale),
-        "negative-prompt": request.negative_prompt,
-    }
-    if request.negative_scale is not None:
-        texts["negative-scale"] = str(request.negative_scale)
-    if request.clip_prompt is not None:
-        texts["clip-prompt"] = request.clip_prompt
-    texts |= {name.replace("_", "-"): str(value) for name, value in request.sizes.given.items()}
-    return texts | {"parameters": infotext(request, names)}
-
-
-def infotext(request: GenerationRequest, names: ModelNames) -> str:
-    """The specification as web user interfaces write and read it."""
-    tags = names.networks if names.networks_at is None else names.networks_at(request.multipliers)
-    lines = [f"{request.prompt} {tags}".strip()]
-    if request.negative_prompt:
-        lines.append(f"Negative prompt: {request.negative_prompt}")
-    values = {
-        "Steps": request.steps,
-        "Sampler": label_of(request.sampler, request.sigmas),
-        "CFG scale": f"{request.scale:g}",
-        "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
-    }
-    if names.model_hash:
-        values["Model hash"] = names.model_hash
-    values["Model"] = _quoted(names.model)
-    if request.clip_skip is not None:
-        values["Clip skip"] = request.clip_skip
-    if request.weighting != "original":
-        values[EMPHASIS] = EMPHASIS_NAMES[request.weighting]
-    if request.negative_scale is not None:
-        values[NEGATIVE_SCALE] = request.negative_scale
-    values |= {text_name(name): value for name, value in request.sizes.given.items()}
-    if request.max_windows > 1:
-        values[WINDOWS] = request.max_windows
-    lines.append(", ".join(f"{name}: {value}" for name, value in values.items()))
-    return "\n".join(lines)
+    """Text chunks by name; the last one, `parameters`, is what web user interfaces read."""
+    texts = {name: text for name, written in TEXTS if (text := written(request)) is not None}
+    sizes = {name.replace("_", "-"): str(value) for name, value in request.sizes.given.items()}
+    return {**texts, **sizes, "parameters": infotext(request, names)}
 
 
 def encode(image: Image.Image, texts: dict[str, str], suffix: str) -> bytes:
@@ -248,8 +202,11 @@ class PictureWriter:
         names = self._names(request, index, stage)
 
         def to_disk() -> Path:
-            suffix = split_name(request.file_name)[1]
-            return write_new(self.folder, names, encode(image, metadata(request, self._model_names()), suffix))
+            suffix, weights = split_name(request.file_name)[1], self._model_names()
+            path = write_new(self.folder, names, encode(image, metadata(request, weights), suffix))
+            if self._options.sidecar:
+                write_new(self.folder, numbered_names(path.name, ".json"), sidecar(request, weights).encode())
+            return path
 
         self._waiting.append(self._pool.submit(to_disk))
 
@@ -303,8 +260,3 @@ def _rename_to_new(source: Path, path: Path) -> None:
             raise
         path.open("xb").close()  # without hard links: the name first; it is empty until the next line
         os.replace(source, path)
-
-
-def _quoted(text: str) -> str:
-    """As the infotext format asks for texts that hold its separators."""
-    return f'"{text}"' if re.search(r'[,:"\n]', text) else text

@@ -74,15 +74,27 @@ CONTROL_OF_SD = OF_CONTROL | {"--control_net_multipliers"}  # the name of later 
 CONTROL_OF_SDXL = OF_CONTROL | CRITICS | {
     "--control_net_models", "--control_net_preps", "--control_net_weights", "--clip_vision_model",
 }  # fmt: skip
+# contact sheets, and texts beside pictures
+SHEETS = {
+    "--grid", "--grid_networks", "--grid_multipliers", "--grid_ckpts", "--grid_network_module", "--sidecar",
+}  # fmt: skip
+OF_GENERATORS = OF_PROMPTS | OF_GENERATION | SHEETS | RESOLUTION | WEIGHING
 OWN = {
     "train_network": OF_TRAINING,
     "sdxl_train_network": OF_TRAINING | {"--text_variations"},
     "train_db": OF_TRAINING | OF_NETWORKS,
     "fine_tune": OF_TRAINING | OF_NETWORKS | {"--conditioning_data_dir", "--masked_loss"},
     "sdxl_train": OF_TRAINING | OF_NETWORKS | {"--text_variations", "--prior_loss_weight"},
-    "gen_img_diffusers": OF_PROMPTS | OF_GENERATION | RESOLUTION | WEIGHING | CONTROL_OF_SD | {"--no_half_vae"},
+    "gen_img_diffusers": OF_PROMPTS
+    | OF_GENERATION
+    | SHEETS
+    | RESOLUTION
+    | WEIGHING
+    | CONTROL_OF_SD
+    | {"--no_half_vae"},
     "sdxl_gen_img": OF_PROMPTS
     | OF_GENERATION
+    | SHEETS
     | RESOLUTION
     | WEIGHING
     | CONTROL_OF_SDXL

@@ -1,0 +1,156 @@
+"""What goes wrong on the way to pictures: one sentence, an exit code, and what is finished is kept whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import gen_img_diffusers
+import sdxl_gen_img
+from library.checkpoints.safetensors_io import save_file
+from library.cli import generation
+from library.models.build import build_text_encoder, build_unet
+from networks.lora import create_network
+from tests.tiny_models import TEXT_ENCODERS, UNETS
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--W", "64", "--H", "64", "--steps", "1", "--sampler", "euler_a"]
+
+
+def run(model: Path, *arguments: object, script: generation.Script = gen_img_diffusers.SCRIPT) -> int:
+    return generation.run(script, [str(word) for word in ("--ckpt", model, *SMALL, *arguments)])
+
+
+def the_sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of the mistake: one line, the last one."""
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.strip().splitlines()[-1]
+
+
+def pictures(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("script", [gen_img_diffusers.SCRIPT, sdxl_gen_img.SCRIPT], ids=["sd", "sdxl"])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--sampler", "euler_b"], "--sampler: 'euler_b' is not one of"),
+        (["--network_weights", "a.safetensors"], "--network_weights: no --network_module says what kind"),
+        (["--network_module", "networks.lora", "--network_weights", "gone.safetensors"], "gone.safetensors"),
+        (["--network_module", "networks.nosuch", "--network_weights", "x"], "networks.nosuch"),
+        (["--from_file", "gone.txt"], "--from_file: can't read gone.txt (No such file or directory)"),
+        (["--vae", "gone.safetensors"], "gone.safetensors"),
+    ],
+)
+def test_mistakes_of_the_command_line(
+    script: generation.Script, arguments: list[str], sentence: str, request: pytest.FixtureRequest,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = request.getfixturevalue(f"tiny_{'sdxl' if script is sdxl_gen_img.SCRIPT else 'sd1'}_path")
+    try:
+        code = run(model, "--prompt", "a", "--outdir", tmp_path / "out", *arguments, script=script)
+    except SystemExit as ending:  # of the parser
+        code = ending.code
+    assert code == 2
+    assert sentence in the_sentence(capsys)
+    assert not (tmp_path / "out").exists(), "nothing is begun"
+
+
+def test_the_script_for_other_models_is_named(
+    tiny_sd1_path: Path, tiny_sdxl_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_sdxl_path, "--prompt", "a", "--outdir", tmp_path / "out") == 2
+    assert "sdxl_gen_img.py" in the_sentence(capsys)
+    assert run(tiny_sd1_path, "--prompt", "a", "--outdir", tmp_path / "out", script=sdxl_gen_img.SCRIPT) == 2
+    assert "gen_img_diffusers.py" in the_sentence(capsys)
+
+
+def test_a_network_of_another_family(tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unet, text = build_unet(UNETS["sd2"]), build_text_encoder(TEXT_ENCODERS["sd2"])
+    network = create_network(1.0, 2, 1.0, None, text, unet)
+    network.save_weights(tmp_path / "of_sd2.safetensors", torch.float16, {})
+    arguments = ["--network_module", "networks.lora", "--network_weights", tmp_path / "of_sd2.safetensors"]
+    assert run(tiny_sd1_path, "--prompt", "a", "--outdir", tmp_path / "out", *arguments) == 2
+    said = the_sentence(capsys)
+    assert "--network_weights" in said and "of_sd2.safetensors" in said
+    assert not pictures(tmp_path / "out")
+
+
+def test_a_network_that_is_none(tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"something.weight": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    arguments = ["--network_module", "networks.lora", "--network_weights", tmp_path / "odd.safetensors"]
+    assert run(tiny_sd1_path, "--prompt", "a", "--outdir", tmp_path / "out", *arguments) == 2
+    assert "odd.safetensors" in the_sentence(capsys)
+
+
+def test_a_folder_that_cannot_be_written(
+    tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert run(tiny_sd1_path, "--prompt", "a", "--outdir", tmp_path / "file" / "out") == 2
+    assert "--outdir: can't write to" in the_sentence(capsys)
+
+
+def test_a_broken_file_of_prompts_names_its_line(
+    tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(b"a cat\n\xff\xfe broken\na dog --w wide\n")
+    assert run(tiny_sd1_path, "--from_file", prompts, "--outdir", tmp_path / "out") == 2
+    assert f"{prompts}, line 2: is not UTF-8 text; write it in UTF-8" in the_sentence(capsys)
+    arguments = ["--from_file", prompts, "--outdir", tmp_path / "out", "--skip_errors"]
+    assert run(tiny_sd1_path, *arguments) == 2
+    assert len(pictures(tmp_path / "out")) == 1, "the line that is right is drawn"
+    assert "2 prompts could not be drawn" in the_sentence(capsys)
+
+
+def test_a_disk_that_gets_full_keeps_what_is_finished(
+    tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, calls = os.fsync, []
+
+    def full_later(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_later)
+    arguments = ["--prompt", "a", "--images_per_prompt", 6, "--outdir", tmp_path]
+    assert run(tiny_sd1_path, *arguments) == 2
+    assert "No space left on device" in the_sentence(capsys)
+    assert len(pictures(tmp_path)) == 2
+    assert all(Image.open(path).load() for path in pictures(tmp_path))
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_keeps_whole_pictures_only(tiny_sd1_path: Path, tmp_path: Path) -> None:
+    words = ["--ckpt", tiny_sd1_path, *SMALL, "--prompt", "a", "--images_per_prompt", 100_000, "--outdir", tmp_path]
+    command = [sys.executable, "gen_img_diffusers.py", *map(str, words)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        start = time.monotonic()
+        while len(pictures(tmp_path)) < 3:
+            assert process.poll() is None and time.monotonic() - start < 300
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said.strip().splitlines()[-1].endswith("interrupted")
+    assert len(pictures(tmp_path)) >= 3
+    assert all(Image.open(path).load() for path in pictures(tmp_path))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
