@@ -236,8 +236,11 @@ def _sampler(label: str, schedule: str, where: str) -> tuple[str | None, str | N
         for name in plain.values()
         for sigmas in (SIGMAS if SAMPLERS[name].takes_sigmas else ("default",))
     }
-    known = schedule not in ALIKE
-    found = names.get(f"{label} {schedule}".lower() if schedule and known else label.lower())
+    start, _, end = label.rpartition(" ")
+    if label.lower() not in names and start.lower() in plain:
+        label, schedule = start, end
+    spaced = label if schedule in ("", *ALIKE) else f"{label} {schedule}"
+    found = names.get(spaced.lower())
     if found is None and label.lower() in plain:
         logger.warning("%s: its schedule %r is not known here: %s takes its place", where, schedule, UNIFORM)
         return plain[label.lower()], "default"

@@ -22,11 +22,11 @@ class ModelNames:
     model: str
     model_hash: str = ""  # the first digits of the file's SHA-256
     networks: str = ""  # tags such as "<lora:name:1>", as prompts ask for networks there
-    networks_at: TagsAt | None = None  # the same with the multipliers of a request
     network_hashes: Hashes = ()
     embedding_hashes: Hashes = ()
     vae: str = ""  # name of a file that replaces the model's own
     vae_hash: str = ""
+    networks_at: TagsAt | None = None  # `networks` with the multipliers of a request
 
     @classmethod
     def of(
@@ -44,11 +44,11 @@ class ModelNames:
             model.stem,
             _file_hash(model),
             networks,
-            networks_at,
             tuple((path.stem, network_hash(path)[:SHORT_OF_NETWORKS]) for path in _files(network_files)),
             tuple((path.stem, _file_hash(path)) for path in _files(embedding_files)),
             vae_path.name,
             _file_hash(vae_path),
+            networks_at,
         )
 
 

@@ -68,10 +68,15 @@ def test_what_prompts_cannot_say_is_named_with_its_flag(caplog: pytest.LogCaptur
     assert "x: it was made with Noise Schedule: Zero Terminal SNR; --zero_terminal_snr does so here" in caplog.text
 
 
-@pytest.mark.parametrize("values", ["Sampler: DPM++ 2M Karras", "Sampler: DPM++ 2M, Schedule type: Karras"])
-def test_schedules_of_web_uis(values: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert parse_infotext(f"a\nSteps: 3, {values}", "x").sampler == "dpmsolver++"
-    assert "x: its schedule 'Karras' is not known here: Uniform takes its place" in caplog.text
+@pytest.mark.parametrize("text", ["Sampler: DPM++ 2M {}", "Sampler: DPM++ 2M, Schedule type: {}"])
+def test_schedules_of_web_uis(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    for schedule, sigmas in (("Karras", "karras"), ("Exponential", "exponential"), ("Automatic", "default")):
+        line = parse_infotext(f"a\nSteps: 3, {text.format(schedule)}", "x")
+        assert (line.sampler, line.sigmas) == ("dpmsolver++", sigmas)
+    assert not caplog.text
+    line = parse_infotext(f"a\nSteps: 3, {text.format('Beta')}", "x")
+    assert (line.sampler, line.sigmas) == ("dpmsolver++", "default")
+    assert "x: its schedule 'Beta' is not known here: Uniform takes its place" in caplog.text
 
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), max_size=40).map(str.strip)
