@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 
+from library.diffusion.samplers import make_scheduler
 from library.families.base import LoadPlan, ModelBundle
 from library.families.options import ModelOptions
 from library.families.sd import StableDiffusion
+from library.generate.request import GenerationRequest
 from library.models.options import AttentionOptions
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -30,5 +34,32 @@ def diffusers_pipeline(bundle: ModelBundle, folder: Path, sampler: str) -> Stabl
     prediction = "v_prediction" if bundle.source.v_prediction else "epsilon"
     scheduler = SCHEDULERS[sampler]
     pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def arguments(asked: list[GenerationRequest]) -> dict[str, Any]:
+    """What a diffusers pipeline that starts from pictures is called with for our requests."""
+    return {
+        "prompt": [item.prompt for item in asked],
+        "negative_prompt": [item.negative_prompt for item in asked],
+        "strength": asked[0].strength,
+        "num_inference_steps": asked[0].steps,
+        "guidance_scale": asked[0].scale,
+        "generator": [torch.Generator().manual_seed(item.seed) for item in asked],
+        "output_type": "np",
+    }
+
+
+def check(mine: np.ndarray, theirs: np.ndarray, label: str) -> None:
+    """Say how far two pictures (values 0 to 1) are apart; on average it has to be less than one of 255 levels."""
+    differences = np.abs(mine - theirs) * 255
+    print(f"{label}: mean {differences.mean():.4f}, largest {differences.max():.2f} of 255")
+    assert differences.mean() < 1
+    assert theirs.std() > 0.02
+
+
+def with_our_scheduler(pipeline: Any, sampler: str, v_prediction: bool = False) -> Any:
+    pipeline.scheduler = make_scheduler(sampler, v_prediction=v_prediction)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

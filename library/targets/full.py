@@ -13,6 +13,7 @@ import torch
 from library.families.base import ModelBundle, ModelFamily
 from library.families.options import TextOptions
 from library.models.ldm_view import LdmView, block_of
+from library.models.norms import mend_norms
 from library.targets.base import ParamGroup, TrainTarget
 from library.targets.full_options import FullOptions
 from library.targets.reach import reached_by_text
@@ -96,6 +97,8 @@ class FullTarget(TrainTarget):
         trained = {id(parameter) for group in groups for parameter in group.parameters}
         for parameter in self._module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+        if self.options.block_rates is not None:
+            mend_norms(self.bundle.unet)  # blocks may learn whose inputs need no gradient
         return [group for group in groups if group.parameters]
 
     def _unet_groups(self) -> Iterator[ParamGroup]:

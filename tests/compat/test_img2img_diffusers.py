@@ -28,7 +28,7 @@ from library.generate.inpainting import Inpainting, InpaintingModel
 from library.generate.request import GenerationRequest
 from library.generate.start import requested_start
 from library.models.options import AttentionOptions
-from tests.diffusers_reference import diffusers_pipeline, load
+from tests.diffusers_reference import arguments, check, diffusers_pipeline, load, with_our_scheduler
 
 SD = StableDiffusion()
 WIDTH, HEIGHT = 64, 96
@@ -60,33 +60,6 @@ def ours(
     family: ModelFamily, bundle: ModelBundle, asked: list[GenerationRequest], parts: tuple[Part, ...] = ()
 ) -> np.ndarray:
     return decode(bundle, denoise(family, bundle, asked, parts=parts)).numpy() / 255
-
-
-def arguments(asked: list[GenerationRequest]) -> dict[str, Any]:
-    return {
-        "prompt": [item.prompt for item in asked],
-        "negative_prompt": [item.negative_prompt for item in asked],
-        "strength": asked[0].strength,
-        "num_inference_steps": asked[0].steps,
-        "guidance_scale": asked[0].scale,
-        "generator": [torch.Generator().manual_seed(item.seed) for item in asked],
-        "output_type": "np",
-    }
-
-
-def check(mine: np.ndarray, theirs: np.ndarray, label: str) -> None:
-    differences = np.abs(mine - theirs) * 255
-    print(f"{label}: mean {differences.mean():.4f}, largest {differences.max():.2f} of 255")
-    assert differences.mean() < 1
-    assert theirs.std() > 0.02
-
-
-def with_our_scheduler(pipeline: Any, sampler: str, v_prediction: bool = False) -> Any:
-    from library.diffusion.samplers import make_scheduler
-
-    pipeline.scheduler = make_scheduler(sampler, v_prediction=v_prediction)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")

@@ -330,3 +330,10 @@ def test_previews_are_not_signed_by_the_base_model(start, tmp_path):
 def test_a_flag_of_other_scripts_names_those_that_are_here(start, capfd):
     assert run("train_db", **start("train_db"), cache_text_encoder_outputs=True) == 2
     assert "is a flag of sdxl_train.py and sdxl_train_network.py, not of this script" in capfd.readouterr().err
+
+
+def test_a_frozen_first_layer_does_not_end_the_program(start, tmp_path):
+    """torch's group normalisation crashes on pictures with channels last that need no gradient; two make them so."""
+    rates = ",".join(["0.001", "0", *["0.001"] * 21])
+    options = {**start("sdxl_train"), "max_train_steps": 1, "train_batch_size": 2, "max_bucket_reso": 64}
+    assert run("sdxl_train", **options, block_lr=rates) == 0
