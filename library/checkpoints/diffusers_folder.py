@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.checkpoints.own_folders import EXTRAS, MODEL_FOLDER, TOKENIZER_FILES
 from library.checkpoints.safetensors_io import Entry, flush_to_disk, header_dtype, require_disk_space, write_entries
 from library.checkpoints.sd import ModelState, copied_entry, owned_keys
 from library.checkpoints.torch_file import write_torch_file
@@ -23,7 +24,6 @@ from library.options import OptionError
 if TYPE_CHECKING:
     import torch
 
-EXTRAS = "single_file_extras.safetensors"
 EMA_PREFIX = "model_ema.diffusion_model"
 PARTS = (  # folder, class, library, weights file
     ("unet", "UNet2DConditionModel", "diffusers", "diffusion_pytorch_model.safetensors"),
@@ -65,6 +65,8 @@ def save_diffusers_folder(
     safe_serialization: bool = True,
 ) -> None:
     """Write a complete folder beside `path` and put it in place of `path` at the end, when it is on the disk.
+
+    Where something foreign lies in `path` by then, it stays and the folder gets another name beside it.
 
     `configs` are the configurations of the modules by part (see PARTS); `template` is the Diffusers folder the model
     came from, whose scheduler and tokenizers are kept. `dtype` None keeps each tensor's own. Without
@@ -147,7 +149,10 @@ def _write_scheduler(folder: Path, template: Path | None, model: ModelState) -> 
 
 def _write_tokenizer(folder: Path, template: Path | None, pad_token: str) -> None:
     if template and (template / folder.name).is_dir():
-        shutil.copytree(template / folder.name, folder)
+        folder.mkdir()
+        for name in TOKENIZER_FILES:
+            if (template / folder.name / name).is_file():
+                shutil.copyfile(template / folder.name / name, folder / name)
         return
     folder.mkdir()
     for name in ("vocab.json", "merges.txt"):
@@ -185,7 +190,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _replace_folder(partial: Path, path: Path) -> None:
-    """Put `partial` in place of `path`, which is gone only when the new folder is complete."""
+    """Put `partial` in place of `path`, which is gone only when the new folder is complete, or beside what is foreign."""
+    path = MODEL_FOLDER.free_place(path)
     if not path.exists():
         partial.rename(path)
         flush_to_disk(path.parent)

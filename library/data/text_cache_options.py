@@ -28,7 +28,7 @@ class TextCacheOptions:
 
     def __post_init__(self) -> None:
         count = self.text_variations
-        require(count is None or count >= 1, "--text_variations", f"{count} is no number", "5 to 20 is usual")
+        require(count is None or count >= 1, "--text_variations", f"{count} is out of range", "use 1 or more")
 
     @property
     def enabled(self) -> bool:

@@ -77,6 +77,9 @@ class DreamBoothOptions(FullOptions):
 
     def __post_init__(self) -> None:
         check_rates(self, "learning_rate_te")
+        stop = self.stop_text_encoder_training
+        way_out = "give a number of updates, or -1 to leave the text encoder as it is"
+        require(stop is None or stop >= -1, "--stop_text_encoder_training", f"{stop} is out of range", way_out)
 
     @property
     def text_updates(self) -> float:

@@ -23,7 +23,7 @@ from library.train.lr_schedulers import depends_on_length
 from library.train.options import ScheduleOptions
 from library.train.plan import TrainPlan
 from library.train.preflight import CheckedRun
-from library.train.resume import RunState, check_processes, check_same_data
+from library.train.resume import MODEL_FILES, RunState, check_processes, check_same_data
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,12 @@ def _seed(checked: CheckedRun, accelerator: Accelerator) -> int:
 def file_digests(config: RunConfig) -> dict[str, str | None]:
     """What a resumed run must find again of its model files: size and a part's hash, or the name of what is no file."""
     digests: dict[str, str | None] = {}
-    names = {"base model": [config.model.pretrained_model_name_or_path], "VAE": [config.model.vae]}
-    names["base weights"] = list(getattr(config.target, "base_weights", None) or ())
-    for what, files in names.items():
+    files_of = (
+        [config.model.pretrained_model_name_or_path],
+        [config.model.vae],
+        list(getattr(config.target, "base_weights", None) or ()),
+    )
+    for what, files in zip(MODEL_FILES, files_of, strict=True):
         parts = []
         for name in files:
             path = Path(name) if name else None

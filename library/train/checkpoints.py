@@ -7,13 +7,14 @@ for there is none (library/randomness.py).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from library.checkpoints.safetensors_io import save_file
+from library.checkpoints.own_folders import MODEL_FOLDER, STATE_FOLDER
+from library.checkpoints.safetensors_io import NonFiniteError, save_file
 from library.options import OptionError
 from library.train.background_save import Then
 from library.train.callbacks import Callback
@@ -36,6 +38,26 @@ logger = logging.getLogger(__name__)
 
 # what reading a damaged state can raise
 DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where the last files of a run are, and what kept them from their own folder."""
+
+    model: Path | None
+    state: Path | None
+    error: OptionError | None
+
+    def told(self) -> OptionError:
+        """The error with where things are."""
+        model = "" if self.model is None else f"the trained model is in {self.model}"
+        state = "" if self.state is None else f"the state is in {self.state}"
+        if not self.model:
+            state = f"the state alone is saved: {self.state}" if self.state else "nothing is saved"
+        places = " and ".join(filter(None, (model, state)))
+        if isinstance(self.error, NonFiniteError):
+            return NonFiniteError(str(self.error), places)
+        return OptionError("", str(self.error), f"{places}{', move it from there' * bool(self.model)}")
 
 
 @dataclass
@@ -69,11 +91,14 @@ class Checkpointer(Callback):
             self._try_to_write(self.names.epoch_file(epoch), step)
 
     def at_end(self, step: int) -> None:
-        """The final file; where its folder can't take it, OptionError says where it was put instead."""
+        """The final file; where its folder can't take it, OptionError says where it was put instead.
+
+        A model that can be saved nowhere leaves at least its state.
+        """
         with_state = self.saving.save_state or self.saving.save_state_on_train_end
-        refuge, error = self._write_somewhere(self.names.final_file(), step, with_state=with_state)
-        if error is not None:
-            raise OptionError("", str(error), f"the trained model is in {refuge}, move it from there")
+        written = self._write_somewhere(self.names.final_file(), step, with_state=with_state)
+        if written.error is not None:
+            raise written.told()
 
     def keep_best(self, step: int) -> None:
         """Weights better than all before: their file, and their state with --save_state, replace the last best."""
@@ -81,20 +106,42 @@ class Checkpointer(Callback):
 
     def interrupted(self, step: int) -> Path:
         """Model and state in mid-run, whatever the options say; returns the state folder."""
-        file, error = self._write_somewhere(self.names.step_file(step), step, with_state=True)
-        if error is not None:
-            logger.warning("%s; model and state are in %s instead", error, file.parent)
-        return self.names.state_of(file)
+        written = self._write_somewhere(self.names.step_file(step), step, with_state=True)
+        if written.state is None:
+            raise written.told()
+        if written.error is not None:
+            logger.warning("%s", written.told())
+        return written.state
 
-    def _write_somewhere(self, file: Path, step: int, *, with_state: bool) -> tuple[Path, OptionError | None]:
-        """(file, None), or, where its folder can't take it, (file in a folder among temporary ones, why)."""
+    def _write_somewhere(self, file: Path, step: int, *, with_state: bool) -> Written:
+        """Write to the folder of `file`, or, what that can't take, to one among temporary ones.
+
+        Where there can be no model there is a state, whatever the options say. What happens follows from success and
+        failure alone, which processes that share a model agree on.
+        """
+        refuge = Path(tempfile.mkdtemp(prefix="training-"))
         try:
-            self._write(file, step, with_state)
-            return file, None
-        except OptionError as error:
-            refuge = Path(tempfile.mkdtemp(prefix="training-")) / file.name
-            self._write(refuge, step, with_state)
-            return refuge, error
+            model, error = self._in_one_of((file.parent, refuge), self._write_model, file.name, step)
+            if model is not None and not with_state:
+                return Written(model, None, error)
+            state, problem = self._in_one_of((file.parent, refuge), self._write_state, file.name, step)
+            return Written(model, state, error or problem)
+        finally:
+            with contextlib.suppress(OSError):
+                refuge.rmdir()  # unless it is in use
+
+    @staticmethod
+    def _in_one_of(
+        folders: Sequence[Path], write: Callable[[Path, int], Path], name: str, step: int
+    ) -> tuple[Path | None, OptionError | None]:
+        """(where it was written, what kept it from the first of the folders)"""
+        first: OptionError | None = None
+        for folder in folders:
+            try:
+                return write(folder / name, step), first
+            except OptionError as error:
+                first = first or error
+        return None, first
 
     def _try_to_write(self, file: Path, step: int) -> None:
         """A file on the way: the run is worth more than it, so a full disk is said and training goes on."""
@@ -131,20 +178,18 @@ class Checkpointer(Callback):
         old.clear()
         logger.warning("%s was not saved, training goes on: %s", path.name, error)
 
-    def _write(self, file: Path, step: int, with_state: bool) -> None:
-        self._write_model(file, step)
-        if with_state:
-            self._write_state(file, step)
-
-    def _write_model(self, file: Path, step: int) -> None:
+    def _write_model(self, file: Path, step: int) -> Path:
         logger.info("saving %s", file)
         write = self.write_best if file == self.names.best_file() else self.write_model
         write(file, step, self.plan.epoch_of(max(step, 1)))
+        return file
 
-    def _write_state(self, file: Path, step: int) -> None:
-        folder = self.names.state_of(file)
+    def _write_state(self, file: Path, step: int) -> Path:
+        """The state that belongs to a model file; returns its folder."""
+        folder = STATE_FOLDER.free_place(self.names.state_of(file))
         logger.info("saving state %s", folder)
         self.write_state(folder, step)
+        return folder
 
     def _state_age(self, unit: str) -> int | None:
         return getattr(self.saving, f"save_last_n_{unit}_state") or getattr(self.saving, f"save_last_n_{unit}")
@@ -158,9 +203,13 @@ class Checkpointer(Callback):
 
     def _remove(self, paths: list[Path]) -> None:
         for old in paths:
-            if self.removes_old and old.exists():
-                logger.info("removing %s", old)
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            if not (self.removes_old and old.exists()):
+                continue
+            if old.is_dir() and not any(form.is_free(old) for form in (MODEL_FOLDER, STATE_FOLDER)):
+                logger.warning("%s stays: it holds what no save of ours writes", old)
+                continue
+            logger.info("removing %s", old)
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 
 def outdated_step(step: int, plan: TrainPlan, age: int | None) -> int:
@@ -242,7 +291,8 @@ def save_state(
 
 
 def _replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; an older folder of that name is moved away first and then removed."""
+    """Rename `new` to `folder`; an older state of that name is moved away first and then removed."""
+    folder = STATE_FOLDER.free_place(folder)
     old = folder.with_name(f".{folder.name}{REPLACED}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

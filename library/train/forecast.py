@@ -244,12 +244,12 @@ def most_on_disk(files: Sequence[FileToCome], file_bytes: int, state_bytes: int)
     return most
 
 
-def check_free_space(folder: Path, free_bytes: int, needed_bytes: int) -> None:
+def check_free_space(folder: Path, free_bytes: int, needed_bytes: int, *, with_state: bool = False) -> None:
     """Raise OptionError where the first files of the run would not fit."""
     if free_bytes < needed_bytes:
         raise OptionError(
             "--output_dir",
-            f"{folder} has {free_bytes / 2**20:.0f} MiB free; one file with its state takes "
+            f"{folder} has {free_bytes / 2**20:.0f} MiB free; one file{' with its state' if with_state else ''} takes "
             f"{needed_bytes / 2**20:.0f} MiB",
             "free some space or choose another folder",
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from library.checkpoints.own_folders import MODEL_FOLDER
 from library.checkpoints.safetensors_io import NonFiniteError
 from library.options import OptionError
 from library.train.background_save import BackgroundSave, Then
@@ -56,6 +57,7 @@ class ModelFiles:
 
     def _write(self, path: Path, step: int, epoch: int, **about: Any) -> None:
         """Let the main process write the weights as they are now; `about` them as for `_metadata`."""
+        path = self._place(path)
 
         def write() -> None:
             self._write_weights(path, self._metadata(step, epoch, **about))
@@ -73,6 +75,7 @@ class ModelFiles:
             return False
         ending = "-best" if path == self.run.names.best_file() else ""
         content = self._metadata(step, epoch, looked_at=True, ending=ending)
+        path = self._place(path)
 
         def written(error: OptionError | None) -> None:
             if error is None:
@@ -81,6 +84,11 @@ class ModelFiles:
 
         self.background.begin(partial(self._write_weights, path, content), written)
         return True
+
+    def _place(self, path: Path) -> Path:
+        """Where to write: beside a folder that has come to hold something foreign, which would be deleted."""
+        is_folder = self.run.names.extension == ""
+        return MODEL_FOLDER.free_place(path) if is_folder and not path.is_file() else path
 
     @property
     def _may_be_beside(self) -> bool:

@@ -65,7 +65,7 @@ def announce(
     free = shutil.disk_usage(names.folder).free
     if facts_of_trained is not None:
         needed = facts_of_trained.file_bytes + (facts_of_trained.state_bytes if config.saving.save_state else 0)
-        check_free_space(names.folder, free, needed)
+        check_free_space(names.folder, free, needed, with_state=config.saving.save_state)
     facts = ReportedRun(
         config=config,
         names=names,

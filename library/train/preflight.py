@@ -26,6 +26,7 @@ from library.generate.prompt_line import PromptLine
 from library.options import OptionError, read_toml
 from library.packages import is_installed
 from library.train.config import RunConfig
+from library.train.earlier_files import check_places
 from library.train.hub import check_hub, fetch_state
 from library.train.optimizer_table import check_package
 from library.train.output_options import TRACKERS, LoggingOptions, ModelSavingOptions
@@ -97,6 +98,7 @@ def check_before_start(config: RunConfig, other_script: str, family: str = "sd",
     for note in face_crop_notes(datasets, config.cache):
         logger.warning(note)
     names = FileNames.of(config.saving)
+    check_places(config, names, datasets)
     folder, state = _to_go_on_from(config, names)
     return CheckedRun(config, datasets, names, folder, state, previews)
 

@@ -20,6 +20,7 @@ STATE_FILE = "train_state.json"  # written last: where it is, the state is compl
 OF_ANOTHER_PROGRAM = ("optimizer.bin", "random_states_0.pkl")  # accelerate's states, as the trade's tools keep them
 PLACE_OF_ANOTHER_PROGRAM = {"current_epoch", "current_step"}  # what such a program writes into the file of our name
 SHARES = "shares"  # folder of a state: what each process keeps for itself, with DeepSpeed or FSDP
+MODEL_FILES = ("base model", "VAE", "base weights")  # names, in the digest of a run's data, of what is no image or text
 PARTIAL, REPLACED = ".partial", ".old"  # endings of hidden folders while a state is written and put in place
 
 # options that may differ between a run and its continuation: they don't change what a step computes, or, for the
@@ -134,7 +135,7 @@ def notes_on_earlier_files(names: FileNames) -> list[str]:
     """What a new run should know of a run before it with the same output name."""
     final, states = names.final_file(), _states(names)
     notes = []
-    if final.is_file():
+    if final.exists():
         notes.append(f"{final} is there already, from an earlier run: it will be replaced; --output_name keeps both")
     if states:
         more = f" and {len(states) - 1} more" if len(states) > 1 else ""
@@ -220,12 +221,15 @@ def check_processes(folder: Path, num_processes: int) -> None:
 
 def check_same_data(folder: Path, state: RunState, data: Mapping[str, Any]) -> None:
     """Raise OptionError where the images, captions or batches are not those of the state."""
-    differing = [
-        f"the {name} changed" if _is_hash(value) else f"{name} was {state.data.get(name)} and is {value}"
+    differing = {
+        name: f"the {name} changed" if _is_hash(value) else f"{name} was {state.data.get(name)} and is {value}"
         for name, value in data.items()
         if state.data.get(name) != value
-    ]
-    _require_same(folder, differing, "put the training data back as it was")
+    }
+    models = [f"the {name}" for name in differing if name in MODEL_FILES]
+    ways_out = [f"give {' and '.join(models)} that it began with"] * bool(models)
+    ways_out += ["put the training data back as it was"] * (len(models) < len(differing))
+    _require_same(folder, list(differing.values()), ", ".join(ways_out))
 
 
 def _is_hash(value: Any) -> bool:

@@ -28,6 +28,7 @@ from library.train.beginning import begin, param_groups
 from library.train.config import RunConfig
 from library.train.ema import WeightAverage
 from library.train.final_check import FinalCheck
+from library.train.finite_weights import check_finite
 from library.train.forecast import try_out
 from library.train.fsdp_settings import SplitSettings
 from library.train.guard import NonFiniteGuard, StopRequest
@@ -97,6 +98,7 @@ def build_run(
     seed, data, plan, digest = begun.seed, begun.data, begun.plan, begun.digest
     plan_of_parts = placement.load_plan(config, accelerator.device, target.trains_whole)
     bundle = family.load(config.model, config.attention, plan_of_parts)
+    check_finite(bundle, config.model.vae)
     if target.trains_whole:
         bundle.source = replace(bundle.source, zero_terminal_snr=config.noise.zero_terminal_snr)
     if config.training.gradient_checkpointing:

@@ -261,6 +261,7 @@ def test_zero_terminal_snr_is_told_to_readers(start, tmp_path):
         ("sdxl_train", {"network_module": "networks.lora"}, ["--network_module", "train_network"]),
         ("sdxl_train", {"bucket_reso_steps": 8}, ["--bucket_reso_steps", "32"]),
         ("train_db", {"save_model_as": "pt"}, ["--save_model_as", "diffusers"]),
+        ("train_db", {"stop_text_encoder_training": -7}, ["--stop_text_encoder_training: -7 is out of range", "-1"]),
     ],
 )
 def test_mistakes(start, capfd, script, settings, words):

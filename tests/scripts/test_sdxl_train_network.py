@@ -265,7 +265,7 @@ MISTAKES = {
     "three rates": ({"text_encoder_lr": [1, 2, 3]}, "--text_encoder_lr"),
     "a negative rate": ({"text_encoder_lr": [1e-4, -1e-4]}, "--text_encoder_lr: -0.0001 is negative"),
     "too many blocks": ({"network_args": [f"block_dims={','.join(['4'] * 25)}"]}, "SDXL U-Net has 23 blocks"),
-    "no versions": ({**CACHED, "text_variations": -1}, "--text_variations: -1"),
+    "no versions": ({**CACHED, "text_variations": -1}, "--text_variations: -1 is out of range; use 1 or more"),
 }
 
 

@@ -15,9 +15,9 @@ from tests.runs import ROOT, flags, metadata_of, script, train_network
 
 
 def poisoned(path: Path, source: Path) -> Path:
-    """A checkpoint whose U-Net gives NaN for every input."""
+    """A checkpoint of finite weights whose U-Net gives so much for every input that no loss is finite."""
     tensors = load_file(source)
-    tensors["model.diffusion_model.out.2.bias"] = torch.full_like(tensors["model.diffusion_model.out.2.bias"], math.nan)
+    tensors["model.diffusion_model.out.2.bias"] = torch.full_like(tensors["model.diffusion_model.out.2.bias"], 1e30)
     save_file(tensors, path)
     return path
 
@@ -30,6 +30,40 @@ def test_a_run_without_finite_losses_stops_and_says_why(options, tmp_path, tiny_
     assert "4 updates in a row without a finite loss" in messages.splitlines()[-1]
     (saved,) = (tmp_path / "out").glob("net-step*.safetensors")
     assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.out.2.bias",
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+        "first_stage_model.decoder.conv_in.bias",
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_base_model_that_is_not_finite_is_refused(options, tmp_path, tiny_sd1_path, capfd, key, value):
+    """In any part, trained or not: at the end nothing could be saved, or nothing good."""
+    tensors = load_file(tiny_sd1_path)
+    tensors[key][0] = value
+    save_file(tensors, tmp_path / "odd.safetensors")
+    assert train_network(**{**options, "pretrained_model_name_or_path": tmp_path / "odd.safetensors"}) == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f"odd.safetensors holds NaN or infinity ({key})" in message
+
+
+def test_a_base_model_that_the_precision_can_not_hold(options, tmp_path, tiny_sd1_path, capfd):
+    tensors = load_file(tiny_sd1_path)
+    tensors["first_stage_model.decoder.conv_in.bias"] = torch.full_like(
+        tensors["first_stage_model.decoder.conv_in.bias"].float(), 3.39e38
+    )
+    save_file(tensors, tmp_path / "odd.safetensors")
+    options |= {"pretrained_model_name_or_path": tmp_path / "odd.safetensors", "mixed_precision": "bf16"}
+    assert train_network(**options) == 0
+    tensors["first_stage_model.decoder.conv_in.bias"][0] = torch.finfo(torch.float32).max
+    save_file(tensors, tmp_path / "odd.safetensors")
+    assert train_network(**options) == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "values in first_stage_model.decoder.conv_in.bias that bfloat16 can't hold" in message
 
 
 def test_what_a_diverged_run_saves_is_good(options, tmp_path, capfd):

@@ -81,7 +81,9 @@ def test_resume_with_another_model_under_the_same_name_is_refused(options, tmp_p
     assert train_network(**options) == 0
     tiny_sd_checkpoint(model, seed=5)
     assert train_network(**{**options, "max_train_steps": 2}, resume=tmp_path / "out" / "net-state") == 2
-    assert "base model" in capfd.readouterr().err.splitlines()[-1]
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert "base model was" in message and "give the base model that it began with" in message
+    assert "training data" not in message
 
 
 def test_resume_with_a_changed_dataset_file_is_refused(options, tmp_path, images, capfd):

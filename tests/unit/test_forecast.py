@@ -183,5 +183,7 @@ def test_a_resumed_run_writes_what_is_left(tmp_path):
 
 def test_too_little_space_is_an_error(tmp_path):
     check_free_space(tmp_path, 10, 10)
-    with pytest.raises(OptionError, match="--output_dir: .* free some space"):
+    with pytest.raises(OptionError, match="--output_dir: .* one file takes 20 MiB; free some space"):
         check_free_space(tmp_path, 10 * 2**20, 20 * 2**20)
+    with pytest.raises(OptionError, match="one file with its state takes 20 MiB"):
+        check_free_space(tmp_path, 10 * 2**20, 20 * 2**20, with_state=True)
