@@ -62,7 +62,9 @@ def latent_leftovers(items: Sequence[CacheItem]) -> Leftovers:
     return _leftovers(
         [item.path for item in items],
         expected,
-        lambda path: not os.path.splitext(path)[0].partition(ENDING)[1] and _holds(path, LATENT_ARRAYS, ANY_LATENT_ARRAY),
+        lambda path: (
+            not os.path.splitext(path)[0].partition(ENDING)[1] and _holds(path, LATENT_ARRAYS, ANY_LATENT_ARRAY)
+        ),
     )
 
 

@@ -115,5 +115,9 @@ def test_text(tmp_path, item):
         "gone_te_outputs.npz": "its image is gone",
         "a_te_outputs.1a2b3c4d.npz": "its image is in the data, but not with this size or caption",
     }
-    assert leftovers.remove() == {} and not (tmp_path / "gone_te_outputs.npz").exists() and (tmp_path / "a_te_outputs.npz").exists()
+    assert (
+        leftovers.remove() == {}
+        and not (tmp_path / "gone_te_outputs.npz").exists()
+        and (tmp_path / "a_te_outputs.npz").exists()
+    )
     assert (tmp_path / "other_te_outputs.npz").exists() and (tmp_path / "a.npz").exists()
