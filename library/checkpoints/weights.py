@@ -190,9 +190,11 @@ def _unpickle(path: Path, where: str) -> dict[str, Any]:
                 )
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except DAMAGE as error:
-        if "Unsupported global" in str(
-            error
-        ):  # foreign objects, in the form of before PyTorch 1.6, which has no list of them
+        said = str(error)
+        if "is blocked" in said:  # PyTorch's word for modules that run programs, such as os
+            problem = f"{subject} holds code that would run when it is loaded, and is not opened"
+            raise OptionError("", problem, "don't use it; get the model elsewhere, as .safetensors") from None
+        if "Unsupported global" in said:  # foreign objects in the form of before PyTorch 1.6, which has no list of them
             problem = f"{subject} holds more than tensors, in an old form that can't be read safely"
             raise OptionError("", problem, "convert it to .safetensors") from None
         with path.open("rb") as file:

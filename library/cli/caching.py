@@ -80,8 +80,8 @@ def main(tool: Tool, argv: Sequence[str] | None = None) -> None:
 
 
 def run(tool: Tool, argv: Sequence[str] | None = None) -> int:
-    """0 when done, 1 where --verify finds files that are not valid, 2 for a mistake of the user's, 128 + n when stopped
-    by signal n, 1 for anything else."""
+    """0 when done, 1 where --verify finds files that are not valid or --gc can't remove some, 2 for a mistake of the
+    user's, 128 + n when stopped by signal n, 1 for anything else."""
     result = 0
     with Ending(Path(sys.argv[0]).name) as ending:
         config, options, notes = parse(tool, argv)

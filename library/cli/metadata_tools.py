@@ -11,6 +11,7 @@ from typing import Any
 from library.cli.console import start_console
 from library.cli.ending import Ending
 from library.data.metadata_options import AliasOptions, CleanOptions, MergeOptions
+from library.data.metadata_tables import check_kind
 from library.options import OptionError, OptionParser, add_arguments, build, require
 
 logger = logging.getLogger(__name__)
@@ -85,4 +86,5 @@ def _output(name: str) -> Path:
     require(folder.is_dir(), "out_json", f"there is no folder {str(folder)!r}", "make it, or choose another place")
     if path.is_dir():
         raise OptionError("out_json", f"{name!r} is a folder", "name a file in it, such as metadata.json")
+    check_kind(path, "out_json")
     return path

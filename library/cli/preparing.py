@@ -12,6 +12,7 @@ from library.cli.console import start_console
 from library.cli.ending import Ending, leave
 from library.cli.stopping import stoppable
 from library.data.metadata_file import metadata_entries
+from library.data.metadata_tables import check_kind
 from library.options import OptionError, OptionParser, add_arguments, build, options_of
 from library.train.preparing_options import PreparedFiles, PreparingOptions
 
@@ -59,4 +60,5 @@ def _check(files: PreparedFiles) -> None:
     if files.out_json.is_dir() or not files.out_json.absolute().parent.is_dir():
         problem = f"{str(files.out_json)!r} is a folder, or in one that is not there"
         raise OptionError("out_json", problem, "name a file")
+    check_kind(files.out_json, "out_json")
     check_vae(files.model_name_or_path)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from library.data import cache_files, text_cache_files
 from library.data.cache_files import CacheItem
 from library.data.newer_names import under_found_names
+from library.data.packed_files import pack_name
 from library.data.packed_latents import packed_states
 from library.data.progress import progress
 from library.data.text_cache import EncodeText, making_of
@@ -36,7 +37,10 @@ def latent_states(items: Sequence[CacheItem], vae_fingerprint: str, *, packed: b
     states = []
     if packed:
         records = packed_states(items, vae_fingerprint)
-        return [_state(item.path, state.reason) for item, state in zip(items, records, strict=True)]
+        return [
+            _state(pack_name(item) if state.reason == cache_files.NOT_OURS else item.path, state.reason)
+            for item, state in zip(items, records, strict=True)
+        ]
     with progress("checking cached latents", len(items), stays=True) as bar:
         for item in under_found_names(items, vae_fingerprint):
             states.append(_state(item.npz, cache_files.state_of(item, vae_fingerprint).reason))

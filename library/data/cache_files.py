@@ -366,4 +366,5 @@ def restamp(item: CacheItem, arrays: Mapping[str, np.ndarray]) -> None:
 
 def unwritable(path: str, reason: str) -> OptionError:
     """The error for a file or folder that can't be written."""
-    return OptionError(FLAG, f"can't write {path} ({reason})", "use --cache_latents (in memory)")
+    way_out = "free some space or make the folder writable; training can also keep latents in memory: --cache_latents"
+    return OptionError(FLAG, f"can't write {path} ({reason})", way_out)

@@ -1,12 +1,11 @@
 """Cache files beside images that belong to nothing any more: the image is gone, or is no longer trained at that size.
 
-What may be removed is narrow: files that hold what only a cache holds, by the names of their arrays, and unfinished
-files of this program that a killed run left. Everything that may belong to an image outside the data set stays.
+What may be removed is narrow: files that hold what a cache holds and nothing else, by the names of their arrays, and
+unfinished files that a killed run left. Everything that may belong to an image outside the data set stays.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -17,13 +16,16 @@ from typing import NamedTuple
 from library.data.cache_files import KEYS, CacheItem
 from library.data.listing import is_image
 from library.data.newer_names import newer_name
-from library.data.npz_files import DAMAGE, array_names
+from library.data.npz_files import DAMAGE, FINGERPRINT, array_names
 from library.data.text_cache_files import ENDING, TextItem
 
-UNFINISHED = re.compile(r"\.npz\.[0-9a-f]{8}\.tmp$")  # as save_arrays names them
+# as save_arrays names them, of .npz files and packs
+UNFINISHED = re.compile(r"(\.npz|^latents_\d+x\d+(\.\d+)?\.pack)\.[0-9a-f]{8}\.tmp$")
 UNFINISHED_FOR = 3600  # seconds: younger ones may be another run's, at work
-LATENT_ARRAYS = frozenset(KEYS[:1] + KEYS[2:4])  # latents, original_size, crop_ltrb
+LATENT_ARRAYS = frozenset(KEYS[:1] + KEYS[2:4])  # latents, original_size, crop_ltrb: what every file has
 TEXT_ARRAYS = frozenset({"hidden_state1"})
+ANY_LATENT_ARRAY = re.compile("|".join(KEYS))
+ANY_TEXT_ARRAY = re.compile(rf"(hidden_state|pool)\d(_v\d+)?|{FINGERPRINT}")  # as TextMaking.keys names them
 
 
 class Leftover(NamedTuple):
@@ -41,14 +43,17 @@ class Leftovers:
     files: tuple[Leftover, ...]
     num_looked_at: int  # files that may be caches, by their names
 
-    def remove(self) -> int:
-        """Remove them; returns how many were there and could be removed."""
-        removed = 0
+    def remove(self) -> dict[str, str]:
+        """Remove them; returns why not by file, for those that are still there."""
+        failures: dict[str, str] = {}
         for leftover in self.files:
-            with contextlib.suppress(OSError):
+            try:
                 os.remove(leftover.file)
-                removed += 1
-        return removed
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                failures[leftover.file] = error.strerror or str(error)
+        return failures
 
 
 def latent_leftovers(items: Sequence[CacheItem]) -> Leftovers:
@@ -57,7 +62,9 @@ def latent_leftovers(items: Sequence[CacheItem]) -> Leftovers:
     return _leftovers(
         [item.path for item in items],
         expected,
-        lambda path: not os.path.splitext(path)[0].partition(ENDING)[1] and _holds(path, LATENT_ARRAYS),
+        lambda path: (
+            not os.path.splitext(path)[0].partition(ENDING)[1] and _holds(path, LATENT_ARRAYS, ANY_LATENT_ARRAY)
+        ),
     )
 
 
@@ -66,7 +73,7 @@ def text_leftovers(items: Sequence[TextItem]) -> Leftovers:
     return _leftovers(
         [item.image for item in items],
         {item.npz for item in items},
-        lambda path: ENDING in os.path.basename(path) and _holds(path, TEXT_ARRAYS),
+        lambda path: ENDING in os.path.basename(path) and _holds(path, TEXT_ARRAYS, ANY_TEXT_ARRAY),
     )
 
 
@@ -119,11 +126,13 @@ def _beginnings(name: str) -> set[str]:
     return found
 
 
-def _holds(path: str, arrays: Collection[str]) -> bool:
+def _holds(path: str, needed: Set[str], known: re.Pattern[str]) -> bool:
+    """Whether a file has all the arrays of a cache that are needed, and none that a cache does not have."""
     try:
-        return set(arrays) <= array_names(path)
+        names = array_names(path)
     except DAMAGE:
         return False
+    return needed <= names and all(known.fullmatch(name) for name in names)
 
 
 def _names(folder: str) -> list[str]:

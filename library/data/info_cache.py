@@ -5,6 +5,7 @@ An object {image path: {"caption", "resolution"}}. It is only written: what anot
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -34,7 +35,8 @@ def write_info(folder: Path, images: Iterable[ImageRecord]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         logger.warning("--cache_info: can't write %s (%s)", path, error.strerror)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk says so here too
+            temporary.unlink()
 
 
 def _entry(image: ImageRecord) -> dict[str, object]:

@@ -18,6 +18,7 @@ from library.options import OptionError, require
 from library.packages import is_installed
 
 KEY_NAMES = ("image_path", "file_name", "image_key", "key")  # of the image, in a line of .jsonl, a column of .parquet
+KINDS = ("", ".json", ".jsonl", ".parquet")  # what names end in; of one without an ending the content is that of .json
 ROWS_TOGETHER = 4096  # of a .parquet file
 PARQUET_TEXTS = ("caption", "tags")
 TRAIN_SIZE = "train_resolution"
@@ -127,6 +128,13 @@ def _pyarrow_parquet(where: str) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- writing
+
+
+def check_kind(path: Path, where: str) -> None:
+    """Raise OptionError naming `where` for a file to be written whose name says no kind of metadata file."""
+    if path.suffix.lower() not in KINDS:
+        problem = f"{str(path)!r} ends in {path.suffix}, which is no metadata file"
+        raise OptionError(where, problem, "use .json, .jsonl or .parquet")
 
 
 def write_tables(path: Path, tables: Iterable[tuple[str, dict[str, Any]]], where: str) -> int:

@@ -10,6 +10,7 @@ What a killed run leaves at the end is no whole record; the next one that writes
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -52,6 +53,7 @@ class Packs:
 
     def __init__(self) -> None:
         self._indices: dict[str, list[dict[str, Record]]] = {}  # by what the packs' names begin with
+        self._damaged: dict[str, bool] = {}
 
     def find(self, item: CacheItem) -> Record | None:
         """The record of an item that was written last, in the packs of any process."""
@@ -61,6 +63,15 @@ class Packs:
         name = os.path.basename(item.npz)
         records = [index[name] for index in self._indices[start] if name in index]
         return max(records, key=lambda record: record.facts["written"], default=None)
+
+    def may_have_lost(self, item: CacheItem) -> bool:
+        """Whether the record of an item may have been in a part of its pack that can't be read."""
+        start = pack_name(item).removesuffix(".pack")
+        if start not in self._damaged:
+            self._damaged[start] = any(
+                _read_index(file)[1] < os.path.getsize(file) for file in _packs(start) if not is_foreign(file)
+            )
+        return self._damaged[start]
 
     def decoded_before(self, item: CacheItem) -> bool:
         """Whether a record shows that the image, unchanged since, has been decoded to the end once."""
@@ -75,7 +86,20 @@ class Packs:
 
 def _packs(start: str) -> list[str]:
     names = sorted(glob.glob(f"{glob.escape(start)}.*pack"))
-    return [name for name in names if name[len(start) :].strip(".0123456789") == "pack"]
+    return [name for name in names if name[len(start) :].strip(".0123456789") == "pack" and os.path.isfile(name)]
+
+
+def is_foreign(file: str) -> bool:
+    """Whether there is something that can't have been a pack, not even the beginning of one that a killed run left."""
+    try:
+        with open(file, "rb") as stream:
+            begin = stream.read(HEADER)
+    except FileNotFoundError:
+        return False
+    except OSError:  # a folder, or not for us to read
+        return True
+    is_empty = not begin.strip(b"\0")  # zeros: what a power cut leaves
+    return not (is_empty or MAGIC.startswith(begin[: len(MAGIC)]))
 
 
 def _read_index(file: str) -> tuple[dict[str, Record], int]:
@@ -172,11 +196,24 @@ class PackWriter:
         rest = text.ljust(HEADER - FIXED.size, b"\0") + payload
         content = FIXED.pack(MAGIC, zlib.crc32(rest), len(text)) + rest
         file = pack_name(item, *self.process)
+        end: int | None = None
         try:
-            if os.write(self._descriptor(file), content) != len(content):
+            descriptor = self._descriptor(file)
+            end = os.fstat(descriptor).st_size
+            if os.write(descriptor, content) != len(content):
                 raise OSError("the disk is full")
         except OSError as error:
+            if end is not None:
+                self._cut_off(file, end)
             raise unwritable(file, error.strerror or str(error)) from None
+
+    def _cut_off(self, file: str, end: int) -> None:
+        """Take back what was written after `end`; of a pack that then holds nothing, the file."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._open[file], end)
+            if end == 0:
+                os.close(self._open.pop(file))
+                os.remove(file)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open:

@@ -13,8 +13,17 @@ import torch
 
 from library.data import cache_files
 from library.data.cache import Encode, encoded_images, grouped, report_states
-from library.data.cache_files import KEYS, UNCHECKED, VALID, CacheItem, State
-from library.data.packed_files import Packs, PackWriter, Record, is_intact, pages_of, read_record
+from library.data.cache_files import KEYS, NOT_OURS, UNCHECKED, VALID, CacheItem, State
+from library.data.packed_files import (
+    Packs,
+    PackWriter,
+    Record,
+    is_foreign,
+    is_intact,
+    pack_name,
+    pages_of,
+    read_record,
+)
 from library.data.progress import progress
 from library.options import OptionError
 from library.wording import counted
@@ -97,6 +106,7 @@ def fill_packs(
     own = sorted(index for group in groups for index in group)
     states, places = _states(items, own, vae_fingerprint, is_checked=is_checked)
     needed = {index for index in own if states[index].reason not in VALID}
+    _refuse_foreign_files({pack_name(items[index], *share) for index in needed})
     report_states(Counter(state.reason for state in states.values()))
     with PackWriter(process_index, num_processes) as writer:
         for index in sorted(needed):
@@ -117,8 +127,13 @@ def fill_packs(
 
 
 def packed_states(items: Sequence[CacheItem], vae_fingerprint: str) -> list[State]:
-    """The state of each item's record."""
-    return list(_states(items, range(len(items)), vae_fingerprint, is_checked=True)[0].values())
+    """The state of each item's record; NOT_OURS where a file that is no pack has the name of the item's."""
+    foreign = {file for file in {pack_name(item) for item in items} if is_foreign(file)}
+    states = _states(items, range(len(items)), vae_fingerprint, is_checked=True)[0]
+    return [
+        State(NOT_OURS) if state.reason == "missing" and pack_name(item) in foreign else state
+        for item, state in zip(items, states.values(), strict=True)
+    ]
 
 
 def _states(
@@ -132,7 +147,7 @@ def _states(
         for index in own:
             item, record = items[index], packs.find(items[index])
             if record is None:
-                states[index] = State("missing")
+                states[index] = State("unreadable" if packs.may_have_lost(item) else "missing")
             else:
                 if record.file not in pages:
                     pages[record.file] = _mapped(record.file)
@@ -168,6 +183,12 @@ def _from_npz(item: CacheItem, vae_fingerprint: str) -> tuple[dict[bool, np.ndar
     arrays = cache_files.read_arrays(item.npz, KEYS)
     found = {flipped: arrays[KEYS[flipped]] for flipped in (False, True)[: 1 + item.flipped_too]}
     return found, json.loads(str(arrays["fingerprint"]))
+
+
+def _refuse_foreign_files(files: Collection[str]) -> None:
+    if foreign := sorted(file for file in files if is_foreign(file)):
+        problem = f"packed: {foreign[0]} would be overwritten, but is no pack of latents"
+        raise OptionError(FLAG, problem, "move it to another folder")
 
 
 def _refuse_alpha(items: Sequence[CacheItem]) -> None:

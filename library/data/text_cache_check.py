@@ -10,13 +10,13 @@ from library.data.text_cache_options import FLAG, TextCacheOptions
 from library.options import require
 
 VARYING = ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard")  # what makes versions of a caption
-DROPPING = ("caption_dropout_rate", "caption_dropout_every_n_epochs")  # what replaces it by the empty one
 
 
 def check_text_cacheable(configs: Sequence[DatasetConfig], cache: TextCacheOptions) -> list[str]:
     """Raise OptionError where text is to be cached that changes with every draw; returns notes on what has no effect.
 
-    With --text_variations what changes by chance may be cached, but nothing that changes with the step.
+    With --text_variations what changes by chance may be cached, but nothing that changes with the step. Whole-caption
+    dropout puts the empty caption in place of another, which every cache holds.
     """
     if not cache.enabled:
         return []
@@ -28,7 +28,7 @@ def check_text_cacheable(configs: Sequence[DatasetConfig], cache: TextCacheOptio
             f"contradicts token_warmup_step of {subset.source}: cached captions can't grow from step to step",
             "leave out one of them",
         )
-        chances = [name for name in (*VARYING, *DROPPING) if getattr(subset.caption, name)]
+        chances = [name for name in VARYING if getattr(subset.caption, name)]
         require(
             not chances or cache.text_variations is not None,
             FLAG,

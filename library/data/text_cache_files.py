@@ -169,4 +169,5 @@ def write(item: TextItem, versions: Sequence[TextStates], making: TextMaking) ->
         save_arrays(item.npz, arrays | {FINGERPRINT: np.array(json.dumps(making.fingerprint(item.captions)))})
     except OSError as error:
         problem = f"can't write {item.npz} ({error.strerror or error})"
-        raise OptionError(DISK_FLAG, problem, "use --cache_text_encoder_outputs (in memory)") from None
+        memory = "training can also keep it in memory: --cache_text_encoder_outputs"
+        raise OptionError(DISK_FLAG, problem, f"free some space or make the folder writable; {memory}") from None

@@ -16,7 +16,7 @@ class TextCacheOptions:
     cache_text_encoder_outputs: bool = opt(
         False,
         help="encode every caption once, before training, and keep the results in memory; the text encoders then leave "
-        "the GPU. Needs --network_train_unet_only",
+        "the GPU. They can't be trained then: sdxl_train_network.py needs --network_train_unet_only with it",
     )
     cache_text_encoder_outputs_to_disk: bool = opt(
         False, help="keep the encoded captions in _te_outputs.npz files next to the images"

@@ -130,7 +130,7 @@ def _verified(states: Sequence[FileState]) -> int:
 
 
 def _cleaned(leftovers: Leftovers, *, is_confirmed: bool) -> int:
-    """List what belongs to nothing any more, and remove it where that is confirmed."""
+    """List what belongs to nothing any more, and remove it where that is confirmed; 1 where that fails."""
     num_bytes = sum(leftover.size for leftover in leftovers.files)
     for leftover in leftovers.files:
         logger.info("%s: %s", leftover.file, leftover.reason)
@@ -138,8 +138,11 @@ def _cleaned(leftovers: Leftovers, *, is_confirmed: bool) -> int:
     if not leftovers.files:
         logger.info("nothing to remove: every cache file (%s looked at) belongs to the data", leftovers.num_looked_at)
     elif is_confirmed:
-        removed = leftovers.remove()
-        logger.info("%s: %d removed", found, removed)
+        failures = leftovers.remove()
+        for file, why in failures.items():
+            logger.error("can't remove %s (%s)", file, why)
+        logger.info("%s: %d removed", found, len(leftovers.files) - len(failures))
+        return 1 if failures else 0
     else:
         logger.info("%s: would be removed, add --yes", found)
     return 0

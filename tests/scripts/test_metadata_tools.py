@@ -104,6 +104,12 @@ def test_the_extension_and_its_misspelt_name(folder, out):
     assert "--caption_extention" not in TAGS.parser()._option_string_actions
 
 
+def test_cleaning_into_a_file_of_no_kind(out, tmp_path, capsys):
+    assert clean(out, tmp_path / "x.txt") == 2
+    assert "ends in .txt, which is no metadata file" in capsys.readouterr().err
+    assert not (tmp_path / "x.txt").exists()
+
+
 def test_the_older_form_of_cleaning(folder, out, tmp_path, caplog):
     run(TAGS, folder, out)
     assert clean(folder, out, tmp_path / "clean.json") == 0
@@ -173,6 +179,7 @@ def test_long_and_strange_texts(folder, out, tmp_path):
         (["empty", "out.json"], "train_data_dir: no images in empty; name the folder of images, or add --recursive"),
         (["images", "no/out.json"], "out_json: there is no folder 'no'; make it, or choose another place"),
         (["images", "empty"], "out_json: 'empty' is a folder; name a file in it, such as metadata.json"),
+        (["images", "out.txt"], "out_json: 'out.txt' ends in .txt, which is no metadata file; use .json, .jsonl or .parq"),
         (["images", "out.json", "--recursive"], "--recursive: finds images of several folders, which may share their"),
         (["images", "out.json", "--in_json", "no.json"], "in_json: 'no.json' is no file; name a .json"),
         (["images", "out.json", "--in_json", "bad.json"], "bad.json: line 2 is not JSON (Expecting ',' delimiter), at"),

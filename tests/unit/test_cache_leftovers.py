@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 
@@ -59,6 +60,37 @@ def test_what_does_not_prove_to_be_a_cache_stays(tmp_path, item, content):
     assert not text_leftovers([TextItem(item.path, ("a",), "a", (), str(tmp_path / "a_te_outputs.npz"))]).files
 
 
+def test_an_array_of_the_users_keeps_a_file(tmp_path, item):
+    text = {"hidden_state1": np.zeros(3), "hidden_state2": np.zeros(3), "pool2": np.zeros(3)}
+    latents = ARRAYS | {"latents_flipped": np.zeros((4, 8, 8)), "alpha_mask": np.zeros((8, 8)), "fingerprint": "{}"}
+    for ending, arrays in {"": latents, "_te_outputs": text | {"pool2_v11": np.zeros(3), "fingerprint": "{}"}}.items():
+        np.savez(tmp_path / f"gone{ending}.npz", **arrays)
+        np.savez(tmp_path / f"mine{ending}.npz", **arrays, measurements=np.zeros(3))
+    assert set(found(latent_leftovers([item]), tmp_path)) == {"gone.npz"}
+    of_text = text_leftovers([TextItem(item.path, ("a",), "a", (), str(tmp_path / "a_te_outputs.npz"))])
+    assert set(found(of_text, tmp_path)) == {"gone_te_outputs.npz"}
+
+
+def test_unfinished_files(tmp_path, item):
+    """Old ones of any cache; not what only looks a little like one."""
+    unfinished = {"a.npz.0123abcd.tmp", "latents_64x64.pack.0123abcd.tmp", "latents_64x64.1.pack.0123abcd.tmp"}
+    for name in [*unfinished, "mine.pack.0123abcd.tmp", "latents_64x64.pack.tmp", "latents_64x64.pack"]:
+        (tmp_path / name).write_bytes(b"PK")
+        os.utime(tmp_path / name, (1, 1))
+    assert set(found(latent_leftovers([item]), tmp_path)) == unfinished
+
+
+def test_what_can_not_be_removed_is_told(tmp_path, item, monkeypatch):
+    np.savez(tmp_path / "gone.npz", **ARRAYS)
+    leftovers = latent_leftovers([item])
+
+    def refuse(path):
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    monkeypatch.setattr(os, "remove", refuse)
+    assert leftovers.remove() == {str(tmp_path / "gone.npz"): "Read-only file system"}
+
+
 def test_latents_that_metadata_lead_to_stay(tmp_path, item):
     """Also those whose image is not there, and mirrored ones in a file of their own."""
     (tmp_path / "a.png").unlink()
@@ -83,5 +115,9 @@ def test_text(tmp_path, item):
         "gone_te_outputs.npz": "its image is gone",
         "a_te_outputs.1a2b3c4d.npz": "its image is in the data, but not with this size or caption",
     }
-    assert leftovers.remove() == 2 and (tmp_path / "a_te_outputs.npz").exists()
+    assert (
+        leftovers.remove() == {}
+        and not (tmp_path / "gone_te_outputs.npz").exists()
+        and (tmp_path / "a_te_outputs.npz").exists()
+    )
     assert (tmp_path / "other_te_outputs.npz").exists() and (tmp_path / "a.npz").exists()

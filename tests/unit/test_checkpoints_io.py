@@ -180,3 +180,22 @@ def test_written_files_have_the_usual_permissions(tmp_path: Path):
     io.save_file(NETWORK, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert load_file(tmp_path / "x.safetensors")["m.alpha"] == 4
+
+
+class _Command:
+    """Pickled, it is a command that runs when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_code_in_a_ckpt_is_named_and_does_not_run(tmp_path, is_zip):
+    file, marker = tmp_path / "evil.ckpt", tmp_path / "ran"
+    torch.save({"a": torch.ones(2), "b": _Command(marker)}, file, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(OptionError, match=r"evil\.ckpt holds code that would run when it is loaded"):
+        load_tensors(file)
+    assert not marker.exists()

@@ -1,6 +1,8 @@
 """metadata_cache.json: written for other programs, never read."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +49,15 @@ def test_a_folder_that_can_not_be_written(folder, caplog):
     write(folder)
     assert "--cache_info: can't write" in caplog.text
     assert sorted(path.name for path in folder.glob("*.tmp")) == []
+
+
+def test_a_folder_in_which_nothing_can_be_removed(folder, caplog, monkeypatch):
+    """On a read-only disk, removing what is not even there fails with another error than that it is not there."""
+    (folder / "metadata_cache.json").mkdir()
+
+    def refuse(self, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    write(folder)
+    assert "--cache_info: can't write" in caplog.text

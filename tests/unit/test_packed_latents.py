@@ -12,7 +12,8 @@ import torch
 
 from library.data.buckets import Placement
 from library.data.cache import fill_disk, fill_memory
-from library.data.packed_files import HEADER, Packs
+from library.data.cache_audit import latent_states
+from library.data.packed_files import FIXED, HEADER, Packs
 from library.data.packed_latents import fill_packs, packed_states
 from library.options import OptionError
 from tests.tiny_data import tiny_image
@@ -95,6 +96,67 @@ def test_a_damaged_record_is_made_anew(items, tmp_path):
     assert [state.reason for state in packed_states(items, "vae")] == ["unreadable", *["valid"] * 4]
     store, _ = packed(items)
     assert_same(store, fill_memory(items, TinyEncoder(), 2), items)
+
+
+@pytest.mark.parametrize("content", [b"my own notes", b"x" * 5000, b"latent2\n" + b"x" * 5000])
+def test_a_file_that_is_no_pack_stays(items, tmp_path, content):
+    (tmp_path / PACK).write_bytes(content)
+    encode = TinyEncoder()
+    with pytest.raises(OptionError, match=rf"{PACK} would be overwritten, but is no pack of latents; move it"):
+        fill_packs(items, encode, 2, vae_fingerprint="vae")
+    assert encode.num_images == 0 and (tmp_path / PACK).read_bytes() == content
+    assert not (tmp_path / "latents_96x32.pack").exists()
+    states = latent_states(items, "vae", packed=True)
+    assert {state.file for state in states if state.verdict == "another file"} == {str(tmp_path / PACK)}
+    assert packed(items, share=(0, 2)), "the pack of this process has another name"
+
+
+@pytest.mark.parametrize("content", [b"", b"lat", b"latent1\n", bytes(3000)])
+def test_the_beginning_of_a_pack_is_one(items, tmp_path, content):
+    """What a killed run or a power cut leaves where nothing was before."""
+    (tmp_path / PACK).write_bytes(content)
+    store, num_encoded = packed(items)
+    assert num_encoded == 7
+    assert_same(store, fill_memory(items, TinyEncoder(), 2), items)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "its header"])
+def test_what_a_damaged_pack_does_not_show_is_damaged(items, tmp_path, damage):
+    packed(items)
+    content = bytearray((tmp_path / PACK).read_bytes())
+    if damage == "cut off":
+        del content[HEADER + 40 :]
+    else:
+        content[FIXED.size] ^= 1  # the text
+    (tmp_path / PACK).write_bytes(bytes(content))
+    assert [state.verdict for state in latent_states(items, "vae", packed=True)] == [*["damaged"] * 4, "valid"]
+    (tmp_path / PACK).unlink()
+    assert [state.verdict for state in latent_states(items, "vae", packed=True)] == [*["missing"] * 4, "valid"]
+
+
+def test_a_full_disk_leaves_whole_packs(items, tmp_path, monkeypatch):
+    """What could be written of the record that failed is cut off, and a pack of nothing goes."""
+    packed(items[4:])
+    write, room = os.write, HEADER + 100
+
+    def some_of_it(descriptor, content):
+        nonlocal room
+        if len(content) < HEADER:
+            return write(descriptor, content)
+        written = write(descriptor, content[:room])
+        room -= written
+        return written
+
+    monkeypatch.setattr(os, "write", some_of_it)
+    with pytest.raises(OptionError, match=rf"can't write .*{PACK} \(the disk is full\); free some space") as caught:
+        packed(items)
+    assert "--cache_latents (in memory)" not in str(caught.value)
+    assert [path.name for path in tmp_path.glob("*.pack")] == ["latents_96x32.pack"]
+    room = 6 * HEADER
+    with pytest.raises(OptionError, match="the disk is full"):
+        packed(items)
+    verdicts = [state.verdict for state in latent_states(items, "vae", packed=True)]
+    assert 0 < verdicts.count("valid") < 5 and set(verdicts) == {"valid", "missing"}
 
 
 def test_processes_write_packs_of_their_own_and_read_all(items, tmp_path):

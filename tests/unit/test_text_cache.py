@@ -273,8 +273,7 @@ def test_files_of_another_program_that_may_be_of_other_captions(tmp_path, how):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"shuffle_caption": True}, {"caption_dropout_rate": 0.1}, {"caption_tag_dropout_rate": 0.1},
-        {"caption_dropout_every_n_epochs": 2}, {"enable_wildcard": True},
+        {"shuffle_caption": True}, {"caption_tag_dropout_rate": 0.1}, {"enable_wildcard": True},
     ],
 )  # fmt: skip
 def test_captions_that_vary_need_versions(tmp_path, changes):
@@ -285,6 +284,22 @@ def test_captions_that_vary_need_versions(tmp_path, changes):
         check_text_cacheable(configs, TextCacheOptions(True))
     check_text_cacheable(configs, TextCacheOptions(True, text_variations=3))
     assert check_text_cacheable(configs, TextCacheOptions()) == []
+
+
+@pytest.mark.parametrize("changes", [{"caption_dropout_rate": 0.4}, {"caption_dropout_every_n_epochs": 2}])
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_whole_caption_dropout_needs_no_versions(tmp_path, changes, is_on_disk):
+    """The very draws that are dropped without a cache are with one."""
+    caption = CaptionOptions(caption_extension=".txt", **changes)
+    data = data_of(tmp_path / "a", caption)
+    assert check_text_cacheable([data.datasets[0].config], TextCacheOptions(True)) == []
+    dropped = [batch.captions for batch in batches(data, epochs=4).values()]
+    encoder = on_disk(data) if is_on_disk else cached(data)
+    found = list(batches(data, epochs=4).values())
+    assert [batch.captions for batch in found] == dropped
+    assert {text == "" for captions in dropped for text in captions} == {True, False}
+    for batch in found:
+        assert torch.equal(batch.pooled_BP, encoder(batch.captions).pooled_BP)
 
 
 def test_captions_that_grow_can_never_be_cached(tmp_path):
