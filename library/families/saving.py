@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from library.checkpoints.diffusers_folder import EXTRAS, save_diffusers_folder
-from library.checkpoints.probe import resolve_model
+from library.checkpoints.probe import MODEL_FLAG, resolve_model
 from library.checkpoints.sd import ModelState, save_single_file
 from library.checkpoints.source import ModelSource
 from library.checkpoints.weights import Weights, open_weights
-from library.families.base import ModelBundle
-from library.families.sd_parts import TEXT_PARTS
+from library.families.base import LoadPlan, ModelBundle
+from library.families.sd_parts import TEXT_PARTS, load_from_file, load_from_folder
+from library.models import float8
 from library.options import OptionError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def save_model(
     """Write a single file (.safetensors, or .ckpt by extension) or a Diffusers folder, atomically.
 
     Tensors are converted and written one by one, so that no second copy of the weights exists; they are only read.
+    A part that is kept in 8 bits has its weights read anew from the model's source, in the part's precision.
     Raises NonFiniteError rather than write NaN, and OptionError where the disk can't take the model. The files of a
     folder are .safetensors, or .bin without `safe_serialization`.
 
@@ -44,7 +46,7 @@ def save_model(
     parts |= zip(TEXT_PARTS, bundle.text_encoders, strict=False)
     model = ModelState(
         kind=bundle.source.kind,
-        **{name: part.state_dict() for name, part in parts.items()},
+        **{name: part.state_dict() | _frozen_in_8_bits(name, part, bundle) for name, part in parts.items()},
         v_prediction=bundle.source.v_prediction,
         zero_terminal_snr=bundle.source.zero_terminal_snr,
     )
@@ -64,6 +66,32 @@ def save_model(
             template=_folder_of(bundle.source),
             safe_serialization=safe_serialization,
         )
+
+
+def _frozen_in_8_bits(name: str, part: torch.nn.Module, bundle: ModelBundle) -> dict[str, torch.Tensor]:
+    """The weights of a part's layers that are kept in 8 bits, in full: from the source, else as they are kept."""
+    layers = float8.layers_in_8_bits(part)
+    if not layers:
+        return {}
+    dtype = next(iter(layers.values())).full_dtype
+    try:
+        read = _read_again(name, bundle, dtype).state_dict()
+    except OptionError as error:
+        logger.warning("%s is saved as it is kept, in 8 bits: its weights can't be read again (%s)", name, error)
+        return {f"{layer}.weight": module.weight for layer, module in layers.items()}
+    return {f"{layer}.weight": read[f"{layer}.weight"] for layer in layers}
+
+
+def _read_again(name: str, bundle: ModelBundle, dtype: torch.dtype) -> torch.nn.Module:
+    """One part of the model as it was read, on the CPU; raises OptionError where the source is gone."""
+    found = resolve_model(bundle.source.path)
+    group = "text_encoders" if name in TEXT_PARTS else name
+    plan = LoadPlan(dtype, dtype, dtype, torch.device("cpu"), frozenset({group}))
+    if found.is_dir():
+        parts = load_from_folder(found, bundle.vae, plan, MODEL_FLAG)
+    else:
+        parts = load_from_file(found, bundle.source.kind, bundle.vae, plan, MODEL_FLAG)
+    return parts.text_encoders[TEXT_PARTS.index(name)] if name in TEXT_PARTS else getattr(parts, name)
 
 
 @contextlib.contextmanager

@@ -77,6 +77,11 @@ def store(module: torch.nn.Module) -> int:
     return saved
 
 
+def layers_in_8_bits(module: torch.nn.Module) -> dict[str, Linear | Conv2d]:
+    """The layers of `module` that are kept in 8 bits by name; their weights are not in its `state_dict`."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, Linear | Conv2d)}
+
+
 def stored_weight(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A layer's weight as it is kept, for :func:`widened`: 8-bit numbers and scales, or the weight and None."""
     return (layer.stored, layer.weight_scale) if isinstance(layer, _In8Bits) else (layer.weight, None)

@@ -223,6 +223,20 @@ def test_names_and_metadata_of_files(start, tmp_path):
     assert {tensor.dtype for name, tensor in tensors.items() if name.startswith((UNET, VAE))} == {torch.float16}
 
 
+def test_frozen_text_encoders_in_8_bits(start, tmp_path, tiny_sdxl_path):
+    """Files are in the asked precision throughout, and hold the text encoders as they were read for training."""
+    options = start("sdxl_train") | {"mixed_precision": "bf16", "fp8_base": True, "max_train_steps": 1}
+    assert run("sdxl_train", **options, save_precision="fp16") == 0
+    before, after = load_file(tiny_sdxl_path), load_file(tmp_path / "out" / "net.safetensors")
+    weights = [name for name in after if name.endswith((".weight", ".bias"))]
+    assert len(weights) > 200 and {after[name].dtype for name in weights} == {torch.float16}
+    assert all(
+        torch.equal(after[name], before[name].bfloat16().half())
+        for name in weights
+        if name.startswith((TEXT_1, TEXT_2))
+    )
+
+
 def test_counters_of_a_ckpt(start, tmp_path):
     assert run("train_db", **start("train_db") | {"save_model_as": "ckpt"}) == 0
     content = torch.load(tmp_path / "out" / "net.ckpt", weights_only=True)

@@ -179,7 +179,10 @@ def test_long_and_strange_texts(folder, out, tmp_path):
         (["empty", "out.json"], "train_data_dir: no images in empty; name the folder of images, or add --recursive"),
         (["images", "no/out.json"], "out_json: there is no folder 'no'; make it, or choose another place"),
         (["images", "empty"], "out_json: 'empty' is a folder; name a file in it, such as metadata.json"),
-        (["images", "out.txt"], "out_json: 'out.txt' ends in .txt, which is no metadata file; use .json, .jsonl or .parq"),
+        (
+            ["images", "out.txt"],
+            "out_json: 'out.txt' ends in .txt, which is no metadata file; use .json, .jsonl or .parq",
+        ),
         (["images", "out.json", "--recursive"], "--recursive: finds images of several folders, which may share their"),
         (["images", "out.json", "--in_json", "no.json"], "in_json: 'no.json' is no file; name a .json"),
         (["images", "out.json", "--in_json", "bad.json"], "bad.json: line 2 is not JSON (Expecting ',' delimiter), at"),

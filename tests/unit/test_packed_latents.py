@@ -108,7 +108,7 @@ def test_a_file_that_is_no_pack_stays(items, tmp_path, content):
     assert not (tmp_path / "latents_96x32.pack").exists()
     states = latent_states(items, "vae", packed=True)
     assert {state.file for state in states if state.verdict == "another file"} == {str(tmp_path / PACK)}
-    assert packed(items, share=(0, 2)), "the pack of this process has another name"
+    assert packed(items, share=(0, 2))[1] > 0, "the pack of this process has another name"
 
 
 @pytest.mark.parametrize("content", [b"", b"lat", b"latent1\n", bytes(3000)])

@@ -17,6 +17,7 @@ from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.families.options import ModelOptions
 from library.families.sd import StableDiffusion
 from library.families.sdxl import StableDiffusionXL
+from library.models import float8
 from library.models.options import AttentionOptions
 from library.options import OptionError
 
@@ -47,6 +48,37 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture()
 def source(kind: str, request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"tiny_{kind}_path")
+
+
+@pytest.mark.parametrize("form", ["net.safetensors", "folder"])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
+def test_what_is_kept_in_8_bits_is_saved_as_it_was_read(kind: str, source: Path, tmp_path: Path, form: str, dtype):
+    """All in the precision asked for; without one the text encoders are in their own."""
+    family, half = family_of(kind), torch.bfloat16
+    plan = LoadPlan(torch.float32, half, torch.float32, torch.device("cpu"))
+    bundle = family.load(ModelOptions(str(source)), AttentionOptions(), plan)
+    settings = {"dtype": dtype, "metadata": {}, "as_diffusers": form == "folder"}
+    family.save(bundle, tmp_path / "before" / form, **settings)
+    assert all(float8.store(encoder) for encoder in bundle.text_encoders)
+    family.save(bundle, tmp_path / "after" / form, **settings)
+    names = [path.relative_to(tmp_path / "before") for path in (tmp_path / "before").rglob("*") if path.is_file()]
+    assert names and all((tmp_path / "after" / n).read_bytes() == (tmp_path / "before" / n).read_bytes() for n in names)
+
+
+def test_what_is_kept_in_8_bits_is_saved_without_its_source(tiny_sdxl_path: Path, tmp_path: Path, caplog):
+    """Then with 4 significant bits, which is all that is left of it."""
+    source, file = tmp_path / "source.safetensors", tmp_path / "net.safetensors"
+    source.write_bytes(tiny_sdxl_path.read_bytes())
+    bundle = load(source, "sdxl")
+    for encoder in bundle.text_encoders:
+        float8.store(encoder)
+    source.unlink()
+    family_of("sdxl").save(bundle, file, dtype=torch.float16, metadata={}, as_diffusers=False)
+    written, before = load_file(file), load_file(tiny_sdxl_path)
+    for name in (name for name in before if name.startswith("conditioner.") and name.endswith("weight")):
+        assert written[name].dtype is torch.float16
+        assert torch.allclose(written[name].float(), before[name].float(), rtol=2**-4, atol=1e-4), name
+    assert "text_encoder_2 is saved as it is kept, in 8 bits" in caplog.text
 
 
 @pytest.mark.parametrize("safe", [True, False])
