@@ -190,7 +190,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _replace_folder(partial: Path, path: Path) -> None:
-    """Put `partial` in place of `path`, which is gone only when the new folder is complete, or beside what is foreign."""
+    """Put `partial` in place of `path`, which is gone only when the new folder is there; beside what is foreign."""
     path = MODEL_FOLDER.free_place(path)
     if not path.exists():
         partial.rename(path)

@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from library.checkpoints.own_folders import MODEL_FOLDER
 from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.families.options import ModelOptions
 from library.families.sd import StableDiffusion
@@ -89,6 +90,7 @@ def test_both_forms_of_diffusers_folders_load_in_diffusers(kind: str, source: Pa
     wanted = WEIGHTS[safe] | {f"{text}/{'model.safetensors' if safe else 'pytorch_model.bin'}" for text in texts}
     weights = {str(path.relative_to(folder)) for path in folder.glob("*/*") if path.suffix in (".safetensors", ".bin")}
     assert weights == wanted
+    assert MODEL_FOLDER.foreign_in(folder) is None, "a later save may replace it"
 
     pipeline_class = StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline
     pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, use_safetensors=safe)
