@@ -21,6 +21,7 @@ from library.families.options import ModelOptions, TextOptions
 from library.generate.network_options import NetworkOptions
 from library.generate.options import check_seed, check_size
 from library.generate.output import encode_png, numbered_names, prepare_folder, write_new
+from library.generate.prompt_line import finite_number
 from library.models.options import AttentionOptions
 from library.options import OptionError, OptionParser, add_arguments, build, opt, require
 
@@ -66,9 +67,10 @@ class Options:
         files, multipliers = [], []
         for text in self.lora_weights or ():
             file, _, multiplier = text.partition(";")
+            require(bool(file), "--lora_weights", f"{text!r} names no file", "write file or file;0.8")
             files.append(file)
             try:
-                multipliers.append(float(multiplier or 1))
+                multipliers.append(finite_number(multiplier or "1"))
             except ValueError:
                 raise OptionError("--lora_weights", f"{multiplier!r} is not a number", "write file;0.8") from None
         if not files:
@@ -109,8 +111,10 @@ def typed(options: Options) -> Iterator[Options]:
             try:
                 yield replace(options, prompt=prompt, prompt2=prompt2 or None, negative_prompt=negative.strip(),
                               seed=int(seed) if seed else None)  # fmt: skip
-            except ValueError as error:  # an OptionError, too
+            except OptionError as error:
                 print(error)
+            except ValueError:
+                print(f"{seed!r} is no seed: use a whole number, or nothing")
     except EOFError:
         return
 
@@ -136,7 +140,7 @@ def draw(family: ModelFamily, bundle: ModelBundle, wish: Options) -> Image.Image
     import torch
     from PIL import Image
 
-    from library.generate.denoise import decode
+    from library.generate.denoise import NotFiniteError, check_finite, decode
 
     seed = random.SystemRandom().randrange(2**32) if wish.seed is None else wish.seed
     logger.info("seed %d", seed)
@@ -156,7 +160,11 @@ def draw(family: ModelFamily, bundle: ModelBundle, wish: Options) -> Image.Image
             (latents,) = scheduler.step(
                 negative + SCALE * (positive - negative), timestep, latents, return_dict=False
             )[:1]  # fmt: skip
-        (pixels,) = decode(bundle, latents / family.latent_scale)
+        try:
+            check_finite(latents, "the model's")
+            (pixels,) = decode(bundle, latents / family.latent_scale)
+        except NotFiniteError as error:
+            raise OptionError("--ckpt_path", str(error)) from None
     return Image.fromarray(pixels.numpy())
 
 
@@ -168,8 +176,9 @@ def told(family: ModelFamily, bundle: ModelBundle, wish: Options) -> Conditionin
     for tokenizer, encoder, prompt in zip(
         bundle.tokenizers, bundle.text_encoders, (wish.prompt, wish.prompt2 or wish.prompt), strict=True
     ):
-        if num_cut := tokenizer.count_cut_off(prompt, 1):
-            logger.warning("the last %d tokens of the prompt are cut off", num_cut)
+        for name, text in (("prompt", prompt), ("negative prompt", wish.negative_prompt)):
+            if num_cut := tokenizer.count_cut_off(text, 1):
+                logger.warning("the last %d tokens of the %s are cut off", num_cut, name)
         tokens = family.tokenize([tokenizer], [wish.negative_prompt, prompt], windows=1)
         ids.append(tokens.ids[0].to(next(encoder.parameters()).device))
     text = family.encode_text(bundle.text_encoders, ids, TextOptions())

@@ -157,7 +157,8 @@ def build_parser(script: Script) -> OptionParser:
 
 def check(script: Script, config: GenerationConfig) -> Asked:
     """The pictures asked for; raises OptionError for everything that is wrong without loading a model."""
-    config.check()
+    for note in config.check():
+        logger.warning(note)
     if config.checkpoint.tokenizer_cache_dir is not None:
         logger.info("--tokenizer_cache_dir has no effect: the CLIP vocabulary is part of this project")
     config.compute.attention.check_package()

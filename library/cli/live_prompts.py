@@ -138,7 +138,12 @@ def imported_prompter(options: PromptOptions) -> GetPrompter | None:
     if spec is None or spec.loader is None:
         raise OptionError(MODULE, f"{path} is no Python file", way_out)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SystemExit as end:
+        raise OptionError(MODULE, f"{path} ends the program ({end})", "take that out of it") from None
+    except SyntaxError as error:
+        raise OptionError(MODULE, f"{path}, line {error.lineno}: {error.msg}", "correct it") from None
     function = getattr(module, "get_prompter", None)
     require(callable(function), MODULE, f"{path} has no function get_prompter()", way_out)
     return function

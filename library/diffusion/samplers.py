@@ -53,6 +53,9 @@ class Sampler:
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 1}
 # What a schedule that ends in pure noise needs (Lin et al. 2023): to begin at its last timestep.
+HAVE_ZERO_TERMINAL_SNR = (
+    "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"
+)  # fmt: skip
 ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 # How noise levels are spaced: evenly in time, as Karras et al. (2022, equation 5) with rho = 7, or evenly in their
 # logarithm; and how web user interfaces call that, behind the sampler's name.
@@ -129,6 +132,11 @@ def check_packages(where: str, sampler: str) -> None:
     require(is_there, where, f"{sampler!r} needs the package scipy", "run `pip install scipy`, or use euler")
 
 
+def takes_zero_terminal_snr(sampler: str) -> bool:
+    """Whether diffusers has a schedule that ends in pure noise for it."""
+    return SAMPLERS[sampler].scheduler in HAVE_ZERO_TERMINAL_SNR
+
+
 def make_scheduler(
     sampler: str, *, v_prediction: bool, zero_terminal_snr: bool = False, sigmas: str = "default"
 ) -> Scheduler:
@@ -147,7 +155,7 @@ def make_scheduler(
     scheduler_class = getattr(diffusers, row.scheduler)
     known = inspect.signature(scheduler_class.__init__).parameters
     settings = dict(row.settings)
-    if zero_terminal_snr and "rescale_betas_zero_snr" in known:
+    if zero_terminal_snr and takes_zero_terminal_snr(sampler):
         settings |= ZERO_TERMINAL_SNR
     if sigmas != "default":
         settings[f"use_{sigmas}_sigmas"] = True

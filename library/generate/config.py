@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from library.diffusion.samplers import takes_zero_terminal_snr
 from library.generate.control_options import ControlOptions
 from library.generate.critic_options import ClipVisionOptions, CriticOptions
 from library.generate.embedding_options import EmbeddingOptions
@@ -51,14 +52,21 @@ class GenerationConfig:
     embeddings: EmbeddingOptions
     grid: GridOptions
 
-    def check(self) -> None:
-        """The rules between groups; raises OptionError."""
+    def check(self) -> list[str]:
+        """The rules between groups; raises OptionError, and returns a sentence for each flag without effect."""
         require(
             not (self.embeddings.XTI_embeddings and self.control.control_net_models),
             "--XTI_embeddings",
             "can't go together with --control_net_models: a ControlNet has no layers of its own for such words",
             "leave one of them out",
         )
+        sampler, notes = self.picture.sampler, []
+        sees_guides = self.control.files or self.critics.needs_guides
+        if self.control.guide_image_path and not sees_guides:
+            notes.append("--guide_image_path has no effect: nothing looks at it (--control_net_models)")
+        if self.schedule.zero_terminal_snr and not takes_zero_terminal_snr(sampler):
+            notes.append(f"--zero_terminal_snr has no effect with {sampler}")
+        return notes
 
 
 CONFIG_GROUPS: dict[str, Any] = {

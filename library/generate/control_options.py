@@ -84,6 +84,8 @@ class ControlOptions:
             given = len(getattr(self, f"control_net_{name}") or ())
             problem = f"{counted(given, 'value')} for {counted(count, 'network')}"
             require(given <= count, f"--control_net_{name}", problem, "give at most one per network, in their order")
+        for ratio in self.control_net_ratios or ():
+            require(0 <= ratio <= 1, "--control_net_ratios", f"{ratio:g} is no share of the steps", "use 0 to 1")
         require(count == 0 or bool(self.guide_image_path), GUIDE, "the ControlNets have no guide image", "name one")
         self.files  # noqa: B018  checks the names of preprocessors
 

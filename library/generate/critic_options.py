@@ -71,6 +71,11 @@ class CriticOptions:
         if self.vgg16_guidance_scale:
             check_vgg16(str(self.vgg16_model), self.vgg16_guidance_layer, VGG16_MODEL)
 
+    @property
+    def needs_guides(self) -> bool:
+        """Whether guide images are looked at."""
+        return bool(self.clip_image_guidance_scale or self.vgg16_guidance_scale)
+
     def check_request(self, request: GenerationRequest, where: str) -> None:
         """Raise OptionError for a picture that can't be guided so; `where` names its line."""
         for flag in self.flags:

@@ -121,10 +121,24 @@ def start_noise(
     return torch.stack(varied)
 
 
+class NotFiniteError(ValueError):
+    """Latents or pictures that are no numbers."""
+
+
+def check_finite(tensor: torch.Tensor, whose: str) -> None:
+    """Raise NotFiniteError for anything but finite numbers."""
+    if not tensor.isfinite().all():
+        raise NotFiniteError(f"{whose} output is not finite: the weights or their precision are at fault")
+
+
 @torch.no_grad()
 def decode(bundle: ModelBundle, latents_BChw: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
-    """Pictures (B, H, W, 3), uint8 on the CPU, of unscaled latents, all or a number of them `at_once`."""
+    """Pictures (B, H, W, 3), uint8 on the CPU, of unscaled latents, all or a number of them `at_once`.
+
+    Raises NotFiniteError rather than make black pictures of what is no number.
+    """
     parts = latents_BChw.split(at_once or len(latents_BChw))
     images_BCHW = torch.cat([vae.decode(bundle.vae, part) for part in parts])  # [-1, 1]
+    check_finite(images_BCHW, "the VAE's")
     pixels_BCHW = ((images_BCHW / 2 + 0.5) * 255).round().to(torch.uint8)
     return pixels_BCHW.permute(0, 2, 3, 1).cpu()

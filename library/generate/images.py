@@ -16,7 +16,7 @@ from PIL import Image
 from library.families.base import LoadPlan, ModelBundle, ModelFamily
 from library.generate.conditions import PromptEncoder
 from library.generate.config import GenerationConfig
-from library.generate.denoise import decode, denoise
+from library.generate.denoise import NotFiniteError, check_finite, decode, denoise
 from library.generate.drawing import Part
 from library.generate.highres import Enlarger
 from library.generate.options import ComputeOptions
@@ -88,8 +88,7 @@ class Engine:
             latents_BChw = denoise(
                 self.family, self.bundle, batch, encoder=self.encoder, parts=self.parts, progress=show, start=start
             )
-        if not latents_BChw.isfinite().all():
-            raise NotFiniteError("the model's output is not finite: the weights or their precision are at fault")
+        check_finite(latents_BChw, "the model's")
         return latents_BChw
 
     def pictures(
@@ -205,10 +204,6 @@ def mistakes_said() -> Iterator[None]:
         yield
     except OptionError as error:
         logger.error("%s", error)
-
-
-class NotFiniteError(ValueError):
-    """Latents that are no numbers."""
 
 
 @contextmanager

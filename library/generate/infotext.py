@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.diffusion.samplers import SAMPLERS, SIGMAS, label_of
@@ -21,6 +22,7 @@ from library.generate.guidance_options import EMPHASIS, EMPHASIS_NAMES, NEGATIVE
 from library.generate.prompt_line import PromptLine, finite_number
 from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions
 from library.generate.size_options import SizeOptions, text_name
+from library.generate.start_options import StartNoiseOptions
 from library.options import OptionError, options_of
 
 if TYPE_CHECKING:
@@ -94,6 +96,19 @@ def _size_rows() -> list[Row]:
     return rows
 
 
+def _noise_rows() -> list[Row]:
+    """Start noise of another kind, by the names of its flags."""
+    rows = []
+    for option in options_of(StartNoiseOptions):
+
+        def written(request: GenerationRequest, _names: ModelNames, name: str = option.name) -> Any:
+            value = getattr(_first(request).start_noise, name)
+            return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else value
+
+        rows.append(Row(option.name, written, hint=option.flag))
+    return rows
+
+
 def _resolution_rows() -> list[Row]:
     """Deep Shrink and gradual latent, by the names of their flags: user interfaces have none for them."""
     switches = {"deep_shrink": "ds_depth_1", "gradual_latent": "gradual_latent_timesteps"}
@@ -134,7 +149,15 @@ ROWS = (
     Row(NEGATIVE_SCALE, lambda request, _: request.negative_scale, "negative_scale", finite_number),
     *_size_rows(),
     *_resolution_rows(),
-    Row("Hires resize", _of_second(lambda request: f"{request.width}x{request.height}"), hint="--highres_fix_scale"),
+    *_noise_rows(),
+    Row("Init image", lambda request, _: Path(_first(request).image).name, hint="--image_path"),
+    Row("Mask", lambda request, _: Path(_first(request).mask).name, hint="--mask_path"),
+    Row(
+        "Guide images",
+        lambda request, _: ", ".join(Path(path).name for path in _first(request).guide_images),
+        hint="--guide_image_path (with its ControlNets)",
+    ),
+    Row("Hires resize", _of_second(lambda request: f"{request.width}x{request.height}")),
     Row("Hires steps", _of_second(lambda request: request.steps)),
     Row("Hires upscaler", _of_second(_upscaler)),
     Row("Lora hashes", lambda _, names: _hashes(names.network_hashes)),
@@ -144,8 +167,7 @@ ROWS = (
 
 def infotext(request: GenerationRequest, names: ModelNames) -> str:
     """The specification as web user interfaces write and read it."""
-    tags = names.networks if names.networks_at is None else names.networks_at(request.multipliers)
-    lines = [f"{request.prompt} {tags}".strip()]
+    lines = [f"{request.prompt} {names.tags(request.multipliers)}".strip()]
     if request.negative_prompt:
         lines.append(f"{NEGATIVE} {request.negative_prompt}")
     values = {row.name: row.written(request, names) for row in ROWS}
@@ -186,6 +208,8 @@ def parse_infotext(text: str, where: str = "infotext") -> PromptLine:
         enlarged = _read(values, "Hires upscale", where, finite_number, 1.0)
         whole = (int(width * enlarged), int(height * enlarged))
         width, height = _read(values, "Hires resize", where, _size, whole)
+        if "Hires resize" in values:
+            _tell_stages(values, whole, (width, height), where)
     if steps := _read(values, "Hires steps", where, int, 0):  # 0 stands for as many as in the first stage
         fields["steps"] = steps
     return PromptLine(
@@ -198,6 +222,17 @@ def parse_infotext(text: str, where: str = "infotext") -> PromptLine:
         sigmas=sigmas,
         **fields,
     )
+
+
+def _tell_stages(values: dict[str, str], first: tuple[int, int], whole: tuple[int, int], where: str) -> None:
+    """Say which flags make the two stages of highres fix again."""
+    flags = f"--highres_fix_scale {first[0] / whole[0]:g} --highres_fix_steps {values['Steps']}"
+    upscaler = values.get("Hires upscaler", "")
+    if upscaler == "Latent":
+        flags += " --highres_fix_latents_upscaling"
+    elif upscaler not in ("", "Lanczos"):
+        flags += f" --highres_fix_upscaler {upscaler}"
+    logger.warning("%s: it was drawn in two stages; %s does so here", where, flags)
 
 
 def _values(line: str) -> dict[str, str]:

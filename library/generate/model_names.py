@@ -28,6 +28,10 @@ class ModelNames:
     vae_hash: str = ""
     networks_at: TagsAt | None = None  # `networks` with the multipliers of a request
 
+    def tags(self, multipliers: tuple[float, ...] | None) -> str:
+        """The networks as prompts ask for them, with the multipliers of a request."""
+        return self.networks if self.networks_at is None else self.networks_at(multipliers)
+
     @classmethod
     def of(
         cls,

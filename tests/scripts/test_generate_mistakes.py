@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_anything
 
 import gen_img_diffusers
 import sdxl_gen_img
@@ -154,3 +157,40 @@ def test_ctrl_c_keeps_whole_pictures_only(tiny_sd1_path: Path, tmp_path: Path) -
     assert len(pictures(tmp_path)) >= 3
     assert all(Image.open(path).load() for path in pictures(tmp_path))
     assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
+
+
+def test_flags_without_effect_are_said(tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "guide.png")
+    arguments = ["--prompt", "a --d 1", "--outdir", tmp_path / "out"]
+    assert (
+        run(
+            tiny_sd1_path,
+            *arguments,
+            "--guide_image_path",
+            tmp_path / "guide.png",
+            "--zero_terminal_snr",
+            "--sampler",
+            "lms",
+        )
+        == 0
+    )
+    said = capsys.readouterr().err
+    assert "--guide_image_path has no effect" in said and "--zero_terminal_snr has no effect with lms" in said
+
+
+def test_a_vae_that_is_not_finite_draws_no_black_pictures(
+    tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(tiny_sd1_path)
+    name = next(name for name in tensors if name.startswith("first_stage_model.decoder.mid"))
+    tensors[name] = torch.full_like(tensors[name], torch.nan)
+    save_anything(tensors, tmp_path / "nan.safetensors")
+    assert run(tmp_path / "nan.safetensors", "--prompt", "a --d 1", "--outdir", tmp_path / "out") == 2
+    assert "the VAE's output is not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_sidecar_lies_beside_the_picture(tiny_sd1_path: Path, tmp_path: Path) -> None:
+    assert run(tiny_sd1_path, "--prompt", "a --d 7", "--outdir", tmp_path / "out", "--sidecar") == 0
+    (path,) = (tmp_path / "out").glob("*.png.json")
+    assert json.loads(path.read_text(encoding="utf-8"))["seed"] == 7

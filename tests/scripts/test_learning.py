@@ -15,7 +15,7 @@ from PIL import Image
 import train_db
 from library.data.images import to_tensor
 from library.diffusion.schedule import NoiseSchedule
-from library.families.base import LoadPlan, ModelBundle
+from library.families.base import LoadPlan, ModelBundle, PictureSizes
 from library.families.options import ModelOptions, TextOptions
 from library.families.sd import StableDiffusion
 from library.models import vae
@@ -38,7 +38,8 @@ def load(model: Path = MODEL) -> ModelBundle:
 @torch.no_grad()
 def predictions(bundle: ModelBundle, noised_BCHW, timesteps_B, captions) -> torch.Tensor:
     token_ids = FAMILY.tokenize(bundle.tokenizers, captions, 1).ids
-    conditioning = FAMILY.encode_text(bundle.text_encoders, token_ids, TextOptions())
+    text = FAMILY.encode_text(bundle.text_encoders, token_ids, TextOptions())
+    conditioning = FAMILY.condition(text, PictureSizes.whole(0, 0, len(captions), noised_BCHW.device))
     return FAMILY.predict(bundle.unet, noised_BCHW, timesteps_B, conditioning)
 
 

@@ -51,7 +51,10 @@ def test_two_stages_as_web_uis_write_them(caplog: pytest.LogCaptureFixture) -> N
         assert said in text
     line = parse_infotext(text, "here")
     assert (line.width, line.height, line.steps, line.strength) == (512, 768, 20, 0.6)
-    assert "here: it was made with Hires resize: 512x768; --highres_fix_scale does so here" in caplog.text
+    assert (
+        "here: it was drawn in two stages; --highres_fix_scale 0.5 --highres_fix_steps 28 --highres_fix_latents"
+        in caplog.text
+    )
     of_web_ui = parse_infotext("a\nSteps: 9, Size: 512x640, Hires upscale: 1.5, Hires steps: 0")
     assert (of_web_ui.width, of_web_ui.height, of_web_ui.steps) == (768, 960, 9)
 

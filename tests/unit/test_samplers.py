@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
-from library.diffusion.samplers import SAMPLERS, SIGMAS, check_sigmas, check_steps, label_of, make_scheduler, stepper
+from library.diffusion.samplers import (
+    SAMPLERS,
+    SIGMAS,
+    check_sigmas,
+    check_steps,
+    label_of,
+    make_scheduler,
+    stepper,
+    takes_zero_terminal_snr,
+)
 from library.diffusion.schedule import NoiseSchedule
 from library.options import OptionError
 
@@ -186,3 +197,9 @@ def test_lms_without_scipy_names_the_package(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_table_needs_no_torch() -> None:
     code = "import sys, library.diffusion.samplers; sys.exit(any(n in sys.modules for n in ('torch', 'diffusers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_schedules_of_pure_noise_are_those_that_diffusers_has() -> None:
+    for name, row in SAMPLERS.items():
+        parameters = inspect.signature(getattr(diffusers, row.scheduler).__init__).parameters
+        assert takes_zero_terminal_snr(name) == ("rescale_betas_zero_snr" in parameters), name
