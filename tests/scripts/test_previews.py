@@ -123,8 +123,9 @@ def test_names_and_what_web_user_interfaces_read(options, tmp_path, tiny_sd1_pat
         "prompt": "a disc", "negative-prompt": "square", "seed": "7", "sampler": "euler_a", "steps": "3", "step": "3",
     }  # fmt: skip
     expected = (
-        r"a disc <lora:net:1>\nNegative prompt: square\nSteps: 3, Sampler: Euler a, CFG scale: 5, Seed: 7, "
-        rf"Size: 64x64, Model hash: [0-9a-f]{{10}}, Model: {tiny_sd1_path.stem}, Max embeddings multiples: 3"
+        r"a disc <lora:net:1>\nNegative prompt: square\nSteps: 3, Sampler: Euler a, Schedule type: Uniform, "
+        rf"CFG scale: 5, Seed: 7, Size: 64x64, Model hash: [0-9a-f]{{10}}, Model: {tiny_sd1_path.stem}, "
+        r"RNG: CPU, Max embeddings multiples: 3"
     )
     assert re.fullmatch(expected, texts["parameters"])
     texts = Image.open(derived).text

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from library.checkpoints.weights import load_tensors
-from library.families.base import ModelBundle
+from library.families.base import ModelBundle, PictureSizes
 from library.families.options import TextOptions
 from library.options import OptionError
 from library.targets.network import NetworkTarget, part_of
@@ -30,7 +30,8 @@ def step(made: NetworkTarget, bundle: ModelBundle) -> torch.Tensor:
     torch.manual_seed(0)
     ids = FAMILY.tokenize(bundle.tokenizers, ["a cat"], 1).ids
     with torch.set_grad_enabled(made.trains_text(0)):
-        conditioning = FAMILY.encode_text(bundle.text_encoders, ids, made.text)
+        text = FAMILY.encode_text(bundle.text_encoders, ids, made.text)
+        conditioning = FAMILY.condition(text, PictureSizes.whole(128, 128, 1, torch.device("cpu")))
     latents = torch.randn(1, 4, 16, 16)
     loss = FAMILY.predict(bundle.unet, latents, torch.tensor([500]), conditioning).square().mean()
     loss.backward()

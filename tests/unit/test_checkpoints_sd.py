@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from library.checkpoints.safetensors_io import NonFiniteError
 from library.checkpoints.weights import open_weights
-from library.families.base import LoadPlan, ModelBundle
+from library.families.base import Conditioning, LoadPlan, ModelBundle
 from library.families.options import ModelOptions, TextOptions
 from library.families.sd import StableDiffusion
 from library.models.options import AttentionOptions
@@ -91,10 +91,13 @@ def test_saving_over_the_source_itself(tmp_path: Path):
 
 def test_saving_over_a_folder(tiny_sd1_path: Path, tmp_path: Path):
     folder = save(load(tiny_sd1_path), tmp_path / "folder")
-    (folder / "stale.txt").write_text("")
+    (folder / "unet" / "config.json").touch()
     save(load(folder), folder)
-    assert not (folder / "stale.txt").exists() and (folder / "unet" / "config.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (folder / "unet" / "config.json").exists() and [path.name for path in tmp_path.iterdir()] == ["folder"]
+    (folder / "notes.txt").write_text("mine")
+    save(load(folder), folder)
+    assert (folder / "notes.txt").read_text() == "mine", "what is not ours stays"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "folder-2"]
 
 
 def test_precision_of_saved_files(tiny_sd1_path: Path, tmp_path: Path):
@@ -281,7 +284,7 @@ def test_diffusers_reads_our_folder_and_computes_the_same(tiny_path: Path, tmp_p
     with torch.no_grad():
         assert torch.allclose(pipeline.text_encoder(ids[0][:, 0])[0], context, atol=1e-5)
         theirs = pipeline.unet(noised, timesteps, context).sample
-    conditioning = FAMILY.encode_text(bundle.text_encoders, ids, TextOptions())
+    conditioning = Conditioning(context)
     assert torch.allclose(theirs, FAMILY.predict(bundle.unet, noised, timesteps, conditioning), atol=1e-5)
     expected = "v_prediction" if bundle.source.v_prediction else "epsilon"
     assert pipeline.scheduler.config.prediction_type == expected
