@@ -16,7 +16,6 @@ ENDLESS_LINE = "{desc}: {n_fmt} in {elapsed}, {rate_fmt}{postfix}"  # of a numbe
 
 def progress_bar(*, is_inner: bool = False, disable: bool = False, **settings: Any) -> tqdm:
     """A bar of tqdm with its `settings`; one that `is_inner` is drawn below another and vanishes at its end."""
-    settings["unit"] = f" {settings.get('unit', 'it')}"  # tqdm writes it right behind the number
     line = LINE if settings.get("total") is not None else ENDLESS_LINE
     if shows_bars():
         return tqdm(**{"leave": not is_inner, **settings}, disable=disable)

@@ -105,7 +105,7 @@ def test_pictures_stand_in_their_cells(tmp_path: Path) -> None:
 
 
 def test_many_pictures_become_smaller(tmp_path: Path) -> None:
-    path = saved(tmp_path / "p.png", "red", (512, 512))
+    path = saved(tmp_path / "p.png", "red", (256, 256))
     many = [Block("p", "s", ("n",) * 60, (Row("multiplier 1", (path,) * 60),) * 40)]
     sheet = grid_sheet(many)
     assert sheet.width * sheet.height <= MOST_PIXELS

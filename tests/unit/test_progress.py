@@ -45,4 +45,4 @@ def test_what_has_no_end_known_tells_none(monkeypatch):
     with progress_bar(total=None, desc="reading", unit="entry") as bar:
         bar.update(3)
     assert screen.getvalue().startswith("reading: 3 in 00:00") and "?" not in screen.getvalue().partition("in")[0]
-    assert " entry/s" in screen.getvalue()
+    assert "entry/s" in screen.getvalue()
