@@ -6,6 +6,7 @@ Shape letters: N rows.
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -21,9 +22,9 @@ JOINED_TOGETHER = 1 << 14
 class Column(Sequence[Item]):
     """A sequence whose items are made when they are asked for; equal to any other of equal items."""
 
+    @abstractmethod
     def at(self, row: int) -> Item:
         """The item of a row in [0, N)."""
-        raise NotImplementedError
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

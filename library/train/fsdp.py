@@ -85,8 +85,10 @@ def split_model(
 ) -> SplitModel:
     """Split the parts of the model that learn over all processes. No parameter of before may be used afterwards.
 
-    Each of `groups` holds parameters of these parts. Raises OptionError for units that the model does not have.
+    Each of `groups` holds parameters of these parts. Raises OptionError for units that the model
+    does not have, and for optimizers that can't be shared out.
     """
+    check_splittable(config, device)
     learning = {id(parameter) for parameter in target.trained_module().parameters()}
     models = [bundle.unet, *bundle.text_encoders]
     parts: list[Any] = [part for part in models if any(id(parameter) in learning for parameter in part.parameters())]

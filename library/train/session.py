@@ -110,10 +110,9 @@ def build_run(
     try_out(config, groups, plan.steps, accelerator.device)
     split = None
     if splits is not None and accelerator.num_processes > 1:
-        from library.train import fsdp  # takes a second to import
+        from library.train.fsdp import split_model  # takes a second to import
 
-        fsdp.check_splittable(config, accelerator.device)
-        split = fsdp.split_model(config, splits, bundle, target, groups, accelerator.device)
+        split = split_model(config, splits, bundle, target, groups, accelerator.device)
         groups = split.groups
     built = build_optimizer(config.optimizer, groups, skips_parameters=target.skips_parameters)
     lr_scheduler = build_lr_scheduler(config.schedule, built, plan.steps)
