@@ -89,10 +89,7 @@ def build_run(
     accelerator: Accelerator,
     splits: SplitSettings | None = None,
 ) -> Run:
-    """Everything in its order: data, model, cache, target, optimizer, schedule, state.
-
-    `splits`: several processes share what is trained.
-    """
+    """Everything in its order: data, model, cache, target, optimizer, schedule, state; `splits` share it out (FSDP)."""
     config = checked.config
     begun = begin(checked, accelerator, family)
     seed, data, plan, digest = begun.seed, begun.data, begun.plan, begun.digest
