@@ -1,0 +1,232 @@
+"""Make smaller copies of a folder's pictures, in one or several resolutions. See docs/models_and_loras.md."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # started as a file: the repository's folder is where library is
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.cli.output_places import output_folder
+from library.cli.tools import Tool
+from library.data.listing import entries_of, is_file, is_image
+from library.options import OptionError, opt, require
+from library.progress import progress_bar
+from library.wording import counted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from library.data.images import Picture
+
+logger = logging.getLogger(__name__)
+
+SOURCE, TARGET = "src_img_folder", "dst_img_folder"
+RESOLUTION = re.compile(r"(\d+)x(\d+)")
+OPENCV = ("area", "cubic", "lanczos4")  # OpenCV's own; the others are Pillow's, which see all pixels when they shrink
+PILLOW = ("lanczos", "bicubic", "bilinear", "linear", "box", "nearest")
+QUALITY = {"quality": 100, "subsampling": 0}  # of JPEG: colours in full resolution
+
+
+@dataclass(frozen=True)
+class ResizeOptions:
+    """How pictures are made smaller."""
+
+    max_resolution: str = opt(
+        "512x512,384x384,256x256,128x128",
+        help="resolutions, with commas between: a picture of more pixels is shrunk to that many, in its own proportions",
+    )
+    divisible_by: int = opt(1, help="cut sides, in the middle, to multiples of this many pixels")
+    interpolation: str = opt("area", choices=OPENCV + PILLOW, help="how pictures are shrunk")
+    save_as_png: bool = opt(False, help="write .png, which keeps transparency, in place of .jpg")
+    copy_associated_files: bool = opt(
+        False, help="copy files of a picture's name with another extension, such as captions, for each resolution"
+    )
+
+    def __post_init__(self) -> None:
+        problem = f"{self.divisible_by} is no number of pixels"
+        require(self.divisible_by >= 1, "--divisible_by", problem, "use 1 for all sizes, 64 for training without cuts")
+        self.limits  # noqa: B018  checks the texts
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The most pixels that a picture may have, by the resolution's text."""
+        limits = {}
+        for text in self.max_resolution.split(","):
+            match = RESOLUTION.fullmatch(text.strip())
+            if match is None or not (pixels := int(match[1]) * int(match[2])):
+                raise OptionError("--max_resolution", f"{text.strip()!r} is no resolution", "write it as 512x512")
+            limits[text.strip()] = pixels
+        return limits
+
+    @property
+    def extension(self) -> str:
+        return ".png" if self.save_as_png else ".jpg"
+
+
+@dataclass(frozen=True)
+class Files:
+    """What lies in a folder, by its paths."""
+
+    pictures: tuple[Path, ...]
+    others: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> Files:
+        """OptionError for a folder without pictures, and for two pictures that would become one file."""
+        paths = [Path(entry.path) for entry in entries_of(folder, SOURCE) if is_file(entry)]
+        pictures = tuple(path for path in paths if is_image(path.name))
+        if not pictures:
+            raise OptionError(SOURCE, f"{folder} holds no pictures", "name the folder of the pictures itself")
+        by_stem: dict[str, Path] = {}
+        for path in pictures:
+            other = by_stem.setdefault(path.stem.lower(), path)
+            if other is not path:
+                raise OptionError(SOURCE, f"{other.name} and {path.name} would become one file", "rename one of them")
+        return cls(pictures, tuple(path for path in paths if not is_image(path.name)))
+
+    def beside(self, picture: Path) -> Iterator[Path]:
+        """Files of the picture's name with other extensions."""
+        return (path for path in self.others if path.stem == picture.stem)
+
+
+class Unread(OptionError):
+    """Some pictures could not be read; the others are done."""
+
+    exit_code = 1
+
+
+def run(options: ResizeOptions, source: str, target: str) -> None:
+    """Raises OptionError for folders that can't be used, and, when all others are done, for pictures that can't."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise OptionError(SOURCE, f"{folder} is no folder", "name the folder of the pictures")
+    files = Files.of(folder)
+    place = output_folder(target, TARGET, folder)
+    for path in files.others:
+        shutil.copy(path, place)
+    failed = shrink_all(files, place, options)
+    done = counted(len(files.pictures) - len(failed), "picture")
+    logger.info("%s in %s, %s copied", done, counted(len(options.limits), "resolution"), counted(len(files.others), "other file"))  # fmt: skip  # noqa: E501
+    if failed:
+        raise Unread(SOURCE, f"{len(failed)} of {counted(len(files.pictures), 'picture')} were left out: {failed[0]}")
+
+
+def shrink_all(files: Files, place: Path, options: ResizeOptions) -> list[str]:
+    """Write all pictures, on all cores; why some could not be."""
+    from library.data.headers import BadImage
+    from library.data.images import usable_cores
+
+    def work(path: Path) -> str | None:
+        try:
+            _shrink(path, place, options)
+        except BadImage as error:
+            return f"{path.name} ({error})"
+        for other in files.beside(path) if options.copy_associated_files else ():
+            for text in options.limits:
+                shutil.copy(other, place / f"{path.stem}+{text}{other.suffix}")
+        return None
+
+    failed = []
+    with (
+        progress_bar(desc="resizing", total=len(files.pictures), unit="picture") as bar,
+        ThreadPoolExecutor(usable_cores()) as pool,
+    ):
+        for reason in pool.map(work, files.pictures):
+            bar.update()
+            if reason:
+                logger.warning("left out: %s", reason)
+                failed.append(reason)
+    return failed
+
+
+def _shrink(path: Path, place: Path, options: ResizeOptions) -> None:
+    """One picture in all resolutions, each made from the picture itself."""
+    from library.data.headers import BadImage
+    from library.data.images import upright_picture
+
+    picture = upright_picture(str(path))
+    sizes = {text: size_wh(picture.rgb_HWC.shape[1::-1], limit) for text, limit in options.limits.items()}
+    for text, (width, height) in sizes.items():
+        if min(width, height) < options.divisible_by:
+            raise BadImage(f"at {text} it is {width}x{height}, less than --divisible_by {options.divisible_by}")
+    for text, size in sizes.items():
+        image = _image(picture, size, options)
+        data = _encoded(image, is_png=options.save_as_png)
+        _write(place / f"{path.stem}+{text}{options.extension}", data)
+
+
+def size_wh(size: Sequence[int], limit: int) -> tuple[int, int]:
+    """Both sides times sqrt(limit / pixels), truncated, where there are more pixels than `limit`."""
+    width, height = size
+    if width * height <= limit:
+        return width, height
+    scale = math.sqrt(limit / (width * height))
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def _image(picture: Picture, size: tuple[int, int], options: ResizeOptions) -> Image:
+    """Shrunk and cut; with transparency where the format has it."""
+    import numpy as np
+    from PIL import Image
+
+    rgb_HWC = _cut(_resized(picture.rgb_HWC, size, options.interpolation), options.divisible_by)
+    if picture.alpha_HW is None or not options.save_as_png:
+        return Image.fromarray(np.ascontiguousarray(rgb_HWC))
+    alpha_HW = _cut(_resized(picture.alpha_HW, size, options.interpolation), options.divisible_by)
+    # the picture is on white: c' = a c + (1 - a) 255; resizing is linear in c' and a, so c follows from both
+    opacity_HW1 = alpha_HW[..., None] / 255.0
+    colour_HWC = (rgb_HWC - 255 * (1 - opacity_HW1)) / np.maximum(opacity_HW1, 1 / 255)
+    rgba_HWC = np.concatenate([colour_HWC.round().clip(0, 255), alpha_HW[..., None]], axis=2)
+    return Image.fromarray(rgba_HWC.astype(np.uint8))
+
+
+def _resized(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    import cv2
+
+    from library.data.images import resize
+
+    if interpolation in OPENCV and image.shape[1::-1] != size:
+        method = {"area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC, "lanczos4": cv2.INTER_LANCZOS4}[interpolation]
+        return cv2.resize(image, size, interpolation=method)
+    return resize(image, size, interpolation)
+
+
+def _cut(image: np.ndarray, step: int) -> np.ndarray:
+    """The middle, of sides that are multiples of `step`."""
+    height, width = (side - side % step for side in image.shape[:2])
+    top, left = ((whole - side) // 2 for whole, side in zip(image.shape[:2], (height, width), strict=True))
+    return image[top : top + height, left : left + width]
+
+
+def _encoded(image: Image, *, is_png: bool) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    if is_png:
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", **QUALITY)
+    return buffer.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OptionError(TARGET, f"{path} can't be written ({error.strerror})", "choose another folder") from None
