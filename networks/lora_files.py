@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
-from library.checkpoints.keymaps import classic_text_key
 from library.checkpoints.network_kind import KIND_NAMES, kind_by_width
 from library.models.ldm_view import file_names
 from library.options import OptionError
 from networks.injection import OTHER_NETWORK, modules_of_file
+from networks.key_names import COPY_AGAIN, DOWN, MID, UP, file_key
 from networks.layers import TEXT_PREFIX, UNET_PREFIX, layer_size
 from networks.lora_settings import Rank
-
-DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-COPY_AGAIN = "copy or download it again, or take another one"
-
-# diffusers' own keys: part, path and side of a pair; its newer and older words for down and up
-PEFT_KEY = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.(?:lora_(A|B)|lora\.(down|up))\.weight")
 
 Parts = Mapping[str, torch.Tensor]  # a module's tensors by what follows its name
 
@@ -42,19 +35,9 @@ def in_our_names(
     `modules` are the names of the layers of this model, `other_names` leads from diffusers' names to them.
     """
     has_two = any(name.startswith(f"{TEXT_PREFIX}1_") for name in modules)
-    prefixes = {
-        "unet": UNET_PREFIX,
-        "text_encoder": f"{TEXT_PREFIX}1" if has_two else TEXT_PREFIX,
-        "text_encoder_2": f"{TEXT_PREFIX}2",
-    }
     renamed: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        if match := PEFT_KEY.fullmatch(key):
-            part, path, new, old = match.groups()
-            path = path if part == "unet" else classic_text_key(path)  # transformers 5 leaves a level out
-            name = f"{prefixes[part]}_{path}".replace(".", "_")
-            key = f"{name}.{DOWN if (new or old) in ('A', 'down') else UP}"
-        name, dot, rest = key.partition(".")
+        name, dot, rest = file_key(key, has_two=has_two).partition(".")
         renamed[f"{other_names.get(name, name)}{dot}{rest}"] = tensor
     return renamed
 

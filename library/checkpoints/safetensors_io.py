@@ -49,6 +49,7 @@ DTYPES = {
 LAYOUT_RANK = {name: rank for rank, name in enumerate(DTYPES)}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 SPARE_DISK = 16 << 20  # bytes that stay free after a save
+HASHED_WINDOW = (0x100000, 0x110000)  # the bytes of a file that older hashes look at
 CHUNK = 1 << 20
 
 
@@ -294,8 +295,8 @@ def sshs_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     bytes 0x100000 to 0x110000 of the whole file.
     """
     entries = in_layout_order(entry_of(name, tensor) for name, tensor in tensors.items())
-    head = encode_header(entries, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    model_hash, window = hashlib.sha256(), _Window(0x100000, 0x110000)
+    head = encode_header(entries, only_ss(metadata))
+    model_hash, window = hashlib.sha256(), ByteWindow(*HASHED_WINDOW)
     window.add(head)
     for entry in entries:
         data = raw_bytes(tensors[entry.name])
@@ -304,7 +305,12 @@ def sshs_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     return model_hash.hexdigest(), hashlib.sha256(window.content).hexdigest()[:8]
 
 
-class _Window:
+def only_ss(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata that the hashes of network files count."""
+    return {key: value for key, value in metadata.items() if key.startswith("ss_")}
+
+
+class ByteWindow:
     """The bytes between two offsets of a stream."""
 
     def __init__(self, start: int, end: int) -> None:

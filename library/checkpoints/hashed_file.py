@@ -1,0 +1,53 @@
+"""Network files written a tensor at a time, with the hashes of the trade in their headers.
+
+A header stands before the tensors whose hash it holds. It is written with room for the hashes first, which are put in
+while the file still has its temporary name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from library.checkpoints.safetensors_io import (
+    HASHED_WINDOW,
+    ByteWindow,
+    Entry,
+    atomic_file,
+    checked_bytes,
+    encode_header,
+    in_layout_order,
+    only_ss,
+)
+
+MODEL_HASH, LEGACY_HASH, SPEC_HASH = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
+
+
+def write_hashed_entries(entries: Iterable[Entry], path: Path | str, metadata: Mapping[str, str]) -> None:
+    """A .safetensors file of a network as the trainers write it, its tensors produced one by one.
+
+    Raises OptionError when the folder can't be written or the disk is too full, NonFiniteError for NaN or infinity;
+    nothing is left then.
+    """
+    entries = in_layout_order(entries)
+    metadata = dict(metadata) | {MODEL_HASH: "0" * 64, LEGACY_HASH: "0" * 8}
+    has_spec = "modelspec.sai_model_spec" in metadata
+    if has_spec:
+        metadata[SPEC_HASH] = "0x" + "0" * 64
+    head = encode_header(entries, metadata)
+    model_hash, window = hashlib.sha256(), ByteWindow(*HASHED_WINDOW)
+    window.add(encode_header(entries, only_ss(metadata)))
+    with atomic_file(path, len(head) + sum(entry.nbytes for entry in entries)) as file:
+        file.write(head)
+        for entry in entries:
+            data = checked_bytes(entry)
+            model_hash.update(data)
+            window.add(data)
+            file.write(data)
+        digest = model_hash.hexdigest()
+        metadata |= {MODEL_HASH: digest, LEGACY_HASH: hashlib.sha256(window.content).hexdigest()[:8]}
+        if has_spec:
+            metadata[SPEC_HASH] = f"0x{digest}"
+        file.seek(0)
+        file.write(encode_header(entries, metadata))

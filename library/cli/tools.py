@@ -1,0 +1,53 @@
+"""How a tool runs that is no trainer and no generator: its command line, its work, its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.cli.console import start_console
+from library.cli.ending import Ending
+from library.options import OptionParser, add_arguments, build, options_of
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A command: what it is told (a group of options) and what it does with that.
+
+    The work begins after the command line was read; what it needs of torch it imports itself, so that help and
+    mistakes are answered at once.
+    """
+
+    description: str | None
+    group: type
+    work: Callable[[Any], None]  # of an instance of the group
+    positionals: Sequence[str] = ()  # options of the group that are given by place, in this order
+    required: Sequence[str] = ()  # options of the group that have to be given
+    short: Mapping[str, str] = field(default_factory=dict)  # option -> its short flag: {"show_all_keys": "-s"}
+
+    def parser(self) -> OptionParser:
+        parser = OptionParser(description=self.description)
+        options = {option.name: option for option in options_of(self.group)}
+        for name in self.positionals:
+            nargs = "*" if options[name].many else None
+            parser.add_argument(name, type=options[name].kind, nargs=nargs, help=options[name].help)
+        add_arguments(parser, self.group, omitted=(*self.positionals, *self.short))
+        for name, letter in self.short.items():
+            parser.add_argument(letter, f"--{name}", action="store_true", help=options[name].help)
+        return parser
+
+    def run(self, argv: Sequence[str] | None = None) -> int:
+        """0 when done, 2 for a mistake of the user's, 130 when interrupted, 1 for anything else."""
+        parser = self.parser()
+        values = vars(parser.parse_strictly(argv))
+        for name in self.required:
+            if values[name] in (None, []):
+                parser.error(f"--{name} is needed; see {parser.prog} --help")
+        start_console()
+        with Ending(parser.prog) as ending:
+            self.work(build(self.group, values, self._flag))
+        return ending.code
+
+    def _flag(self, name: str) -> str:
+        return name if name in self.positionals else f"--{name}"
