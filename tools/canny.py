@@ -21,21 +21,18 @@ logger = logging.getLogger(__name__)
 class CannyOptions:
     """What is drawn. Thresholds are of the gradient: weak edges count where they touch strong ones."""
 
-    input: str | None = opt(help="picture to read")
-    output: str | None = opt(help="picture to write: white edges on black, in the format of its extension")
+    input: str = opt("", help="picture to read")
+    output: str = opt("", help="picture to write: white edges on black, in the format of its extension")
     thres1: int = opt(32, help="threshold of weak edges")
     thres2: int = opt(224, help="threshold of strong edges")
 
     def __post_init__(self) -> None:
-        require(bool(self.input), "--input", "no picture is given", "name the one to read")
-        require(bool(self.output), "--output", "no file is given", "name the one to write")
         for name in ("thres1", "thres2"):
             require(getattr(self, name) >= 0, f"--{name}", f"{getattr(self, name)} is negative", "use 0 or more")
 
 
-def run(options: CannyOptions) -> None:
+def draw_edges(options: CannyOptions) -> None:
     """Raises OptionError for a picture that can't be read, and for a place where none can be written."""
-    assert options.input and options.output
     output = output_file(options.output, "--output", {"the picture that is read": [options.input]})
     import cv2
 
@@ -59,7 +56,7 @@ def run(options: CannyOptions) -> None:
     logger.info("%s: %dx%d, %.1f%% of the pixels are edges", output, width, height, 100 * (edges_HW > 0).mean())
 
 
-TOOL = Tool(description=__doc__, options=CannyOptions, run=run)
+TOOL = Tool(__doc__, CannyOptions, draw_edges, required=("input", "output"))
 
 if __name__ == "__main__":
-    TOOL.main()
+    sys.exit(TOOL.run())

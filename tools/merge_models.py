@@ -42,8 +42,8 @@ EXTENSION = ".safetensors"
 class MergeOptions:
     """What is merged, and how."""
 
-    models: tuple[str, ...] | None = opt(help="model files to merge; the first decides which tensors there are")
-    output: str | None = opt(help="file to write; .safetensors is added where it is missing")
+    models: tuple[str, ...] = opt((), help="model files to merge; the first decides which tensors there are")
+    output: str = opt("", help="file to write; .safetensors is added where it is missing")
     ratios: tuple[float, ...] | None = opt(help="weight of each model, used as it is; equal weights where not given")
     unet_only: bool = opt(False, help="merge the U-Nets; VAE and text encoders are the first model's")
     device: str = opt("cpu", help="device that computes, for example cuda")
@@ -53,17 +53,13 @@ class MergeOptions:
     add_metadata: bool = opt(False, help="note in the file what it is and what it was merged from (modelspec.*)")
 
     def __post_init__(self) -> None:
-        require(bool(self.models), "--models", "no model is given", "name the files to merge")
-        require(bool(self.output), "--output", "no file is given", "name the file to write")
-        if self.ratios is not None:
-            given, needed = counted(len(self.ratios), "ratio"), counted(len(self.models or ()), "model")
-            problem = f"{given} for {needed}"
-            require(len(self.ratios) == len(self.models or ()), "--ratios", problem, "give one for each, in their order")
+        given, needed = len(self.ratios or ()), len(self.models)
+        problem = f"{counted(given, 'ratio')} for {counted(needed, 'model')}"
+        require(self.ratios is None or given == needed, "--ratios", problem, "give one for each, in their order")
 
 
-def run(options: MergeOptions) -> None:
+def merge(options: MergeOptions) -> None:
     """Raises OptionError for what can't be merged or written; then nothing is left behind."""
-    assert options.models and options.output
     name = options.output if options.output.endswith(EXTENSION) else options.output + EXTENSION
     output = output_file(name, "--output", {"one of the models": options.models})
     with contextlib.ExitStack() as stack:
@@ -105,7 +101,9 @@ def _report(
     kinds = {model.v_prediction for model in models}
     if len(kinds) > 1:
         for model in models:
-            logger.warning("%s predicts %s", model.path, "velocity" if model.v_prediction else "noise, as far as it says")
+            logger.warning(
+                "%s predicts %s", model.path, "velocity" if model.v_prediction else "noise, as far as it says"
+            )
     first = models[0]
     if first.v_prediction and V_PREDICTION_MARKER not in first.slots and not options.add_metadata:
         logger.warning("only its metadata say that %s predicts velocity: use --add_metadata to keep that", first.path)
@@ -140,7 +138,7 @@ def _metadata(models: Sequence[ModelFile], output: Path) -> dict[str, str]:
     )
 
 
-TOOL = Tool(description=__doc__, options=MergeOptions, run=run)
+TOOL = Tool(__doc__, MergeOptions, merge, required=("models", "output"))
 
 if __name__ == "__main__":
-    TOOL.main()
+    sys.exit(TOOL.run())

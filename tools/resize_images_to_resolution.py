@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +16,9 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is w
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.output_places import output_folder
+from library.cli.picture_folders import PictureFolder, work_through, write_picture
 from library.cli.tools import Tool
-from library.data.listing import entries_of, is_file, is_image
 from library.options import OptionError, opt, require
-from library.progress import progress_bar
 from library.wording import counted
 
 if TYPE_CHECKING:
@@ -43,9 +40,11 @@ QUALITY = {"quality": 100, "subsampling": 0}  # of JPEG: colours in full resolut
 class ResizeOptions:
     """How pictures are made smaller."""
 
+    src_img_folder: str = opt("", help="folder of the pictures; those in folders below it are not looked at")
+    dst_img_folder: str = opt("", help="folder to write to; it also gets copies of all other files")
     max_resolution: str = opt(
         "512x512,384x384,256x256,128x128",
-        help="resolutions, with commas between: a picture of more pixels is shrunk to that many, in its own proportions",
+        help="resolutions, with commas between: pictures of more pixels are shrunk to that many, in their proportions",
     )
     divisible_by: int = opt(1, help="cut sides, in the middle, to multiples of this many pixels")
     interpolation: str = opt("area", choices=OPENCV + PILLOW, help="how pictures are shrunk")
@@ -75,80 +74,24 @@ class ResizeOptions:
         return ".png" if self.save_as_png else ".jpg"
 
 
-@dataclass(frozen=True)
-class Files:
-    """What lies in a folder, by its paths."""
-
-    pictures: tuple[Path, ...]
-    others: tuple[Path, ...]
-
-    @classmethod
-    def of(cls, folder: Path) -> Files:
-        """OptionError for a folder without pictures, and for two pictures that would become one file."""
-        paths = [Path(entry.path) for entry in entries_of(folder, SOURCE) if is_file(entry)]
-        pictures = tuple(path for path in paths if is_image(path.name))
-        if not pictures:
-            raise OptionError(SOURCE, f"{folder} holds no pictures", "name the folder of the pictures itself")
-        by_stem: dict[str, Path] = {}
-        for path in pictures:
-            other = by_stem.setdefault(path.stem.lower(), path)
-            if other is not path:
-                raise OptionError(SOURCE, f"{other.name} and {path.name} would become one file", "rename one of them")
-        return cls(pictures, tuple(path for path in paths if not is_image(path.name)))
-
-    def beside(self, picture: Path) -> Iterator[Path]:
-        """Files of the picture's name with other extensions."""
-        return (path for path in self.others if path.stem == picture.stem)
-
-
-class Unread(OptionError):
-    """Some pictures could not be read; the others are done."""
-
-    exit_code = 1
-
-
-def run(options: ResizeOptions, source: str, target: str) -> None:
+def shrink(options: ResizeOptions) -> None:
     """Raises OptionError for folders that can't be used, and, when all others are done, for pictures that can't."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise OptionError(SOURCE, f"{folder} is no folder", "name the folder of the pictures")
-    files = Files.of(folder)
-    place = output_folder(target, TARGET, folder)
-    for path in files.others:
-        shutil.copy(path, place)
-    failed = shrink_all(files, place, options)
-    done = counted(len(files.pictures) - len(failed), "picture")
-    logger.info("%s in %s, %s copied", done, counted(len(options.limits), "resolution"), counted(len(files.others), "other file"))  # fmt: skip  # noqa: E501
-    if failed:
-        raise Unread(SOURCE, f"{len(failed)} of {counted(len(files.pictures), 'picture')} were left out: {failed[0]}")
+    found = PictureFolder.of(options.src_img_folder, SOURCE)
+    place = output_folder(options.dst_img_folder, TARGET, Path(options.src_img_folder).expanduser())
+    for path in found.others:
+        _copy(path, place / path.name)
 
+    def work(path: Path) -> None:
+        _shrink(path, place, options)
+        for other in found.beside(path) if options.copy_associated_files else ():
+            for text in options.limits:
+                _copy(other, place / f"{path.stem}+{text}{other.suffix}")
 
-def shrink_all(files: Files, place: Path, options: ResizeOptions) -> list[str]:
-    """Write all pictures, on all cores; why some could not be."""
-    from library.data.headers import BadImage
     from library.data.images import usable_cores
 
-    def work(path: Path) -> str | None:
-        try:
-            _shrink(path, place, options)
-        except BadImage as error:
-            return f"{path.name} ({error})"
-        for other in files.beside(path) if options.copy_associated_files else ():
-            for text in options.limits:
-                shutil.copy(other, place / f"{path.stem}+{text}{other.suffix}")
-        return None
-
-    failed = []
-    with (
-        progress_bar(desc="resizing", total=len(files.pictures), unit="picture") as bar,
-        ThreadPoolExecutor(usable_cores()) as pool,
-    ):
-        for reason in pool.map(work, files.pictures):
-            bar.update()
-            if reason:
-                logger.warning("left out: %s", reason)
-                failed.append(reason)
-    return failed
+    work_through(found.pictures, work, "resizing", SOURCE, threads=usable_cores())
+    pictures, others = counted(len(found.pictures), "picture"), counted(len(found.others), "other file")
+    logger.info("%s in %s, %s copied", pictures, counted(len(options.limits), "resolution"), others)
 
 
 def _shrink(path: Path, place: Path, options: ResizeOptions) -> None:
@@ -164,7 +107,7 @@ def _shrink(path: Path, place: Path, options: ResizeOptions) -> None:
     for text, size in sizes.items():
         image = _image(picture, size, options)
         data = _encoded(image, is_png=options.save_as_png)
-        _write(place / f"{path.stem}+{text}{options.extension}", data)
+        write_picture(place / f"{path.stem}+{text}{options.extension}", data, TARGET)
 
 
 def size_wh(size: Sequence[int], limit: int) -> tuple[int, int]:
@@ -221,12 +164,16 @@ def _encoded(image: Image, *, is_png: bool) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
+def _copy(path: Path, target: Path) -> None:
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        shutil.copy(path, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OptionError(TARGET, f"{path} can't be written ({error.strerror})", "choose another folder") from None
+        raise OptionError(
+            "", f"{path} can't be copied to {target} ({error.strerror})", "mend that, or remove it"
+        ) from None
+
+
+TOOL = Tool(__doc__, ResizeOptions, shrink, positionals=(SOURCE, TARGET))
+
+if __name__ == "__main__":
+    sys.exit(TOOL.run())

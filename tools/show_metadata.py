@@ -14,23 +14,19 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is w
 
 from library.checkpoints.safetensors_io import read_header
 from library.cli.tools import Tool
-from library.options import opt, require
+from library.options import opt
 
 
 @dataclass(frozen=True)
 class ShowOptions:
     """What is shown."""
 
-    model: str | None = opt(help=".safetensors file whose metadata is shown")
+    model: str = opt("", help=".safetensors file whose metadata is shown")
     readable: bool = opt(False, help="for people: texts that hold JSON unfolded, letters of all languages as they are")
 
-    def __post_init__(self) -> None:
-        require(bool(self.model), "--model", "no file is given", "name a .safetensors file")
 
-
-def run(options: ShowOptions) -> None:
+def show(options: ShowOptions) -> None:
     """Print the metadata; OptionError for what is no such file."""
-    assert options.model
     metadata = read_header(Path(options.model).expanduser(), "--model").metadata
     print(text_of(metadata, is_readable=options.readable))
 
@@ -53,7 +49,7 @@ def unfolded(text: str) -> Any:
         return text
 
 
-TOOL = Tool(description=__doc__, options=ShowOptions, run=run)
+TOOL = Tool(__doc__, ShowOptions, show, required=("model",))
 
 if __name__ == "__main__":
-    TOOL.main()
+    sys.exit(TOOL.run())

@@ -218,6 +218,8 @@ def _sum(pairs: Sequence[tuple[torch.Tensor, float]], dtype: str, settings: Merg
 def _not_finite(name: str, dtype: str, models: Sequence[ModelFile]) -> NonFiniteError:
     for model in models:
         if not is_finite(model.tensor(name)):
-            return NonFiniteError(f"{model.path}: {name} holds NaN or infinity", "leave this model out, or get it again")
+            return NonFiniteError(
+                f"{model.path}: {name} holds NaN or infinity", "leave this model out, or get it again"
+            )
     problem = f"{name} is too large for {DTYPES[dtype][1]} once it is summed"
     return NonFiniteError(problem, "use --precision float, and --saving_precision bf16 or float")
