@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is w
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.cli.output_places import output_folder
-from library.cli.picture_folders import PictureFolder, work_through, write_picture
+from library.cli.picture_folders import PictureFolder, encoded, work_through, write_picture
 from library.cli.tools import Tool
 from library.options import OptionError, opt, require
 from library.wording import counted
@@ -33,7 +33,6 @@ SOURCE, TARGET = "src_img_folder", "dst_img_folder"
 RESOLUTION = re.compile(r"(\d+)x(\d+)")
 OPENCV = ("area", "cubic", "lanczos4")  # OpenCV's own; the others are Pillow's, which see all pixels when they shrink
 PILLOW = ("lanczos", "bicubic", "bilinear", "linear", "box", "nearest")
-QUALITY = {"quality": 100, "subsampling": 0}  # of JPEG: colours in full resolution
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _shrink(path: Path, place: Path, options: ResizeOptions) -> None:
             raise BadImage(f"at {text} it is {width}x{height}, less than --divisible_by {options.divisible_by}")
     for text, size in sizes.items():
         image = _image(picture, size, options)
-        data = _encoded(image, is_png=options.save_as_png)
+        data = encoded(image, options.extension)
         write_picture(place / f"{path.stem}+{text}{options.extension}", data, TARGET)
 
 
@@ -151,17 +150,6 @@ def _cut(image: np.ndarray, step: int) -> np.ndarray:
     height, width = (side - side % step for side in image.shape[:2])
     top, left = ((whole - side) // 2 for whole, side in zip(image.shape[:2], (height, width), strict=True))
     return image[top : top + height, left : left + width]
-
-
-def _encoded(image: Image, *, is_png: bool) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    if is_png:
-        image.save(buffer, "PNG")
-    else:
-        image.save(buffer, "JPEG", **QUALITY)
-    return buffer.getvalue()
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library.cli.output_places import ANOTHER_FOLDER
 from library.data.headers import BadImage
@@ -17,7 +19,12 @@ from library.options import OptionError
 from library.progress import progress_bar
 from library.wording import counted
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 logger = logging.getLogger(__name__)
+
+BEST = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}  # colours in full resolution
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class PictureFolder:
         pictures = tuple(path for path in paths if is_image(path.name))
         if not pictures:
             raise OptionError(flag, f"{folder} holds no pictures", "name the folder that they are directly in")
-        refuse_equal_stems(pictures, flag)
+        refuse_equal(pictures, lambda path: path.stem, flag)
         return cls(pictures, tuple(path for path in paths if not is_image(path.name)))
 
     def beside(self, picture: Path) -> Iterator[Path]:
@@ -46,16 +53,33 @@ class PictureFolder:
 
 
 class LeftOutError(OptionError):
-    """Some pictures could not be read; all others are done."""
+    """Some pictures can't be used; all others are done."""
 
     exit_code = 1
 
 
-def refuse_equal_stems(pictures: Sequence[Path], flag: str) -> None:
-    """OptionError naming `flag` for pictures whose names differ in their extensions alone."""
-    by_stem: dict[str, Path] = {}
+class LeftOut:
+    """Pictures that can't be used, each named when it turns up."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def note(self, path: Path, error: BadImage) -> None:
+        self.reasons.append(f"{path.name} ({error})")
+        logger.warning("left out: %s", self.reasons[-1])
+
+    def tell(self, of: int, flag: str) -> None:
+        """LeftOutError naming `flag` where there are any, of so many."""
+        if self.reasons:
+            problem = f"{len(self.reasons)} of {counted(of, 'picture')} can't be used and were left out"
+            raise LeftOutError(flag, f"{problem}: {self.reasons[0]}", "mend or remove them")
+
+
+def refuse_equal(pictures: Sequence[Path], name_of: Callable[[Path], str], flag: str) -> None:
+    """OptionError naming `flag` for pictures that become files of one name, on systems that don't see capitals too."""
+    by_name: dict[str, Path] = {}
     for path in pictures:
-        other = by_stem.setdefault(path.stem.lower(), path)
+        other = by_name.setdefault(name_of(path).lower(), path)
         if other is not path:
             raise OptionError(flag, f"{other} and {path} would become one file", "rename one of them")
 
@@ -67,28 +91,38 @@ def work_through(
 
     `what` is shown beside the progress, `flag` named the folder.
     """
-    left_out: list[str] = []
+    left_out = LeftOut()
 
-    def reason(path: Path) -> str | None:
+    def done(path: Path) -> BadImage | None:
         try:
             work(path)
         except BadImage as error:
-            return f"{path.name} ({error})"
+            return error
         return None
 
     with progress_bar(desc=what, total=len(pictures), unit="picture") as bar, ThreadPoolExecutor(threads) as pool:
         try:
-            for told in pool.map(reason, pictures):
+            for path, error in zip(pictures, pool.map(done, pictures), strict=True):
                 bar.update()
-                if told:
-                    logger.warning("left out: %s", told)
-                    left_out.append(told)
+                if error:
+                    left_out.note(path, error)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if left_out:
-        problem = f"{len(left_out)} of {counted(len(pictures), 'picture')} can't be used and were left out"
-        raise LeftOutError(flag, f"{problem}: {left_out[0]}", "mend or remove them")
+    left_out.tell(len(pictures), flag)
+
+
+def encoded(image: Image, extension: str) -> bytes:
+    """A file of the picture in the format of an extension, at its best quality; BadImage for a format that can't be."""
+    from PIL import Image as pillow
+
+    kind = pillow.registered_extensions().get(extension.lower(), "")
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, kind, **BEST.get(kind, {}))
+    except (OSError, KeyError, ValueError) as error:
+        raise BadImage(f"can't be written as {extension}: {error}") from None
+    return buffer.getvalue()
 
 
 def write_picture(path: Path, data: bytes, flag: str) -> None:
