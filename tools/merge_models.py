@@ -91,11 +91,11 @@ def _report(
     for model, lack in zip(models, found, strict=True):
         missing = [name for name in lack.missing if not (options.unet_only and _is_outside_unet(name))]
         for names, means in (
-            (missing, "are not in it; there the first model's values are used"),
-            (lack.skipped, "are only in it, and left out"),
+            (missing, "the first model's values stand in for what is not in it"),
+            (lack.skipped, "left out, only in it"),
         ):
             if names:
-                logger.warning("%s: %s %s (%s)", model.path, counted(len(names), "tensor"), means, _parts(names))
+                logger.warning("%s: %s: %s (%s)", model.path, means, counted(len(names), "tensor"), _parts(names))
                 for name in names if options.show_skipped else ():
                     logger.info("  %s", name)
     kinds = {model.v_prediction for model in models}

@@ -43,7 +43,7 @@ class Tool:
         parser = self.parser()
         values = vars(parser.parse_strictly(argv))
         for name in self.required:
-            if values[name] in (None, []):
+            if values[name] in (None, "", (), []):
                 parser.error(f"--{name} is needed; see {parser.prog} --help")
         start_console()
         with Ending(parser.prog, dict(self.renamed)) as ending:
