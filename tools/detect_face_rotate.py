@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE, TARGET = "--src_dir", "--dst_dir"
 GREEN = (0, 255, 0)
+LARGEST_SIDE = 100_000  # pixels, or sizes of a face
 
 
 def _pair(kind: type[int] | type[float], example: str) -> Callable[[str], tuple[float, float]]:
@@ -37,7 +38,7 @@ def _pair(kind: type[int] | type[float], example: str) -> Callable[[str], tuple[
             first, second = (kind(part) for part in str(text).split(","))
         except ValueError:
             raise ValueError(f"is not of the form {example}") from None
-        if not 0 < min(first, second) <= max(first, second) < 1e5:
+        if not all(0 < side < LARGEST_SIDE for side in (first, second)):
             raise ValueError("is no size")
         return first, second
 
