@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}
 OUTSIDE_UNET = ("first_stage_model", "cond_stage_model", "conditioner.")  # VAE and text encoders, anywhere in a key
-PIECE = 1 << 22  # elements that are computed at a time
+PIECE = 1 << 20  # elements that are computed at a time
 MIX_LIKE_WITH_LIKE = "merge models of one kind"
 
 
