@@ -110,12 +110,14 @@ def _shrink(path: Path, place: Path, options: ResizeOptions) -> None:
 
 
 def size_wh(size: Sequence[int], limit: int) -> tuple[int, int]:
-    """Both sides times sqrt(limit / pixels), truncated, where there are more pixels than `limit`."""
+    """Both sides times sqrt(limit / pixels), truncated, where there are more pixels than `limit`.
+
+    In whole numbers: with floating ones 520x520 becomes 511x511 where 512x512 is meant.
+    """
     width, height = size
     if width * height <= limit:
         return width, height
-    scale = math.sqrt(limit / (width * height))
-    return max(1, int(width * scale)), max(1, int(height * scale))
+    return max(1, math.isqrt(limit * width // height)), max(1, math.isqrt(limit * height // width))
 
 
 def _image(picture: Picture, size: tuple[int, int], options: ResizeOptions) -> Image:

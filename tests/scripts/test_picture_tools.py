@@ -127,6 +127,14 @@ def test_each_copy_is_made_from_the_picture_itself(folder, tmp_path):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "plain+32x32.png")), right)
 
 
+@pytest.mark.parametrize("side", [513, 520, 535, 1024, 4000])
+def test_squares_stay_exact(side):
+    assert resizing.size_wh((side, side), 512 * 512) == (512, 512)
+    assert resizing.size_wh((4 * side, side), 512 * 512) == (1024, 256)
+    assert resizing.size_wh((90_000, 1), 128 * 128) == (38400, 1)
+    assert resizing.size_wh((512, 511), 512 * 512) == (512, 511)
+
+
 @pytest.mark.parametrize("name", resizing.OPENCV + resizing.PILLOW)
 def test_interpolations(folder, tmp_path, name):
     words = [folder, tmp_path / "out", "--save_as_png", "--max_resolution", "32x32", "--interpolation", name]
