@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/gen_img.md: runs the commands that stand there above each of them, and joins what they draw.
+"""Makes the pictures of docs/gen_img.md: runs the commands that stand there above them, and joins what they draw.
 
     python docs/pictures/make_gen_img.py [NAME ...]     all of them, or gen_img_NAME.webp alone
 
@@ -18,13 +18,13 @@ from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
 if __package__ in (None, ""):  # started as a file: the repository's folder is where library is
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from library.generate.contact_sheet import SheetPicture, contact_sheet
 from library.diffusion.samplers import SAMPLERS
+from library.generate.contact_sheet import SheetPicture, contact_sheet
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "gen_img.md"
 BLOCK = re.compile(r"^```\n((?:(?!```).)*?)^```\n+!\[[^\]]*\]\(pictures/gen_img_(\w+)\.webp\)", re.M | re.S)
 QUALITY = 88  # of WebP
@@ -44,9 +44,9 @@ class Figure:
 PAGODA, AT_128 = "a pagoda with green roofs above a lake", "20 steps of euler_a, scale 4"
 NAMES = tuple(name for name in SAMPLERS if not name.startswith("k_"))
 FIGURES = {
-    "negative": Figure("a picture of nature", AT_128, ("no negative prompt", "raccoon", "raccoon, coffee")),
+    "negative": Figure("a photo", AT_128, ("no negative prompt", "--n retina", "--n rocket")),
     "composition": Figure(
-        "a pagoda AND a white rocket under a night sky :weight", AT_128, ("0", "0.3", "0.6", "0.9", "1.2")
+        "a white rocket under a night sky AND the retina of an eye :weight", AT_128, ("0", "0.7", "0.9", "1.2")
     ),
     "samplers": Figure("a raccoon between green leaves", "8 steps, scale 4", NAMES, each=("--sampler", NAMES)),
     "steps": Figure(PAGODA, "euler_a, scale 4", tuple(f"{count} steps" for count in (2, 4, 8, 16, 32))),
@@ -59,9 +59,9 @@ FIGURES = {
         given=("--image_path",),
     ),
     "inpainting": Figure(
-        "... in a cup of coffee",
+        "... and a pagoda",
         f"{AT_128}, strength 0.9",
-        ("a raccoon ...", "an orange flower ..."),
+        ("a white rocket ...", "a raccoon ..."),
         given=("--image_path", "--mask_path"),
     ),
     "highres": Figure(PAGODA, AT_128, ("plain", "first stage", "second stage, strength 0.4")),
@@ -98,9 +98,7 @@ def draw(name: str, text: str) -> Image.Image:
         before = [(ROOT / lines[0][lines[0].index(flag) + 1], flag) for flag in figure.given]
         size = opened(drawn[0]).size
         pictures = [SheetPicture(opened(path).resize(size), caption) for path, caption in before]
-        pictures += [
-            SheetPicture(opened(path), caption) for path, caption in zip(drawn, figure.captions, strict=True)
-        ]
+        pictures += [SheetPicture(opened(path), caption) for path, caption in zip(drawn, figure.captions, strict=True)]
         return contact_sheet(figure.title, figure.subtitle, pictures)
 
 

@@ -60,7 +60,7 @@ def _spelt(letter: str) -> str:
 
 
 def in_lines(text: str, font: Font, width: int, most: int) -> list[str]:
-    """The text in at most `most` lines of `width` pixels, broken at blanks, else behind hyphens, where there are any."""
+    """The text in at most `most` lines of `width` pixels, broken at blanks, else behind hyphens, else anywhere."""
     lines, rest = [], " ".join(text.split())
     while rest:
         fits = _fitting(rest, font, width)
