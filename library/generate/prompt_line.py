@@ -134,8 +134,12 @@ def lines_of_text(text: str, path: str | Path, flag: str = "--from_file") -> lis
 
 
 def seeds_of_line(text: str, where: str) -> tuple[int, ...]:
-    """The seeds that a line's --d names, the last one where there are several; OptionError as parsing the line."""
+    """The seeds that the last --d names in a dynamic prompt's text outside of braces; OptionError as parsing a line."""
     own = [part.strip() for part in f" {text}".split(OPTION_MARK)[1:] if part.strip().partition(" ")[0].lower() == "d"]
+    if own and own[-1].lower() == "d":
+        raise OptionError(
+            where, "--d has no seed outside of braces; seeds draw what braces stand for", "write --d 1,2,3"
+        )
     return parse_prompt_line(f" --{own[-1]}", where, LINE_OPTIONS).seeds if own else ()
 
 
