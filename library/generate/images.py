@@ -19,6 +19,7 @@ from library.generate.config import GenerationConfig
 from library.generate.denoise import NotFiniteError, check_finite, decode, denoise
 from library.generate.drawing import Part
 from library.generate.highres import Enlarger
+from library.generate.memory import check_fits
 from library.generate.options import ComputeOptions
 from library.generate.output import ModelNames, PictureWriter
 from library.generate.request import GenerationRequest, batches
@@ -196,6 +197,7 @@ def _batches_drawn(
 ) -> Iterator[tuple[list[GenerationRequest], list[Image.Image]]]:
     for batch in batches(requests, compute.batch_size, engine.encoder.windows):
         with reasons_explained(compute):
+            check_fits(batch, engine.bundle.vae, engine.vae.at_once(len(batch)))
             pictures = engine.pictures(batch)
         yield batch, pictures
 

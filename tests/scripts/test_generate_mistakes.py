@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import gen_img_diffusers
 import sdxl_gen_img
 from library.checkpoints.safetensors_io import save_file
 from library.cli import generation
+from library.generate import memory
 from library.generate.prompt_line import file_name
 from library.models.build import build_text_encoder, build_unet
 from networks.lora import create_network
@@ -239,6 +241,18 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(
 @pytest.mark.parametrize("name", ["console.png", "v1.5", "a.JPG", "aux_2", "com10"])
 def test_names_that_are_as_good_as_others(name: str) -> None:
     assert file_name(name) == name
+
+
+def test_a_picture_that_memory_cannot_hold(
+    tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 1_500_000)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("large --w 128\nsmall\n"))
+    assert run(tiny_sd1_path, "--outdir", tmp_path, "--interactive", "--no_preview") == 0
+    said = capsys.readouterr().err
+    assert "a picture of 128x64 would take at least 0.0021 GB of memory, and 0.0015 GB are free; draw a smaller" in said
+    assert len(pictures(tmp_path)) == 1
+    assert run(tiny_sd1_path, "--outdir", tmp_path, "--prompt", "large --w 128") == 2
 
 
 def test_a_sidecar_lies_beside_the_picture(tiny_sd1_path: Path, tmp_path: Path) -> None:
