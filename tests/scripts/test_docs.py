@@ -56,6 +56,7 @@ PAGES = {
         caching.groups_that_count(),
         only=caching.names_that_count(),
     ),
+    "sdxl_minimal_inference": lambda: options_page("sdxl_minimal_inference.py", [sdxl_minimal_inference.Options]),
     "prepare_buckets_latents": lambda: options_page(
         "finetune/prepare_buckets_latents.py", [PreparingOptions], {"max_resolution": "512,512"}
     ),
