@@ -54,7 +54,7 @@ ROWS: dict[str, Row] = {
     "vae": Row("{other}", both(learns_otherwise, marks(ss_vae_name="other.safetensors"))),
     "no_half_vae": Row(True, learns_otherwise, {"mixed_precision": "bf16"}),
     "mem_eff_attn": Row(True, both(learns_nearly_the_same, has_inside(attention={"SlicedAttention"}))),
-    "sdpa": Row(True, both(learns_the_same, computes_attention_with("AttnProcessor2_0"))),
+    "sdpa": Row(True, both(learns_the_same, computes_attention_with("Sdpa"))),
     "clip_skip": Row(2, both(learns_otherwise, marks(ss_clip_skip="2", modelspec__encoder_layer="2"))),
     "max_token_length": Row(150, both(learns_otherwise, marks(ss_max_token_length="150"))),
     # where the images are

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def apply_to(model: Any, kind: str) -> None:
         except (ValueError, NotImplementedError) as error:
             raise OptionError("--xformers", f"xformers does not run here ({error})", "use --sdpa") from None
         return
-    model.set_attn_processor({"sdpa": AttnProcessor2_0, "sliced": SlicedAttention}[kind]())
+    model.set_attn_processor({"sdpa": Sdpa, "sliced": SlicedAttention}[kind]())
 
 
 def _import_xformers() -> None:
@@ -39,6 +40,25 @@ def _import_xformers() -> None:
     except (ImportError, OSError) as error:
         problem = f"the package xformers can't be loaded ({error})"
         raise OptionError("--xformers", problem, "use --sdpa, or install a build for this version of PyTorch") from None
+
+
+class Sdpa(AttnProcessor2_0):
+    """diffusers' processor for PyTorch's own kernel; only its signature is known beforehand.
+
+    diffusers reads the signature of a layer's processor at each call, which takes as long as a small kernel.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    __call__.__signature__ = inspect.signature(__call__)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 class SlicedAttention:

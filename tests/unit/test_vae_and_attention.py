@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from pathlib import Path
@@ -114,6 +115,18 @@ def test_sliced_models_equal_plain_ones(upcast: bool, bundle: ModelBundle, monke
     attention.apply(bundle.unet, bundle.vae, "sdpa")
     assert all(isinstance(processor, AttnProcessor2_0) for processor in bundle.unet.attn_processors.values())
     assert all(torch.equal(*pair) for pair in zip(results(), plain, strict=True))
+
+
+def test_the_plain_kernel_is_that_of_diffusers(bundle: ModelBundle):
+    noised, context = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64)
+    predictions = []
+    for processor in (AttnProcessor2_0(), attention.Sdpa()):
+        bundle.unet.set_attn_processor(processor)
+        with torch.no_grad():
+            predictions.append(bundle.unet(noised, torch.tensor([3]), context).sample)
+    assert torch.equal(*predictions)
+    names = list(inspect.signature(attention.Sdpa().__call__).parameters)
+    assert names == ["attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb"]
 
 
 def test_sliced_attention_trains(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch):
