@@ -38,6 +38,7 @@ class Module:
 
 
 LORA = Module("networks.lora")
+OFT = Module("networks.oft", alpha=1e-3, limits_norms=False)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ CASES = [
     Case(LORA, arguments={"block_dims": ",".join(["0"] * 12 + ["2"] * 13)}),
     Case(LORA, "sdxl", {"conv_dim": "2", "conv_alpha": "1"}),
     Case(LORA, "sdxl", {"block_dims": ",".join(["0"] * 10 + ["2"] * 13)}),
+    Case(OFT),
+    Case(OFT, "sd2", {"enable_all_linear": "true"}),
+    Case(OFT, "sdxl", {"enable_conv": "true"}),
 ]
 
 
