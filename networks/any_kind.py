@@ -19,7 +19,8 @@ from library.options import OptionError
 from networks.injection import Adapter, Network, check_names, modules_of_file, read_network_file
 from networks.key_names import DOWN
 from networks.layers import LEAVES, UNET_PREFIX, TextEncoders, text_encoder_prefixes
-from networks.lora_files import diffusers_names, in_our_names
+from networks.lora_creation import model_layers
+from networks.lora_files import in_our_names
 from networks.weight_changes import NUMBERS, Parts, bias_change, check_module, is_plain_lora, weight_change
 
 NORMS = ("GroupNorm", "LayerNorm")
@@ -35,28 +36,26 @@ def every_layer(root: torch.nn.Module, prefix: str) -> Iterator[Layer]:
             yield f"{prefix}.{path}".replace(".", "_"), module
 
 
-def is_for_any_kind(tensors: Mapping[str, torch.Tensor], usual_layers: Sequence[Layer]) -> bool:
-    """Whether a file, by our names, has other modules than plain LoRA, or some on layers that LoRA does not stand on."""
-    usual = {name for name, _ in usual_layers}
-    modules = modules_of_file(tensors)
-    return any(name not in usual or not is_plain_lora(parts) for name, parts in modules.items())
-
-
 def network_of_any_kind(
     multiplier: float,
+    source: tuple[Path | str, Mapping[str, torch.Tensor]],
     models: tuple[TextEncoders | None, torch.nn.Module | None],
-    tensors: Mapping[str, torch.Tensor],
-    file: Path | str,
     plain_lora: PlainLora,
-) -> AnyKindNetwork:
-    """A network with a module for each that a file, by our names, has for a layer of (text encoder, U-Net).
+) -> tuple[AnyKindNetwork, Mapping[str, torch.Tensor]] | None:
+    """(network, tensors by our names) for a file and its tensors, to be used on (text encoder, U-Net).
 
-    Raises OptionError, naming `file` and a module, for kinds that are not known and for modules that don't fit.
+    None for a file of plain LoRA alone, on no other layers than LoRA usually has. Raises OptionError, which names the
+    file and a module, for kinds that are not known and for modules that don't fit.
     """
-    text_encoder, unet = models
+    (file, tensors), (text_encoder, unet) = source, models
+    usual = model_layers(*models, has_convs=True)
+    tensors = in_our_names(tensors, [name for name, _ in usual.all], usual.other_names)
+    modules = modules_of_file(tensors)
+    usual_names = {name for name, _ in usual.all}
+    if all(name in usual_names and is_plain_lora(parts) for name, parts in modules.items()):
+        return None
     text = [layer for prefix, encoder in text_encoder_prefixes(text_encoder) for layer in every_layer(encoder, prefix)]
     in_unet = [] if unet is None else list(every_layer(as_files_name_it(unet), UNET_PREFIX))
-    modules = modules_of_file(tensors)
     check_names(modules, (name for name, _ in (*text, *in_unet)), str(file))
 
     def adapters(layers: Sequence[Layer]) -> list[Adapter]:
@@ -64,8 +63,8 @@ def network_of_any_kind(
         return [_adapter(name, layer, parts, multiplier, file, plain_lora) for name, layer, parts in found]
 
     network = AnyKindNetwork(adapters(text), adapters(in_unet))
-    network.other_names = {} if unet is None else diffusers_names(unet)
-    return network
+    network.other_names = usual.other_names
+    return network, tensors
 
 
 def _adapter(

@@ -120,9 +120,7 @@ def _blocks_and_alpha(
     return shape[0], float(alpha)
 
 
-def unet_layers(
-    unet: torch.nn.Module | None, *, all_linear: bool, convs: bool
-) -> list[tuple[str, torch.nn.Module]]:
+def unet_layers(unet: torch.nn.Module | None, *, all_linear: bool, convs: bool) -> list[tuple[str, torch.nn.Module]]:
     """The layers that are turned, by name: those of attentions, of whole transformers, of convolution blocks."""
     if unet is None:
         return []

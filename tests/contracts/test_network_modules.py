@@ -38,6 +38,7 @@ class Module:
 
 
 LORA = Module("networks.lora")
+LORA_FA = Module("networks.lora_fa")
 OFT = Module("networks.oft", alpha=1e-3, limits_norms=False)
 
 
@@ -61,6 +62,9 @@ CASES = [
     Case(LORA, arguments={"block_dims": ",".join(["0"] * 12 + ["2"] * 13)}),
     Case(LORA, "sdxl", {"conv_dim": "2", "conv_alpha": "1"}),
     Case(LORA, "sdxl", {"block_dims": ",".join(["0"] * 10 + ["2"] * 13)}),
+    Case(LORA_FA),
+    Case(LORA_FA, "sd2"),
+    Case(LORA_FA, "sdxl", {"conv_dim": "2", "conv_alpha": "1"}),
     Case(OFT),
     Case(OFT, "sd2", {"enable_all_linear": "true"}),
     Case(OFT, "sdxl", {"enable_conv": "true"}),
