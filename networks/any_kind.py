@@ -1,7 +1,7 @@
 """Networks of files of any kind, for generation and for merging: LoHa, LoKr, DoRA, LoCon, differences and mixtures.
 
-What such a module adds to its layer is computed from its parts when the layer is called: the file's numbers are all that
-is kept. Merged, or calculated beforehand, it costs nothing. Plain LoRA modules of such a file work as in any LoRA.
+What such a module adds to its layer is computed from its parts when the layer is called: no more is kept than the file
+has. Merged, or calculated beforehand, it costs nothing. Plain LoRA modules of such a file work as in any LoRA.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """OFT: layers of the U-Net turned by block-diagonal rotations (Qiu et al. 2023, arXiv:2306.07280).
 
-The outputs of a layer are divided into k blocks of b = outputs / k, and each block's weights are multiplied by a rotation
+The outputs of a layer are divided into k blocks of b = outputs / k, and the weights of each multiplied by a rotation
 R = (I + Q)(I - Q)^-1 with Q = P - P^T (Cayley), where P is what is learned and starts at 0. The constraint of the
-paper's COFT keeps R near I: the Frobenius norm of all Q of a layer stays within alpha * outputs. What a layer adds to
-its products is not turned, so a network that is applied and one that is merged are the same. At a multiplier m the
-weights are multiplied by I + m (R - I).
+paper's COFT keeps R near I: the Frobenius norm of all Q of a layer stays within alpha * outputs. A layer's bias is not
+turned, so an applied network and a merged one are the same. At a multiplier m weights are multiplied by I + m (R - I).
 
 The trade's file format: per layer `<name>.oft_blocks` [k, b, b] and `<name>.alpha`, with names that begin with
 oft_unet. Class and attribute names `oft_blocks`, `alpha` are part of the file's keys.
@@ -217,7 +216,7 @@ class OFTModule(Adapter):
         return self._change_of(self._base_forward(x))
 
     def _change_of(self, y: torch.Tensor) -> torch.Tensor:
-        """What turning adds to an output: to turn it costs less than to turn the weight, whose gradient it needs not."""
+        """What turning adds to an output: turning it costs less than turning the weight."""
         turn_KBB = (self.turn() * self.multiplier).to(y.device, compute_dtype(y))
         change = turned(y.to(turn_KBB.dtype), turn_KBB)
         bias = self.layer.bias

@@ -1,4 +1,4 @@
-"""What --network_args says to OFT. Importing this brings no torch, so that a mistake in the arguments is found at once."""
+"""What --network_args says to OFT. Importing this brings no torch, so that a mistake is found at once."""
 
 from __future__ import annotations
 

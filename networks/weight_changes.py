@@ -1,8 +1,8 @@
 """What a module of a network file adds to its layer's weight, for every kind of module that is known.
 
 A module is what a file has below one layer's name: its parts, by what follows the name. `check_module` says at once
-which kind it is and whether it fits a layer, without computing; `weight_change` and `bias_change` compute, one module at
-a time, in float32:
+which kind it is and whether it fits a layer, without computing; `weight_change` and `bias_change` compute, one module
+at a time, in float32:
 
     kind = check_module(name, parts, weight.shape, file)       # OptionError for what can't be used
     weight = weight + multiplier * weight_change(parts, weight)
@@ -11,9 +11,9 @@ a time, in float32:
 Whoever merges calls these two with the weight as it was before; the change of a DoRA and of (IA)^3 depends on it.
 
 Kinds, with scale = alpha / rank (1 without alpha) and the formulas of their papers:
-  LoRA    scale * up @ down, with lora_mid in between where a kernel is decomposed too (Hu et al. 2021, arXiv:2106.09685)
+  LoRA    scale * up @ down, with lora_mid between them where the kernel is a factor (Hu et al. 2021, arXiv:2106.09685)
   LoHa    scale * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise (Hyeon-Woo et al. 2022, arXiv:2108.06098)
-  LoKr    scale * kron(w1, w2), each whole or a product (Edalati et al. 2022, arXiv:2212.10650); whole ones have scale 1
+  LoKr    scale * kron(w1, w2), each whole (and scale 1) or a product (Edalati et al. 2022, arXiv:2212.10650)
   full    the difference itself; "norm": that of a normalisation
   (IA)^3  the weight times a number for each output or input (Liu et al. 2022, arXiv:2205.05638)
 DoRA (Liu et al. 2024, arXiv:2402.09353) is an addition to the first three: W + change is scaled to the norms that the
@@ -156,8 +156,7 @@ def check_module(name: str, parts: Parts, shape: torch.Size | tuple[int, ...], f
     kind = kind_of(parts)
     if kind is None:
         raise OptionError("", f"{file} is of a kind that is not known: {name} has {listed}", OTHER_PROGRAM)
-    if frozenset(parts) - WITH_ANY not in kind.forms:
-        raise OptionError("", f"{file} is incomplete: of a {kind.name}, {name} has only {listed}", COPY_AGAIN)
+    _check_form(kind, name, frozenset(parts) - WITH_ANY, file)
     if not kind.has_magnitudes and any(key in parts for key in MAGNITUDES):
         raise OptionError("", f"{file} is of a kind that is not known: {name} has {listed}", OTHER_PROGRAM)
     for key in NUMBERS:
@@ -179,6 +178,15 @@ def check_module(name: str, parts: Parts, shape: torch.Size | tuple[int, ...], f
     if bias is not None and bias.numel() != shape[0]:
         raise OptionError("", f"{file} is damaged: the bias of {name} has {bias.numel()} numbers", COPY_AGAIN)
     return kind
+
+
+def _check_form(kind: Kind, name: str, own: frozenset[str], file: Path | str) -> None:
+    missing = [form - own for form in kind.forms if own <= form]
+    if not missing:
+        problem = f"{', '.join(sorted(own))} of {name} don't belong together"
+        raise OptionError("", f"{file} is damaged: {problem}", COPY_AGAIN)
+    if fewest := min(missing, key=len):
+        raise OptionError("", f"{file} is incomplete: {name} has no {', '.join(sorted(fewest))}", COPY_AGAIN)
 
 
 def _check_size(name: str, change: torch.Size, weight: torch.Size, file: Path | str) -> None:
