@@ -39,6 +39,7 @@ class Module:
 
 LORA = Module("networks.lora")
 LORA_FA = Module("networks.lora_fa")
+DYLORA = Module("networks.dylora", skips_parameters=True, training_arguments=("unit",))
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ CASES = [
     Case(LORA_FA),
     Case(LORA_FA, "sd2"),
     Case(LORA_FA, "sdxl", {"conv_dim": "2", "conv_alpha": "1"}),
+    Case(DYLORA),
+    Case(DYLORA, "sd2", {"unit": "2"}),
+    Case(DYLORA, "sdxl", {"conv_dim": "4", "conv_alpha": "1", "unit": "2"}),
 ]
 
 
