@@ -12,7 +12,7 @@ from library.checkpoints.safetensors_io import read_header
 from library.options import OptionError, did_you_mean, named_values, opt, require
 from library.packages import is_installed
 
-KNOWN_MODULES = ("networks.lora", "networks.oft", "lycoris.kohya")
+KNOWN_MODULES = ("networks.lora", "networks.lora_fa", "networks.dylora", "networks.oft", "lycoris.kohya")
 PACKAGES = {"lycoris": "lycoris-lora"}  # what brings modules that are not ours, by their first name
 
 
@@ -104,13 +104,17 @@ class NetworkOptions:
     def check_before_start(self) -> None:
         """Raise OptionError for a module that is not there, its arguments, and files that can't be read: without torch.
 
-        A module `x.y` may have a module `x.y_settings` beside it, free of torch, with check_arguments(**arguments).
+        A module `x.y` may have a module `x.y_settings` beside it, free of torch, with check_arguments(**arguments) and
+        check_rank(network_dim, **arguments), which is asked where no file decides about ranks.
         """
         name = str(self.network_module)
         if not is_installed(name):
             raise no_such_module(name)
         if is_installed(f"{name}_settings"):
-            importlib.import_module(f"{name}_settings").check_arguments(**self.arguments)
+            settings = importlib.import_module(f"{name}_settings")
+            settings.check_arguments(**self.arguments)
+            if hasattr(settings, "check_rank") and not self.dim_from_weights:
+                settings.check_rank(self.network_dim, **self.arguments)
         weights = [self.network_weights] if self.network_weights else []
         for flag, files in (("--network_weights", weights), ("--base_weights", self.base_weights or ())):
             for file in files:
