@@ -27,7 +27,7 @@ from library.options import OptionError
 from networks.injection import Adapter, Network, check_names, modules_of_file, read_network_file
 from networks.key_names import COPY_AGAIN
 from networks.layers import CONV_CONTAINERS, TRANSFORMER_CONTAINERS, TextEncoders, find_layers, is_pointwise, layer_size
-from networks.oft_settings import OFTSettings
+from networks.oft_settings import DEFAULT_ALPHA, DEFAULT_BLOCKS, OFTSettings
 from networks.oft_settings import check_arguments as check_arguments  # part of the contract of network modules
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ CASTS_ITSELF = True  # needs no autocast: rotations are made in float32 and cast
 PREFIX = "oft_unet"
 ATTENTION_CONTAINERS = ("CrossAttention", "Attention")
 BLOCKS = "oft_blocks"
-DEFAULT_BLOCKS, DEFAULT_ALPHA = 4, 1e-3
 EPSILON = 1e-8  # of the constraint, part of the format
 
 

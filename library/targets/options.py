@@ -88,6 +88,16 @@ class NetworkOptions:
         """--network_args by name; a value may contain "="."""
         return named_values(self.network_args, "--network_args")
 
+    def described_size(self) -> str:
+        """What --network_dim and --network_alpha are to a module that has a word of its own for them; "" to others.
+
+        Its `x.y_settings` has a function describe_size(network_dim, network_alpha) for it.
+        """
+        settings = f"{self.network_module}_settings"
+        module = importlib.import_module(settings) if is_installed(settings) else None
+        describe = getattr(module, "describe_size", None)
+        return str(describe(self.network_dim, self.network_alpha)) if callable(describe) else ""
+
     def notes(self) -> list[str]:
         """A sentence for each setting that has no effect beside another."""
         notes = []

@@ -15,7 +15,7 @@ ARGUMENTS = {"sd1": [], "sdxl": ["enable_conv=true", "enable_all_linear=true"]}
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_trains_resumes_and_draws(tmp_path, images, request, kind):
+def test_trains_resumes_and_draws(tmp_path, images, request, capfd, kind):
     train, generator = SCRIPTS[kind]
     model = request.getfixturevalue(f"tiny_{kind}_path")
     options = short_run(tmp_path, images, model) | {
@@ -23,11 +23,13 @@ def test_trains_resumes_and_draws(tmp_path, images, request, kind):
         "gradient_checkpointing": True, "max_train_steps": 4, "learning_rate": 1e-2,
     }  # fmt: skip
     assert train(**options, save_every_n_steps=2, save_state=True) == 0
+    assert "networks.oft, 4 blocks per layer, constraint 0.01\n" in capfd.readouterr().err
     file, early = tmp_path / "out" / "net.safetensors", tmp_path / "out" / "net-step00000002.safetensors"
     assert metadata_of(file)["ss_network_module"] == "networks.oft"
     before, after = load_file(early), load_file(file)
     blocks = [key for key in after if key.endswith(".oft_blocks")]
-    assert len(after) == 2 * len(blocks) and all(not before[key].equal(after[key]) for key in blocks)
+    moved = sum(not before[key].equal(after[key]) for key in blocks)  # attention among a single pixel moves nothing
+    assert len(after) == 2 * len(blocks) and moved > 0.8 * len(blocks)
     assert any("in_layers_2" in key for key in blocks) == (kind == "sdxl")
 
     again = {**options, "output_dir": tmp_path / "again"}
