@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,6 @@ class Written:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written]:
     @functools.cache
     def write(case: str) -> Written:
-        logging.disable(logging.INFO)
         kind, arguments, part = CASES[case]
         on = models(kind)
         network = NetworkFactory("lycoris.kohya").create(4, ALPHA, None, on, **arguments)

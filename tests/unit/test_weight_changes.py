@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -66,7 +65,6 @@ def saved_parts(module: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]} {kind[2]}")
 def test_as_lycoris_computes_it(kind, layer_name):
     """What its layers put out; LyCORIS 4.1 itself merges LoHa and LoKr with the square of their scale."""
-    logging.disable(logging.INFO)
     name, path, arguments = kind
     layer = LAYERS[layer_name]()
     before, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
