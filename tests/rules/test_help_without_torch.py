@@ -10,7 +10,11 @@ import pytest
 from tests.rules.import_rules import HEAVY
 from tests.rules.source_files import ROOT, repository_sources
 
-TOOLS = ("tools/cache_latents.py", "tools/cache_text_encoder_outputs.py", "finetune/prepare_buckets_latents.py")
+TOOLS = (
+    "tools/cache_latents.py", "tools/cache_text_encoder_outputs.py", "finetune/prepare_buckets_latents.py",
+    "tools/merge_models.py", "tools/show_metadata.py", "tools/canny.py", "tools/resize_images_to_resolution.py",
+    "tools/latent_upscaler.py", "tools/detect_face_rotate.py",
+)  # fmt: skip
 SCRIPTS = [*(file.path for file in repository_sources() if file.is_entry_script), *TOOLS]
 RUN_AND_REPORT = """
 import runpy, sys

@@ -22,7 +22,16 @@ import train_db
 import train_network
 from finetune import merge_captions_to_metadata, merge_dd_tags_to_metadata
 from library.cli import caching, generation, metadata_tools, preparing, training
-from tools import cache_latents, cache_text_encoder_outputs
+from tools import (
+    cache_latents,
+    cache_text_encoder_outputs,
+    canny,
+    detect_face_rotate,
+    latent_upscaler,
+    merge_models,
+    resize_images_to_resolution,
+    show_metadata,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 PARSERS = {
@@ -40,6 +49,12 @@ PARSERS = {
     "cache_latents": lambda: caching.build_parser(cache_latents.TOOL),
     "cache_text_encoder_outputs": lambda: caching.build_parser(cache_text_encoder_outputs.TOOL),
     "prepare_buckets_latents": lambda: preparing.build_parser(None),
+    "merge_models": merge_models.TOOL.parser,
+    "show_metadata": show_metadata.TOOL.parser,
+    "canny": canny.TOOL.parser,
+    "resize_images_to_resolution": resize_images_to_resolution.TOOL.parser,
+    "latent_upscaler": latent_upscaler.TOOL.parser,
+    "detect_face_rotate": detect_face_rotate.TOOL.parser,
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
@@ -104,6 +119,12 @@ OWN = {
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
     "prepare_buckets_latents": {"--on_bad_image"},
+    "merge_models": {"--add_metadata"},
+    "show_metadata": {"--readable"},
+    "canny": set(),
+    "resize_images_to_resolution": set(),
+    "latent_upscaler": set(),
+    "detect_face_rotate": {"--detector"},
 }
 TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the training scripts
 
@@ -112,11 +133,14 @@ MORE_CHOICES = {  # values that the trade's scripts don't know, or only know in 
     "--resize_interpolation": ["box"],
     "--sampler": ["dpmsolver++_sde"],
     "--sample_sampler": ["dpmsolver++_sde"],
+    "--interpolation": ["lanczos", "bicubic", "bilinear", "linear", "box", "nearest"],
 }
 # taken as texts, because a share such as "10%" will do as well as a number
 WIDER_TYPES = {"--lr_warmup_steps": "str", "--lr_decay_steps": "str"}
 # a rate for each text encoder, as later versions of the trade's script take them
 SEVERAL = {("sdxl_train_network", "--text_encoder_lr")}
+# one or more: that there is one is checked behind the parser
+SEVERAL |= {("merge_models", "--models"), ("merge_models", "--ratios")}
 
 
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
