@@ -99,8 +99,12 @@ def test_from_weights_keeps_dropouts_for_training_only(tmp_path):
 
 def test_files_that_are_no_lora(tmp_path):
     parts = tiny_parts()
-    with pytest.raises(OptionError, match="holds no LoRA in the usual format .it has lora_unet_x.hada_w1_a"):
+    with pytest.raises(
+        OptionError, match="f holds LoHa, which networks.lora draws with and merges, but does not train"
+    ):
         create_network_from_weights(1, "f", None, *parts, weights_sd={"lora_unet_x.hada_w1_a": torch.ones(1)})
+    with pytest.raises(OptionError, match="holds no LoRA in the usual format .it has lora_unet_x.oft_blocks"):
+        create_network_from_weights(1, "f", None, *parts, weights_sd={"lora_unet_x.oft_blocks": torch.ones(1)})
     name = "lora_unet_input_blocks_4_1_proj_in"
     tensors = {f"{name}.lora_down.weight": torch.ones(4, 8), f"{name}.lora_up.weight": torch.ones(8, 4)}
     with pytest.raises(OptionError, match="made for SDXL"):
