@@ -13,6 +13,7 @@ COPY_AGAIN = "copy or download it again, or take another one"
 
 # diffusers' own keys: part, path and side of a pair; its newer and older words for down and up
 PEFT_KEY = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.(?:lora_(A|B)|lora\.(down|up))(?:\.default)?\.weight")
+PEFT_ALPHA = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.alpha")
 OF_TWO_ENCODERS = re.compile(rf"{TEXT_PREFIX}[12]_|text_encoder_2\.")
 # other words for the parts of a module, below its name
 PARTS = {
@@ -39,14 +40,17 @@ def file_key(key: str, *, has_two: bool) -> str:
 
     `has_two`: the first text encoder is one of two.
     """
-    if match := PEFT_KEY.fullmatch(key):
-        part, path, new, old = match.groups()
+    if match := PEFT_KEY.fullmatch(key) or PEFT_ALPHA.fullmatch(key):
+        part, path, *sides = match.groups()
         prefix = {
             "unet": UNET_PREFIX,
             "text_encoder": f"{TEXT_PREFIX}1" if has_two else TEXT_PREFIX,
             "text_encoder_2": f"{TEXT_PREFIX}2",
         }[part]
         path = path if part == "unet" else classic_text_key(path)  # transformers 5 leaves a level out
-        return f"{prefix}_{path}".replace(".", "_") + f".{DOWN if (new or old) in ('A', 'down') else UP}"
+        name = f"{prefix}_{path}".replace(".", "_")
+        if not sides:
+            return f"{name}.alpha"
+        return f"{name}.{DOWN if {'A', 'down'} & set(sides) else UP}"
     name, dot, part = key.partition(".")
     return f"{name}{dot}{PARTS.get(part, part)}"

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from library.checkpoints.adapter_metadata import adapter_alphas
 from library.checkpoints.safetensors_io import DTYPES, Header, TensorInfo, header_dtype, read_header
 from library.options import OptionError
 
@@ -59,9 +60,16 @@ def open_weights(path: Path | str, where: str = "") -> Weights:
 
 
 def load_tensors(path: Path | str, where: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a .safetensors file, or of a pickle (.pt, .ckpt, .bin) through torch's weights-only reader."""
+    """All tensors of a .safetensors file, or of a pickle (.pt, .ckpt, .bin) through torch's weights-only reader.
+
+    The alphas that diffusers and PEFT note in a header are among them, as `<path>.alpha`.
+    """
+    import torch
+
     with open_weights(path, where) as weights:
-        return {name: weights.tensor(name).clone() for name in weights.shapes}
+        tensors = {name: weights.tensor(name).clone() for name in weights.shapes}
+        noted = adapter_alphas(weights.shapes, weights.metadata, path)
+    return {f"{module}.alpha": torch.tensor(alpha) for module, alpha in noted.items()} | tensors
 
 
 def is_safetensors(path: Path) -> bool:
