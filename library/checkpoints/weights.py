@@ -241,20 +241,24 @@ class MergedWeights:
             part.__exit__(*error)
 
 
-def open_component(folder: Path, stem: str, where: str = "") -> Weights:
+def open_component(folder: Path, stem: str, where: str = "", variant: str | None = None) -> Weights:
     """The weights of one component of a Diffusers folder: `stem`.safetensors, a sharded one, an fp16 variant, or .bin.
 
-    `stem` is "diffusion_pytorch_model" or "model"; the .bin of text encoders is called "pytorch_model".
+    With a `variant`, such as "fp16" or "non_ema", its files alone. `stem` is "diffusion_pytorch_model" or "model"; the
+    .bin of text encoders is called "pytorch_model".
     """
     old_stem = "pytorch_model" if stem == "model" else stem
-    names = [f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
-    names += [f"{old_stem}{variant}.bin" for variant in ("", ".fp16")]
+    infixes = (f".{variant}",) if variant else ("", ".fp16")
+    names = [f"{stem}{infix}.safetensors" for infix in infixes]
+    names += [f"{old_stem}{infix}.bin" for infix in infixes]
     for name in names:
         if (folder / name).is_file():
             return open_weights(folder / name, where)
         index = folder / f"{name}.index.json"
+        if not index.is_file() and variant:  # diffusers puts the variant last but one in the names of indices
+            index = folder / f"{name.replace(f'.{variant}', '')}.index.{variant}.json"
         if index.is_file():
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             return MergedWeights([open_weights(folder / shard, where) for shard in shards])
     subject = f"{where}: {folder}" if where else f"{folder}"
-    raise OptionError("", f"{subject} holds no {stem}.safetensors", "check that the download is complete")
+    raise OptionError("", f"{subject} holds no {names[0]}", "check that the download is complete")
