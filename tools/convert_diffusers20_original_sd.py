@@ -209,14 +209,16 @@ def _write_file(options: ConvertOptions, model: StoredModel, output: Path, metad
     counters = options.epoch or 0, options.global_step or 0
     if options.reference_model is None:
         save_single_file(
-            model.state, output, source=model.extras, dtype=dtype, metadata=said | metadata, counters=counters
+            model.state, output, source=model.extras, dtype=dtype, metadata={**said, **metadata}, counters=counters
         )
         return
     reference = resolve_model(options.reference_model, REFERENCE)
     if reference.is_dir():
         raise OptionError(REFERENCE, f"{reference} is a folder", "name a file, whose tensors beside the model are kept")
     with open_weights(reference, REFERENCE) as weights:
-        save_single_file(model.state, output, source=weights, dtype=dtype, metadata=said | metadata, counters=counters)
+        save_single_file(
+            model.state, output, source=weights, dtype=dtype, metadata={**said, **metadata}, counters=counters
+        )
 
 
 # ------------------------------------------------------------------------------------------ ControlNets

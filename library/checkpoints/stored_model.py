@@ -22,6 +22,7 @@ from library.checkpoints.architecture import (
 from library.checkpoints.configs import SDXL_VAE_SCALE, VAE_SCALE, text_config, unet_config, vae_config
 from library.checkpoints.keymaps import (
     FUSED_QKV,
+    UNET_PREFIX,
     Slot,
     classic_text_key,
     count_items,
@@ -185,22 +186,33 @@ def _from_folder(folder: Path, source: ModelSource, flag: str, variant: str | No
 
 
 def _folder_part(part: str, weights: Weights, kind: str, subject: str, reading: Reading) -> dict[str, torch.Tensor]:
-    """Raises OptionError for what is missing and for what has no place in a single file."""
-    rename = classic_text_key if part.startswith("text") else modern_vae_key if part == "vae" else str
-    keys = {rename(key): key for key in weights.shapes if not key.endswith(NO_PARAMETER)}
-    shapes = {name: tuple(weights.shapes[key]) for name, key in keys.items()}
+    keys = {_modern_name(part, key): key for key in weights.shapes}
+    return {
+        name: reading.deferred(shape, weights.dtypes[keys[name]], lambda key=keys[name]: weights.tensor(key))
+        for name, shape in sorted(folder_part_shapes(part, weights, kind, subject).items())
+    }
+
+
+def folder_part_shapes(part: str, weights: Weights, kind: str, subject: str) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> size, as a single file has it; OptionError for what is missing, and what has no place there."""
+    shapes = {
+        name: _shape_in_file(name, tuple(weights.shapes[key]), kind)
+        for key in weights.shapes
+        if not (name := _modern_name(part, key)).endswith(NO_PARAMETER)
+    }
     try:
-        missing = sorted(_names_of_folder_part(part, shapes, kind) - set(keys))
+        missing = sorted(_names_of_folder_part(part, shapes, kind) - set(shapes))
     except (ArchitectureError, KeyError) as error:
         raise OptionError("", f"{subject} is no {PART_NAMES[part]} of {KIND_NAMES[kind]}: {error.args[0]}") from None
     if missing:
         raise OptionError("", f"{subject} lacks {len(missing)} tensors ({missing[0]} ...)", "use a complete model")
-    return {
-        name: reading.deferred(
-            _shape_in_file(name, shape, kind), weights.dtypes[keys[name]], lambda key=keys[name]: weights.tensor(key)
-        )
-        for name, shape in sorted(shapes.items())
-    }
+    return shapes
+
+
+def _modern_name(part: str, key: str) -> str:
+    if part.startswith("text"):
+        return classic_text_key(key)
+    return modern_vae_key(key) if part == "vae" else key
 
 
 def _names_of_folder_part(part: str, shapes: Mapping[str, tuple[int, ...]], kind: str) -> set[str]:
@@ -224,3 +236,53 @@ def _model_state(source: ModelSource, parts: Mapping[str, Mapping[str, torch.Ten
     return ModelState(
         source.kind, **parts, v_prediction=source.v_prediction, zero_terminal_snr=source.zero_terminal_snr
     )
+
+
+# ------------------------------------------------------------------------------------------ sizes alone
+
+
+def original_shapes(path: str, flag: str) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """(kind, sizes by the keys of a single file) of a model, also of a Diffusers folder; headers only."""
+    source = probe_any(path, flag=flag, may_inpaint=True)
+    found = resolve_model(path, flag)
+    if not found.is_dir():
+        with open_weights(found, flag) as weights:
+            return source.kind, dict(weights.shapes)
+    sizes: dict[str, tuple[int, ...]] = {}
+    for part, stem in STEMS.items():
+        if part == "text_encoder_2" and source.kind != "sdxl":
+            continue
+        with open_component(found / part, stem, flag) as weights:
+            shapes = folder_part_shapes(part, weights, source.kind, f"{flag}: {found / part}")
+        for name, slot in part_slots(part, shapes, kind=source.kind).items():
+            sizes[slot.key] = _place_shape(slot, shapes[name])
+    return source.kind, sizes
+
+
+def _place_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The size of a place in a single file from that of a parameter; the opposite of `parameter_shape`."""
+    if slot.is_transposed:
+        return shape[::-1]
+    if slot.part is not None:
+        return (shape[0] * len(FUSED_QKV), *shape[1:])
+    return (*shape[:2], 1, 1) if is_vae_attention_weight(slot.key) else shape
+
+
+def model_places(shapes: Mapping[str, tuple[int, ...]], kind: str) -> set[str]:
+    """The keys that a single file of these sizes has to have for the parts of which it holds anything.
+
+    Raises ArchitectureError for parts that are no model's.
+    """
+    names: dict[str, set[str]] = {}
+    prefix = vae_prefix(shapes)
+    if f"{UNET_PREFIX}input_blocks.0.0.weight" in shapes:
+        names["unet"] = unet_names(unet_architecture(shapes, kind))
+    if f"{prefix}encoder.conv_in.weight" in shapes:
+        names["vae"] = vae_names(vae_architecture(shapes, prefix))
+    if any(key.startswith(("cond_stage_model.", "conditioner.")) for key in shapes):
+        encoders = text_architectures(shapes, kind)
+        for part, sizes in zip(("text_encoder", "text_encoder_2"), encoders, strict=False):
+            names[part] = text_names(sizes.layers, is_projected=bool(sizes.projection))
+    return {
+        slot.key for part, own in names.items() for slot in part_slots(part, own, kind=kind, file_keys=shapes).values()
+    }

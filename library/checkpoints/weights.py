@@ -132,7 +132,7 @@ class SafetensorsWeights:
 
 class PickledWeights:
     """A .ckpt, .pt or .bin file: a dictionary of tensors, or one under "state_dict" or, in files of textual inversion,
-    "string_to_param".
+    "string_to_param". A hypernetwork's two networks of each width become "768.0.linear1.weight" and so on.
 
     torch's weights-only reader runs no code of the file. Training programs leave foreign objects in such files (their
     callbacks, numbers of numpy); these become inert placeholders.
@@ -143,7 +143,7 @@ class PickledWeights:
         content = _unpickle(path, where)
         state = content.get("state_dict", content.get("string_to_param", content))
         self.extra = {key: content[key] for key in ("epoch", "global_step") if state is not content and key in content}
-        self._tensors = {name: value for name, value in state.items() if _is_tensor(value)}
+        self._tensors = {name: value for name, value in _flattened(state).items() if _is_tensor(value)}
         self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
         self.dtypes = {name: header_dtype(value.dtype) for name, value in self._tensors.items()}
         self.metadata: dict[str, str] = {}
@@ -156,6 +156,18 @@ class PickledWeights:
 
     def __exit__(self, *error: object) -> None:
         self._tensors = {}
+
+
+def _flattened(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """A dictionary by texts; lists of dictionaries under numbers, as hypernetworks have them, by paths."""
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(name, int) and isinstance(value, (list, tuple)):
+            for number, inner in enumerate(value):
+                flat |= {f"{name}.{number}.{key}": item for key, item in inner.items()}
+        elif isinstance(name, str):
+            flat[name] = value
+    return flat
 
 
 class Inert:
