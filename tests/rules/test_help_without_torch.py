@@ -10,7 +10,12 @@ import pytest
 from tests.rules.import_rules import HEAVY
 from tests.rules.source_files import ROOT, repository_sources
 
-TOOLS = ("tools/cache_latents.py", "tools/cache_text_encoder_outputs.py", "finetune/prepare_buckets_latents.py")
+TOOLS = (
+    "tools/cache_latents.py", "tools/cache_text_encoder_outputs.py", "finetune/prepare_buckets_latents.py",
+    "tools/convert_lora.py", "tools/convert_diffusers20_original_sd.py", "tools/verify_model.py",
+    "networks/extract_lora_from_dylora.py", "networks/check_lora_weights.py", "networks/lora_interrogator.py",
+    "networks/lora_diffusers.py",
+)  # fmt: skip
 SCRIPTS = [*(file.path for file in repository_sources() if file.is_entry_script), *TOOLS]
 RUN_AND_REPORT = """
 import runpy, sys

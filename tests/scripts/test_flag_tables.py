@@ -22,7 +22,8 @@ import train_db
 import train_network
 from finetune import merge_captions_to_metadata, merge_dd_tags_to_metadata
 from library.cli import caching, generation, metadata_tools, preparing, training
-from tools import cache_latents, cache_text_encoder_outputs
+from networks import check_lora_weights, extract_lora_from_dylora, lora_diffusers, lora_interrogator
+from tools import cache_latents, cache_text_encoder_outputs, convert_diffusers20_original_sd
 
 DATA = Path(__file__).parents[1] / "data"
 PARSERS = {
@@ -40,6 +41,11 @@ PARSERS = {
     "cache_latents": lambda: caching.build_parser(cache_latents.TOOL),
     "cache_text_encoder_outputs": lambda: caching.build_parser(cache_text_encoder_outputs.TOOL),
     "prepare_buckets_latents": lambda: preparing.build_parser(None),
+    "convert_diffusers20_original_sd": convert_diffusers20_original_sd.TOOL.parser,
+    "extract_lora_from_dylora": extract_lora_from_dylora.TOOL.parser,
+    "check_lora_weights": check_lora_weights.TOOL.parser,
+    "lora_interrogator": lora_interrogator.TOOL.parser,
+    "lora_diffusers": lora_diffusers.TOOL.parser,
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
@@ -104,12 +110,18 @@ OWN = {
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
     "prepare_buckets_latents": {"--on_bad_image"},
+    "convert_diffusers20_original_sd": set(),
+    "extract_lora_from_dylora": set(),
+    "check_lora_weights": set(),
+    "lora_interrogator": set(),
+    "lora_diffusers": {"--output_dir", "--steps"},
 }
 TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the training scripts
 
 MORE_CHOICES = {  # values that the trade's scripts don't know, or only know in files
     "--max_token_length": [75],
     "--resize_interpolation": ["box"],
+    "--save_precision_as": ["no"],
     "--sampler": ["dpmsolver++_sde"],
     "--sample_sampler": ["dpmsolver++_sde"],
 }
