@@ -154,7 +154,7 @@ def _other_size(file: NetworkFile, name: str, shape: tuple[int, ...]) -> str:
         here = sizes[UP][0], math.prod(sizes[DOWN][1:])
     elif "hada_w1_a" in sizes and "hada_t1" not in sizes and "hada_w1_b" in sizes:
         here = sizes["hada_w1_a"][0], math.prod(sizes["hada_w1_b"][1:])
-    elif len(sizes.get("oft_blocks", ())) == 3:
+    elif "oft_blocks" in sizes and len(sizes["oft_blocks"]) == 3:
         here = math.prod(sizes["oft_blocks"][:2]), inputs
     elif "diff" in sizes:
         here = sizes["diff"][0], math.prod(sizes["diff"][1:])

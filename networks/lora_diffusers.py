@@ -97,7 +97,8 @@ def _check_kind(options: DrawOptions) -> None:
 
 
 def _pipeline(options: DrawOptions, dtype: Any) -> Any:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     kind = StableDiffusionXLPipeline if options.sdxl else StableDiffusionPipeline
     settings = {"torch_dtype": dtype} | ({} if options.sdxl else {"safety_checker": None})

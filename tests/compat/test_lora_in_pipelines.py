@@ -1,6 +1,7 @@
 """networks/lora_diffusers.py: LoRA files on plain diffusers pipelines, with the names of their models."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,8 @@ def test_the_command_draws(kind, tmp_path: Path, request, capsys):
     network.save_weights(tmp_path / "lora.safetensors", None, {})
     words = [str(model), str(tmp_path / "folder"), "--use_safetensors"]
     assert convert_diffusers20_original_sd.TOOL.run(words) == 0
+    config = tmp_path / "folder" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 16}))  # pictures of 128 pixels
     words = [
         "--model_id", str(tmp_path / "folder"), "--lora_weights", str(tmp_path / "lora.safetensors"), "--seed", "3",
         "--output_dir", str(tmp_path), "--steps", "2",
