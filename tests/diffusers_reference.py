@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 
 from library.diffusion.samplers import make_scheduler
 from library.families.base import LoadPlan, ModelBundle
@@ -17,10 +30,25 @@ from library.generate.request import GenerationRequest
 from library.models.options import AttentionOptions
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SCHEDULERS = {
-    "ddim": DDIMScheduler(clip_sample=False, steps_offset=1, timestep_spacing="leading", **BETAS),
-    "euler": EulerDiscreteScheduler(steps_offset=1, timestep_spacing="linspace", **BETAS),
-}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1, **BETAS}
+LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 1, **BETAS}
+# The table of samplers, as users of diffusers write it.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # of "dpmsolver"
+    SCHEDULERS = {
+        "ddim": DDIMScheduler(clip_sample=False, **LEADING),
+        "pndm": PNDMScheduler(**LEADING),
+        "lms": LMSDiscreteScheduler(**LINSPACE),
+        "euler": EulerDiscreteScheduler(**LINSPACE),
+        "euler_a": EulerAncestralDiscreteScheduler(**LINSPACE),
+        "heun": HeunDiscreteScheduler(**LINSPACE),
+        "dpm_2": KDPM2DiscreteScheduler(**LINSPACE),
+        "dpm_2_a": KDPM2AncestralDiscreteScheduler(**LINSPACE),
+        "dpmsolver": DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min", **LINSPACE),
+        "dpmsolver++": DPMSolverMultistepScheduler(final_sigmas_type="sigma_min", **LINSPACE),
+        "dpmsolver++_sde": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **LINSPACE),
+        "dpmsingle": DPMSolverSinglestepScheduler(lower_order_final=True, final_sigmas_type="sigma_min", **BETAS),
+    }
 
 
 def load(path: Path) -> ModelBundle:
@@ -32,10 +60,16 @@ def diffusers_pipeline(bundle: ModelBundle, folder: Path, sampler: str) -> Stabl
     StableDiffusion().save(bundle, folder, dtype=None, metadata={}, as_diffusers=True)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     prediction = "v_prediction" if bundle.source.v_prediction else "epsilon"
-    scheduler = SCHEDULERS[sampler]
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction)
+    pipeline.scheduler = fresh_scheduler(sampler, prediction)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def fresh_scheduler(sampler: str, prediction: str = "epsilon") -> Any:
+    scheduler = SCHEDULERS[sampler]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return type(scheduler).from_config(scheduler.config, prediction_type=prediction)
 
 
 def arguments(asked: list[GenerationRequest]) -> dict[str, Any]:

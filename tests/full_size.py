@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from library.checkpoints.architecture import TextArchitecture, UNetArchitecture, VaeArchitecture
@@ -50,6 +52,17 @@ def meta_modules(kind: str) -> dict[str, torch.nn.Module]:
         if is_sdxl:
             modules["text_encoder_2"] = build_text_encoder(SECOND_TEXT_ENCODER)
     return modules
+
+
+def require_room(folder: Path, *, disk: float, memory: float) -> None:
+    """Skip a test where the disk or the memory of the machine has not so many bytes free."""
+    if shutil.disk_usage(folder).free < disk:
+        pytest.skip(f"needs {disk / 1e9:.0f} GB of disk")
+    status = Path("/proc/meminfo")
+    lines = status.read_text().splitlines() if status.exists() else []
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    if free and free[0] < memory:
+        pytest.skip(f"needs {memory / 1e9:.0f} GB of memory")
 
 
 def write_full_size(path: Path, kind: str, dtype: torch.dtype = torch.float16) -> Path:

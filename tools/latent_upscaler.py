@@ -1,138 +1,197 @@
-"""The latent upscaler: a network that sharpens the latents of an enlarged picture, as an upscaler of highres fix.
+"""Enlarge pictures to twice their size by the latent upscaler. See docs/models_and_loras.md.
+
+It is an upscaler of the generators' highres fix as well:
 
     --highres_fix_upscaler tools.latent_upscaler --highres_fix_upscaler_args "weights=latent_upscaler.safetensors"
-
-The names of modules are the keys of its files. Shape letters: B pictures, C channels, h w latent pixels.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+import glob
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import nn
+if __package__ in (None, ""):  # started as a file: the repository's folder is where library is
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.weights import load_tensors
-from library.data.images import to_tensor
-from library.models import vae as vae_code
-from library.options import OptionError
-from library.randomness import torch_generator
+from library.checkpoints.probe import check_vae
+from library.cli.output_places import output_folder
+from library.cli.picture_folders import LeftOut, encoded, refuse_equal, write_picture
+from library.cli.tools import Tool
+from library.data.headers import BadImage, read_header
+from library.data.listing import is_image
+from library.options import OptionError, opt, require
+from library.progress import progress_bar
+from library.wording import counted
 
-FLAG = "--highres_fix_upscaler_args weights"
-BLOCKS = 20
-BLOCKS_PER_SKIP = 4  # a group of blocks that is skipped as a whole, beside each block for itself
-WIDTH, INNER_WIDTH = 128, 64  # channels
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
+    from library.generate.latent_upscaler import LatentUpscaler
 
-class ResidualBlock(nn.Module):
-    """x + two convolutions of x, through ReLU."""
+logger = logging.getLogger(__name__)
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    def forward(self, x_BChw: torch.Tensor) -> torch.Tensor:
-        inner_BChw = self.bn1(self.conv1(x_BChw)).relu()
-        return (self.bn2(self.conv2(inner_BChw)) + x_BChw).relu()
+OF_HIGHRES_FIX = "--highres_fix_upscaler_args weights"
+VAE, PATTERN, TARGET = "--vae_path", "--image_pattern", "--output_dir"
+FACTOR = 2
+UPSCALED, ENLARGED = "_upscaled", "_enlarged"
 
 
-class Upscaler(nn.Module):
-    """Unscaled VAE latents of an enlarged picture to those of a sharp one of the same size."""
+@dataclass(frozen=True)
+class UpscaleOptions:
+    """What is enlarged, and by which files."""
 
-    def __init__(self, *, has_inner_biases: bool = False) -> None:
-        """`has_inner_biases`: files exist with and without biases of conv2 and conv3."""
-        super().__init__()
-        self.conv1 = nn.Conv2d(4, WIDTH, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTH)
-        for number in range(1, BLOCKS + 1):
-            self.add_module(f"resblock{number}", ResidualBlock(WIDTH))
-        self.conv2 = nn.Conv2d(WIDTH, INNER_WIDTH, 3, padding=1, bias=has_inner_biases)
-        self.bn2 = nn.BatchNorm2d(INNER_WIDTH)
-        self.conv3 = nn.Conv2d(INNER_WIDTH, INNER_WIDTH, 3, padding=1, bias=has_inner_biases)
-        self.bn3 = nn.BatchNorm2d(INNER_WIDTH)
-        self.conv_final = nn.Conv2d(INNER_WIDTH, 4, 1)
-        nn.init.zeros_(self.conv_final.weight)
+    vae_path: str = opt("", help="VAE: a file, a Diffusers folder (itself or its vae), a checkpoint, a hub id")
+    weights: str = opt("", help="file of the latent upscaler")
+    image_pattern: str = opt("", help='pictures, for example "pictures/*.png"')
+    output_dir: str = opt(".", help="folder to write to, under the names of the pictures with _upscaled")
+    batch_size: int = opt(4, help="pictures of one size that the upscaler takes at once")
+    vae_batch_size: int = opt(1, help="pictures of one size that the VAE takes at once")
+    debug: bool = opt(False, help="also write what comes of a picture without the upscaler, with _enlarged")
 
-    def forward(self, latents_BChw: torch.Tensor) -> torch.Tensor:
-        inner_BChw = self.bn1(self.conv1(latents_BChw)).relu()
-        for group in range(0, BLOCKS, BLOCKS_PER_SKIP):
-            skipped_BChw = inner_BChw
-            for number in range(group + 1, group + BLOCKS_PER_SKIP + 1):
-                inner_BChw = self.get_submodule(f"resblock{number}")(inner_BChw)
-            inner_BChw = inner_BChw + skipped_BChw
-        inner_BChw = self.bn2(self.conv2(inner_BChw)).relu()
-        inner_BChw = self.bn3(self.conv3(inner_BChw))
-        return latents_BChw + self.conv_final(inner_BChw)
-
-
-class LatentUpscaler:
-    """The network by the contract of upscalers, see library.generate.highres; for models of any family."""
-
-    def __init__(self, network: Upscaler) -> None:
-        self.network = network.eval().requires_grad_(False)
-
-    def to(self, *arguments: Any, **named: Any) -> LatentUpscaler:
-        self.network.to(*arguments, **named)
-        return self
-
-    def support_latents(self) -> bool:
-        """It enlarges the picture first, so it wants pictures."""
-        return False
-
-    @torch.no_grad()
-    def upscale(
-        self,
-        vae: Any,
-        lowreso_images: Sequence[Image.Image] | None,
-        lowreso_latents: torch.Tensor | None,
-        dtype: torch.dtype,
-        width: int,
-        height: int,
-        batch_size: int = 1,
-        vae_batch_size: int = 1,
-    ) -> torch.Tensor:
-        """Scaled latents (B, C, height / 8, width / 8) of `dtype`: enlarged (Lanczos), encoded, sharpened.
-
-        What is sampled in encoding is the same for every picture, so a picture does not depend on its batch.
-        """
-        assert lowreso_images is not None and lowreso_latents is None, "see support_latents"
-        device = next(self.network.parameters()).device
-        latents = []
-        for start in range(0, len(lowreso_images), vae_batch_size):
-            images = [
-                image.resize((width, height), Image.Resampling.LANCZOS)
-                for image in lowreso_images[start : start + vae_batch_size]
-            ]
-            pixels_BCHW = torch.stack([to_tensor(np.asarray(image)) for image in images])
-            shape = (vae.config.latent_channels, *(vae_code.latent_size(vae, side) for side in (height, width)))
-            noise_Chw = torch.randn(shape, generator=torch_generator(0, "latent upscaler"))
-            latents.append(vae_code.encode(vae, pixels_BCHW, noise_Chw.expand(len(images), *shape)))
-        unscaled_BChw = torch.cat(latents).to(device, dtype)
-        sharp_BChw = torch.cat([self.network(part) for part in unscaled_BChw.split(batch_size)])
-        return sharp_BChw * vae.config.scaling_factor
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "vae_batch_size"):
+            require(getattr(self, name) >= 1, f"--{name}", f"{getattr(self, name)} is no number of pictures")
 
 
 def create_upscaler(*, weights: str | None = None) -> LatentUpscaler:
-    """The upscaler with the weights of a file; raises OptionError for one that is not such a file."""
+    """For highres fix, see library.generate.highres; raises OptionError for what is no file of a latent upscaler."""
+    from library.generate.latent_upscaler import load_upscaler
+
     if not weights:
-        raise OptionError(FLAG, "no file given", 'use --highres_fix_upscaler_args "weights=FILE"')
-    tensors = load_tensors(weights, FLAG)
-    return LatentUpscaler(network_of(tensors, weights))
+        raise OptionError(OF_HIGHRES_FIX, "no file given", 'use --highres_fix_upscaler_args "weights=FILE"')
+    return load_upscaler(weights, OF_HIGHRES_FIX)
 
 
-def network_of(tensors: Mapping[str, torch.Tensor], file: str) -> Upscaler:
-    """The network with these weights; raises OptionError, which names `file`, where they are not of such a network."""
-    network = Upscaler(has_inner_biases="conv2.bias" in tensors)
-    known = {name for name in tensors if re.fullmatch(r"(conv|bn|resblock)[\w.]+", name)}
-    try:
-        network.load_state_dict({name: tensors[name] for name in known})
-    except RuntimeError:
-        raise OptionError(FLAG, f"{file} does not hold a latent upscaler", "name the file of its weights") from None
-    return network
+def upscale(options: UpscaleOptions) -> None:
+    """Raises OptionError for files that can't be used, and, when all others are done, for pictures that can't."""
+    paths = pictures_of(options.image_pattern)
+    place = output_folder(options.output_dir, TARGET, Path(), may_be_source=True)
+    _refuse_inputs(paths, place, options)
+    check_vae(options.vae_path, VAE)
+    if not Path(options.weights).expanduser().is_file():
+        raise OptionError("--weights", f"{options.weights} is no file", "name the file of a latent upscaler")
+    left_out = LeftOut()
+    sizes = {}
+    for path in paths:
+        try:
+            sizes[path] = read_header(str(path)).size_wh
+        except BadImage as error:
+            left_out.note(path, error)
+    if sizes:
+        _upscale(sizes, place, options, left_out)
+    done = counted(len(paths) - len(left_out.reasons), "picture")
+    logger.info("%s in %s", done, place.resolve())
+    left_out.tell(len(paths), PATTERN)
+
+
+def pictures_of(pattern: str) -> list[Path]:
+    """The pictures that fit; OptionError where there are none."""
+    found = [Path(name) for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]
+    paths = [path for path in found if path.is_file() and is_image(path.name)]
+    if not paths:
+        folder = next((path for path in found if path.is_dir()), None)
+        way_out = f'write "{folder}/*.png"' if folder else 'check it, and put it in quotes: "pictures/*.png"'
+        raise OptionError(PATTERN, f"{pattern!r} fits no picture", way_out)
+    return paths
+
+
+def _refuse_inputs(paths: Sequence[Path], place: Path, options: UpscaleOptions) -> None:
+    refuse_equal(paths, lambda path: path.name, PATTERN)
+    inputs = {path.resolve() for path in paths}
+    for path in paths:
+        for suffix in (UPSCALED, ENLARGED) if options.debug else (UPSCALED,):
+            if (place / f"{path.stem}{suffix}{path.suffix}").resolve() in inputs:
+                problem = f"{path.stem}{suffix}{path.suffix} is one of the pictures that are read"
+                raise OptionError(TARGET, problem, "choose another folder, or a pattern that leaves it out")
+
+
+def _upscale(sizes: Mapping[Path, tuple[int, int]], place: Path, options: UpscaleOptions, left_out: LeftOut) -> None:
+    """Pictures of one size at a time."""
+    import torch
+
+    from library.families.base import LoadPlan
+    from library.families.sd_parts import load_vae
+    from library.generate.latent_upscaler import enlarged, load_upscaler
+    from library.models.vae import downscaling
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    vae: Any = load_vae(options.vae_path, LoadPlan(unet=dtype, text_encoders=dtype, vae=dtype, device=device))
+    upscaler = load_upscaler(str(Path(options.weights).expanduser()), "--weights").to(device, dtype)
+    step = downscaling(vae)
+    with progress_bar(desc="upscaling", total=len(sizes), unit="picture") as bar:
+        for size, paths in groups(sizes, step, options.batch_size):
+            images: dict[Path, Image] = {}
+            for path in paths:
+                try:
+                    images[path] = _cut(path, size)
+                except BadImage as error:
+                    left_out.note(path, error)
+            for path, image in zip(images, _upscaled(vae, upscaler, list(images.values()), options), strict=True):
+                _write(place, path, UPSCALED, image)
+                if options.debug:
+                    _write(place, path, ENLARGED, enlarged(images[path], FACTOR * size[0], FACTOR * size[1]))
+            bar.update(len(paths))
+
+
+def groups(
+    sizes: Mapping[Path, tuple[int, int]], step: int, count: int
+) -> Iterator[tuple[tuple[int, int], list[Path]]]:
+    """(width, height) that is cut to, and up to `count` pictures of it. Sides are multiples of `step`."""
+    by_size: dict[tuple[int, int], list[Path]] = {}
+    for path, (width, height) in sizes.items():
+        by_size.setdefault((width - width % step, height - height % step), []).append(path)
+    for size, paths in by_size.items():
+        for start in range(0, len(paths), count):
+            yield size, paths[start : start + count]
+
+
+def _cut(path: Path, size: tuple[int, int]) -> Image:
+    from PIL import Image
+
+    from library.data.images import upright_picture
+
+    if not all(size):
+        raise BadImage("is smaller than a latent pixel")
+    return Image.fromarray(upright_picture(str(path)).rgb_HWC).crop((0, 0, *size))
+
+
+def _upscaled(vae: Any, upscaler: LatentUpscaler, images: Sequence[Image], options: UpscaleOptions) -> list[Image]:
+    """Of equal size."""
+    import torch
+    from PIL import Image
+
+    from library.generate.denoise import pixels_of
+
+    if not images:
+        return []
+    width, height = images[0].size
+    dtype = next(vae.parameters()).dtype
+    at_once = options.vae_batch_size
+    scaled_BChw = upscaler.upscale(
+        vae, images, None, dtype, FACTOR * width, FACTOR * height, batch_size=options.batch_size, vae_batch_size=at_once
+    )
+    latents_BChw = scaled_BChw.float() / vae.config.scaling_factor
+    with torch.no_grad():
+        return [Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in pixels_of(vae, latents_BChw, at_once)]
+
+
+def _write(place: Path, path: Path, suffix: str, image: Image) -> None:
+    write_picture(place / f"{path.stem}{suffix}{path.suffix}", encoded(image, path.suffix), TARGET)
+
+
+TOOL = Tool(
+    __doc__,
+    UpscaleOptions,
+    upscale,
+    required=("vae_path", "weights", "image_pattern"),
+    renamed={"--vae:": f"{VAE}:"},  # of code that is shared with the trainers
+)
+
+if __name__ == "__main__":
+    sys.exit(TOOL.run())

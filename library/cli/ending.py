@@ -60,7 +60,8 @@ class Ending:
         if isinstance(error, OptionError):
             self.code = getattr(error, "exit_code", USER_MISTAKE)
             self._say(str(error))
-            self._log(str(error))
+            cause = error.__cause__
+            self._log(f"{error}\n{''.join(traceback.format_exception(cause))}" if cause else str(error))
         elif isinstance(error, KeyboardInterrupt):
             self.code = INTERRUPTED
             self._say("interrupted")

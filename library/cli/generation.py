@@ -182,7 +182,7 @@ def check(script: Script, config: GenerationConfig) -> Asked:
     networks.check_kind(config.networks, source.kind)
     if config.networks.network_show_meta:
         networks.show_metadata(config.networks)
-    grids.check(config, script.models, SCRIPTS)
+    grids.check(config, script.models, source.kind, SCRIPTS)
     if config.checkpoint.vae:
         resolve_model(config.checkpoint.vae, "--vae")
     return asked

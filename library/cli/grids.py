@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check(config: GenerationConfig, family: str, scripts: dict[str, str]) -> None:
-    """Raise OptionError for what can't be compared, as far as that shows without torch."""
+def check(config: GenerationConfig, family: str, kind: str, scripts: dict[str, str]) -> None:
+    """Raise OptionError for what can't be compared, as far as that shows without torch; `kind` is that of --ckpt."""
     options = config.grid
     if not options.is_on:
         return
@@ -41,12 +42,16 @@ def check(config: GenerationConfig, family: str, scripts: dict[str, str]) -> Non
     way_out = "leave out one of them"
     require(not config.highres.highres_fix_save_1st, "--grid", "shows no --highres_fix_save_1st", way_out)
     axes = Axes.of(str(config.checkpoint.ckpt), options)
+    kinds, v2 = {axes.ckpts[0]: kind}, config.checkpoint.v2
     for ckpt in axes.ckpts[1:]:
-        model = config.checkpoint
-        probe(ckpt, flag="--grid_ckpts", family=family, v2=model.v2, may_inpaint=True, **scripts)
+        kinds[ckpt] = probe(ckpt, flag="--grid_ckpts", family=family, v2=v2, may_inpaint=True, **scripts).kind
     for file in axes.networks:
         with _named_as_asked():
             Checked(network_module=options.grid_network_module, network_weights=file).check_before_start()
+    of_all = [(file.path, networks.WEIGHTS) for file in config.networks.files]
+    compared = [(file, NETWORKS) for file in axes.networks]
+    for (ckpt, of_ckpt), (file, flag) in itertools.product(kinds.items(), of_all + compared):
+        networks.check_file_kind(file, of_ckpt, flag, ckpt)
 
 
 @contextlib.contextmanager
@@ -75,7 +80,7 @@ def generate_grid(
             comparison = _Comparison(axes.variants(ckpt), config.grid, drawn)
             draw_all(replace(config, checkpoint=replace(config.checkpoint, ckpt=ckpt)), comparison.draw)
     finally:
-        if drawn:
+        if any(drawn.values()):
             write_sheets(axes, requests, drawn, folder)
     return [path for paths in drawn.values() for path in paths]
 
@@ -103,7 +108,8 @@ class _Comparison:
                     networks.attach(networks.import_modules(own), own, engine.bundle, networks.plan_of(engine.bundle))
                 engine.encoder.forget()
                 named = replace(config, networks=config.networks.with_more(own))
-                self._drawn[variant] = images.generate(named, rounds, engine, folder, show)
+                self._drawn[variant] = []  # is filled as pictures are finished: what was begun is shown, too
+                images.generate(named, rounds, engine, folder, show, paths=self._drawn[variant])
             made += self._drawn[variant]
         return made
 

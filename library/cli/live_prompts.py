@@ -17,10 +17,12 @@ from 0. None ends the list, which is gone through --n_iter times. A method `shuf
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import random
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -81,7 +83,8 @@ class LivePrompts:
         """The pictures of the prompts that --from_module makes."""
         options = self.maker.prompts
         arguments, networks = flags_as_attributes(self.config), self.config.networks.files
-        prompter = get_prompter(arguments, bundle, networks)
+        with blamed_on_file(str(options.from_module)):
+            prompter = get_prompter(arguments, bundle, networks)
         require(callable(prompter), MODULE, f"get_prompter() of {options.from_module} returned {prompter!r}",
                 "it returns a function that makes prompts")  # fmt: skip
         source = random.SystemRandom() if options.seed is None else random.Random(f"prompts, {options.seed}")
@@ -89,10 +92,15 @@ class LivePrompts:
         for _ in range(options.n_iter):
             self.maker.begin_iteration()
             if options.shuffle_prompts and callable(getattr(prompter, "shuffle", None)):
-                prompter.shuffle()
+                with blamed_on_file(str(options.from_module)):
+                    prompter.shuffle()
             prompt_index = broken_in_a_row = 0
             iter_seed = self.maker.seeds.of_prompt(1)[0] if options.iter_same_seed else None
-            while (text := prompter(arguments, bundle, source, iter_seed, prompt_index, global_step)) is not None:
+            while True:
+                with blamed_on_file(str(options.from_module)):
+                    text = prompter(arguments, bundle, source, iter_seed, prompt_index, global_step)
+                if text is None:
+                    break
                 require(isinstance(text, str), MODULE, f"{options.from_module} made {text!r}", "prompts are texts")
                 made = self._made(RawLine(text, f"{options.from_module}, prompt {prompt_index + 1}"), self.broken)
                 broken_in_a_row = 0 if made else broken_in_a_row + 1
@@ -126,10 +134,7 @@ def typed_lines() -> Iterator[RawLine]:
 
 
 def imported_prompter(options: PromptOptions) -> GetPrompter | None:
-    """`get_prompter` of --from_module's file, None without that flag; OptionError where the file has none.
-
-    What else goes wrong in the file is its own error.
-    """
+    """`get_prompter` of --from_module's file, None without that flag; OptionError where the file has none."""
     if options.from_module is None:
         return None
     path = Path(options.from_module)
@@ -138,15 +143,28 @@ def imported_prompter(options: PromptOptions) -> GetPrompter | None:
     if spec is None or spec.loader is None:
         raise OptionError(MODULE, f"{path} is no Python file", way_out)
     module = importlib.util.module_from_spec(spec)
-    try:
+    with blamed_on_file(str(path)):
         spec.loader.exec_module(module)
-    except SystemExit as end:
-        raise OptionError(MODULE, f"{path} ends the program ({end})", "take that out of it") from None
-    except SyntaxError as error:
-        raise OptionError(MODULE, f"{path}, line {error.lineno}: {error.msg}", "correct it") from None
     function = getattr(module, "get_prompter", None)
     require(callable(function), MODULE, f"{path} has no function get_prompter()", way_out)
     return function
+
+
+@contextlib.contextmanager
+def blamed_on_file(path: str) -> Iterator[None]:
+    """What goes wrong in the user's Python file is said with the flag, the file and the line in it."""
+    try:
+        yield
+    except SystemExit as end:
+        raise OptionError(MODULE, f"{path} ends the program ({end})", "take that out of it") from None
+    except SyntaxError as error:
+        raise OptionError(MODULE, f"{error.filename}, line {error.lineno}: {error.msg}", "correct it") from None
+    except Exception as error:
+        calls = traceback.extract_tb(error.__traceback__)
+        lines = [call.lineno for call in calls if Path(call.filename) == Path(path)]
+        place = f"{path}, line {lines[-1]}" if lines else path
+        reason = str(error).strip().partition("\n")[0]
+        raise OptionError(MODULE, f"{place}: {type(error).__name__}: {reason}", "correct it") from error
 
 
 def flags_as_attributes(config: GenerationConfig) -> SimpleNamespace:

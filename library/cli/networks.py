@@ -38,18 +38,23 @@ def check(options: NetworkOptions) -> None:
 
 
 def check_kind(options: NetworkOptions, model_kind: str) -> None:
-    """Raise OptionError for a file that was made for another kind of model ("sd1", "sd2", "sdxl"), where its keys tell.
-
-    What is no .safetensors file shows that only when it is loaded.
-    """
+    """Raise OptionError for a file that was made for another kind of model ("sd1", "sd2", "sdxl"), where keys tell."""
     for file in options.files:
-        if Path(file.path).suffix != ".safetensors":
-            continue
-        tensors = read_header(file.path, WEIGHTS).tensors
-        kind = network_kind({key: info.shape for key, info in tensors.items()})
-        if kind and kind != model_kind:
-            problem = f"{file.path} was made for {KIND_NAMES[kind]}, and the model is {KIND_NAMES[model_kind]}"
-            raise OptionError(WEIGHTS, problem, OTHER_NETWORK)
+        check_file_kind(file.path, model_kind, WEIGHTS)
+
+
+def check_file_kind(path: str, model_kind: str, flag: str, model: str = "the model") -> None:
+    """The same of one file, which `flag` named, for the model that is called `model`.
+
+    What is no .safetensors file shows its kind only when it is loaded.
+    """
+    if Path(path).suffix != ".safetensors":
+        return
+    tensors = read_header(path, flag).tensors
+    kind = network_kind({key: info.shape for key, info in tensors.items()})
+    if kind and kind != model_kind:
+        problem = f"{path} was made for {KIND_NAMES[kind]}, and {model} is {KIND_NAMES[model_kind]}"
+        raise OptionError(flag, problem, OTHER_NETWORK)
 
 
 def show_metadata(options: NetworkOptions) -> None:

@@ -25,6 +25,7 @@ class Tool:
     positionals: Sequence[str] = ()  # options of the group that are given by place, in this order
     required: Sequence[str] = ()  # options of the group that have to be given
     short: Mapping[str, str] = field(default_factory=dict)  # option -> its short flag: {"show_all_keys": "-s"}
+    renamed: Mapping[str, str] = field(default_factory=dict)  # in messages: names that shared code uses -> this tool's
 
     def parser(self) -> OptionParser:
         parser = OptionParser(description=self.description)
@@ -42,10 +43,10 @@ class Tool:
         parser = self.parser()
         values = vars(parser.parse_strictly(argv))
         for name in self.required:
-            if values[name] in (None, []):
+            if values[name] in (None, "", (), []):
                 parser.error(f"--{name} is needed; see {parser.prog} --help")
         start_console()
-        with Ending(parser.prog) as ending:
+        with Ending(parser.prog, dict(self.renamed)) as ending:
             self.work(build(self.group, values, self._flag))
         return ending.code
 

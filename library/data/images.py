@@ -10,16 +10,18 @@ import os
 import random
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from library.data.buckets import Cut, Placement, central_cut
-from library.data.headers import BadImage, open_image
+from library.data.headers import BadImage, open_image, read_header
 from library.data.progress import progress
+
+if TYPE_CHECKING:
+    import torch
 
 UPRIGHT = {  # Exif orientation -> how the stored picture becomes upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,6 +69,11 @@ def load_picture(source: str | bytes, orientation: int = 1, *, background: str =
             return Picture(np.asarray(layers[0]), np.asarray(layers[1]) if layers[1:] else None)
     except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error ...
         raise BadImage(reason(error)) from None
+
+
+def upright_picture(path: str) -> Picture:
+    """The picture of a file as people see it; raises BadImage with the reason."""
+    return load_picture(path, read_header(path).orientation)
 
 
 def reason(error: Exception) -> str:
@@ -135,6 +142,8 @@ def augment_color(image: np.ndarray, draw: random.Random) -> np.ndarray:
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
     """(3, H, W) float32 in [-1, 1]."""
+    import torch  # here: tools that only change pictures do without
+
     pixels_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels_CHW.float().div_(255).sub_(0.5).div_(0.5).contiguous()
 

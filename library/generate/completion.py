@@ -73,8 +73,11 @@ class Completion:
     def _started(self, request: GenerationRequest, line: PromptLine, number: int) -> GenerationRequest:
         """The request with the picture that it starts from, and of its size."""
         if not self.sources.images:
-            if line.strength is not None and self.config.highres.highres_fix_scale is None:
-                self._say(f"{line.where}: --t has no effect: the picture starts from noise alone")
+            if self.config.highres.highres_fix_scale is None:
+                if line.strength is not None:
+                    self._say(f"{line.where}: --t has no effect: the picture starts from noise alone")
+                elif self.config.start.strength is not None:
+                    self._say("--strength has no effect: pictures start from noise alone, without --image_path")
             return request
         width, height = self.sources.size(number)
         if (line.width or width, line.height or height) != (width, height):

@@ -60,6 +60,7 @@ class GenerationConfig:
             "can't go together with --control_net_models: a ControlNet has no layers of its own for such words",
             "leave one of them out",
         )
+        self._check_regions()
         sampler, notes = self.picture.sampler, []
         sees_guides = self.control.files or self.critics.needs_guides
         if self.control.guide_image_path and not sees_guides:
@@ -67,6 +68,21 @@ class GenerationConfig:
         if self.schedule.zero_terminal_snr and not takes_zero_terminal_snr(sampler):
             notes.append(f"--zero_terminal_snr has no effect with {sampler}")
         return notes
+
+    def _check_regions(self) -> None:
+        """Raise OptionError for a mask that can't be a map of networks' regions and is no picture's, either."""
+        mask, networks = self.start.mask_path, self.networks
+        compared = self.grid.grid_networks is not None
+        if mask is None or not (networks.files or compared):
+            return
+        problem = "networks that are compared have no regions, and --mask_path is the map of those of --network_weights"
+        require(not (networks.applied and compared), "--grid_networks", problem, "leave one of them out")
+        if networks.applied or self.start.image_path is not None:
+            return
+        which = "merged into the model" if networks.files else "compared (--grid_networks)"
+        way_out = "leave --network_merge out for regions" if networks.files else "leave --mask_path out"
+        problem = f"networks that are {which} have no regions, and there is no picture (--image_path) that it masks"
+        require(False, "--mask_path", problem, way_out)
 
 
 CONFIG_GROUPS: dict[str, Any] = {

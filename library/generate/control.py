@@ -31,7 +31,12 @@ class Control:
 
 def takes_part(file: ControlFile, drawing: Drawing) -> bool:
     """Whether a network has a say in the step at hand."""
-    return file.weight != 0 and file.ratio >= drawing.progress
+    return has_say(file.weight, file.ratio, drawing.progress)
+
+
+def has_say(weight: float, ratio: float, progress: float) -> bool:
+    """Whether a network of this weight and share of the steps has a say when `progress`, a share too, is done."""
+    return weight != 0 and ratio >= progress
 
 
 class ControlNets(Part):

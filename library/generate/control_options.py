@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from library.generate.options import check_factor
 from library.options import OptionError, opt, require
 from library.wording import counted
 
@@ -84,6 +85,9 @@ class ControlOptions:
             given = len(getattr(self, f"control_net_{name}") or ())
             problem = f"{counted(given, 'value')} for {counted(count, 'network')}"
             require(given <= count, f"--control_net_{name}", problem, "give at most one per network, in their order")
+        for name in ("weights", "multipliers"):
+            for weight in getattr(self, f"control_net_{name}") or ():
+                check_factor(f"--control_net_{name}", weight, "1")
         for ratio in self.control_net_ratios or ():
             require(0 <= ratio <= 1, "--control_net_ratios", f"{ratio:g} is no share of the steps", "use 0 to 1")
         require(count == 0 or bool(self.guide_image_path), GUIDE, "the ControlNets have no guide image", "name one")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from library.checkpoints.critics import VGG16_LAYERS, check_vgg16, find_clip
 from library.generate.control_options import GUIDE
+from library.generate.options import check_factor
 from library.generate.request import GenerationRequest
 from library.options import opt, require
 
@@ -18,6 +21,7 @@ CLIP_SCALE = "--clip_guidance_scale"
 CLIP_MODEL = "--clip_guidance_model"
 VGG16_MODEL = "--vgg16_model"
 VISION_MODEL = "--clip_vision_model"
+LARGEST_SCALE = 1e6
 USUAL_CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 USUAL_CLIP_VISION = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"  # its space is that of SDXL's pooled text
 
@@ -44,6 +48,7 @@ class CriticOptions:
     def __post_init__(self) -> None:
         for name, scale in self._scales.items():
             require(scale is None or scale >= 0, f"--{name}", f"{scale} is below 0", "leave it out to switch it off")
+            check_factor(f"--{name}", scale, "100", LARGEST_SCALE)
         needs_clip = bool(self.clip_guidance_scale or self.clip_image_guidance_scale)
         way_out = f"name a folder of Hugging Face form, or a hub id such as {USUAL_CLIP}"
         require(not needs_clip or bool(self.clip_guidance_model), CLIP_MODEL, "CLIP guidance needs CLIP", way_out)
@@ -58,6 +63,15 @@ class CriticOptions:
     def _scales(self) -> Mapping[str, float | None]:
         names = ("clip_guidance_scale", "clip_image_guidance_scale", "vgg16_guidance_scale")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def told(self) -> tuple[tuple[str, Any], ...]:
+        """What pictures tell of it, by the names of the options; of models their names."""
+        clip = self.clip_guidance_scale or self.clip_image_guidance_scale
+        layer, model = "vgg16_guidance_layer", "clip_guidance_model"
+        scales = [(name, scale) for name, scale in self._scales.items() if scale]
+        layers = [(layer, self.vgg16_guidance_layer)] if self.vgg16_guidance_scale else []
+        return (*scales, *layers, *([(model, Path(str(self.clip_guidance_model)).name)] if clip else []))
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -102,9 +116,17 @@ class ClipVisionOptions:
     )
 
     def __post_init__(self) -> None:
+        check_factor("--clip_vision_strength", self.clip_vision_strength, "1")
         way_out = f"name a folder of Hugging Face form, or a hub id such as {USUAL_CLIP_VISION}"
         has_model = self.clip_vision_strength is None or bool(self.clip_vision_model)
         require(has_model, VISION_MODEL, "--clip_vision_strength needs CLIP's image encoder", way_out)
+
+    @property
+    def told(self) -> tuple[tuple[str, Any], ...]:
+        """What pictures tell of it, by the names of the options; of the model its name."""
+        strength, model = self.clip_vision_strength, self.clip_vision_model
+        told = (("clip_vision_strength", strength), ("clip_vision_model", Path(str(model)).name))
+        return () if strength is None else told
 
     def check_model(self, image_path: str | None) -> None:
         """Raise OptionError where there is no model, which a hub id fetches, or no picture (--image_path)."""

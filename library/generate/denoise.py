@@ -133,12 +133,17 @@ def check_finite(tensor: torch.Tensor, whose: str) -> None:
 
 @torch.no_grad()
 def decode(bundle: ModelBundle, latents_BChw: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
+    """Pictures of a model's latents, see :func:`pixels_of`."""
+    return pixels_of(bundle.vae, latents_BChw, at_once)
+
+
+def pixels_of(autoencoder: Any, latents_BChw: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
     """Pictures (B, H, W, 3), uint8 on the CPU, of unscaled latents, all or a number of them `at_once`.
 
     Raises NotFiniteError rather than make black pictures of what is no number.
     """
     parts = latents_BChw.split(at_once or len(latents_BChw))
-    images_BCHW = torch.cat([vae.decode(bundle.vae, part) for part in parts])  # [-1, 1]
+    images_BCHW = torch.cat([vae.decode(autoencoder, part) for part in parts])  # [-1, 1]
     check_finite(images_BCHW, "the VAE's")
     pixels_BCHW = ((images_BCHW / 2 + 0.5) * 255).round().to(torch.uint8)
     return pixels_BCHW.permute(0, 2, 3, 1).cpu()

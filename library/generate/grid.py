@@ -91,7 +91,7 @@ def _block(axes: Axes, group: Sequence[tuple[int, GenerationRequest]], drawn: Dr
 
     def picture(variant: Variant, index: int) -> Path | None:
         paths = drawn.get(variant.as_drawn)
-        return None if paths is None else paths[index]
+        return paths[index] if paths and index < len(paths) else None
 
     if not axes.networks and len(axes.ckpts) == 1:
         row = Row("", tuple(picture(Variant(axes.ckpts[0]), index) for index, _ in group))

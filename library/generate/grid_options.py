@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.generate.options import check_factor
 from library.options import OptionError, opt, require
 
 NETWORKS = "--grid_networks"
@@ -39,7 +39,7 @@ class GridOptions:
         way_out = "name files or a folder with --grid_networks"
         require(has_networks or self.grid_multipliers is None, "--grid_multipliers", "there is no network", way_out)
         for multiplier in self.grid_multipliers or ():
-            require(math.isfinite(multiplier), "--grid_multipliers", f"{multiplier} is no number", "use 0.5 or so")
+            check_factor("--grid_multipliers", multiplier, "0.5")
 
     @property
     def is_on(self) -> bool:

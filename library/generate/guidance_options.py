@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from library.generate.options import check_factor
 from library.options import opt
 
 NO_SCALE = "none"  # in a prompt's line: no negative scale for this one
@@ -26,3 +27,6 @@ class GuidanceOptions:
         help="what the text states keep when words have weights: original: their mean, abs: the mean of their absolute "
         "values, none: nothing",
     )
+
+    def __post_init__(self) -> None:
+        check_factor("--negative_scale", self.negative_scale, "1")

@@ -21,9 +21,19 @@ def hints(requests: Sequence[GenerationRequest], index: int, preprocessor: Prepr
 
 def _hint(request: GenerationRequest, index: int, preprocessor: Preprocessor) -> torch.Tensor:
     pixels_HWC = np.array(resized(picture(request.guide_images[index], GUIDE), request))
-    if preprocessor.thresholds is not None:
-        edges_HW = cv2.Canny(pixels_HWC, *preprocessor.thresholds)
-        pixels_HWC = np.repeat(edges_HW[:, :, None], 3, axis=2)
+    return to_hint(preprocessed(pixels_HWC, preprocessor))
+
+
+def preprocessed(pixels_HWC: np.ndarray, preprocessor: Preprocessor) -> np.ndarray:
+    """What a network is shown of an RGB picture; both (H, W, 3) uint8."""
+    if preprocessor.thresholds is None:
+        return pixels_HWC
+    edges_HW = cv2.Canny(pixels_HWC, *preprocessor.thresholds)
+    return np.repeat(edges_HW[:, :, None], 3, axis=2)
+
+
+def to_hint(pixels_HWC: np.ndarray) -> torch.Tensor:
+    """(3, H, W) float32 in [0, 1] of (H, W, 3) uint8."""
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1).float() / 255
 
 

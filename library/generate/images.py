@@ -19,6 +19,7 @@ from library.generate.config import GenerationConfig
 from library.generate.denoise import NotFiniteError, check_finite, decode, denoise
 from library.generate.drawing import Part
 from library.generate.highres import Enlarger
+from library.generate.memory import check_fits
 from library.generate.options import ComputeOptions
 from library.generate.output import ModelNames, PictureWriter
 from library.generate.request import GenerationRequest, batches
@@ -144,10 +145,12 @@ def generate(
     engine: Engine,
     folder: Path,
     show: Callable[[Sequence[Drawn]], None] | None = None,
+    paths: list[Path] | None = None,
 ) -> list[Path]:
     """Make the pictures and write them into `folder`; returns their paths in the order of the requests.
 
     The progress bar knows its end where `rounds` is a list of lists. `show` is given the pictures of a typed round.
+    The list `paths`, which is the one that is returned, also tells what is finished when something goes wrong.
     """
     files = [Path(file.path) for file in config.networks.files]
     names = partial(
@@ -158,10 +161,11 @@ def generate(
         config.embeddings.files,
         vae=config.checkpoint.vae,
         networks_at=config.networks.tags_at,
+        looks=(*config.critics.told, *config.clip_vision.told),
     )
     sizes = [item.size for item in rounds] if isinstance(rounds, Sequence) else [None]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    writer = PictureWriter(folder, config.output, names)
+    writer = PictureWriter(folder, config.output, names, paths)
 
     def write(batch: Sequence[GenerationRequest], pictures: Sequence[Image.Image]) -> None:
         for index, (request, picture) in enumerate(zip(batch, pictures, strict=True)):
@@ -193,6 +197,7 @@ def _batches_drawn(
 ) -> Iterator[tuple[list[GenerationRequest], list[Image.Image]]]:
     for batch in batches(requests, compute.batch_size, engine.encoder.windows):
         with reasons_explained(compute):
+            check_fits(batch, engine.bundle.vae, engine.vae.at_once(len(batch)))
             pictures = engine.pictures(batch)
         yield batch, pictures
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.diffusion.samplers import SAMPLERS, SIGMAS, label_of
+from library.generate.critic_options import ClipVisionOptions, CriticOptions
 from library.generate.guidance_options import EMPHASIS, EMPHASIS_NAMES, NEGATIVE_SCALE
 from library.generate.prompt_line import PromptLine, finite_number
 from library.generate.resolution_options import DeepShrinkOptions, GradualLatentOptions
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NEGATIVE = "Negative prompt:"
+VERSION = "Training scripts for Stable Diffusion"  # user interfaces name themselves there, behind all else
+FIRST_STRENGTH = "highres_fix_strength"  # of a first stage that starts from a picture; user interfaces have no such
 WINDOWS = "Max embeddings multiples"  # this program's own: user interfaces cut no prompt off
 VALUE = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 SEPARATORS = re.compile(r'[,:"\n]|^\s|\s$')  # a text that holds one is written in quotes
@@ -109,6 +112,22 @@ def _noise_rows() -> list[Row]:
     return rows
 
 
+def _first_strength(request: GenerationRequest, _names: ModelNames) -> float | None:
+    return request.first_stage.strength if request.first_stage is not None and request.first_stage.image else None
+
+
+def _look_rows() -> list[Row]:
+    """Guidance by networks that look at the picture, and pictures in place of pooled text, by the names of flags."""
+    rows = []
+    for option in (*options_of(CriticOptions), *options_of(ClipVisionOptions)):
+
+        def written(_request: GenerationRequest, names: ModelNames, name: str = option.name) -> Any:
+            return dict(names.looks).get(name)
+
+        rows.append(Row(option.name, written, hint=option.flag))
+    return rows
+
+
 def _resolution_rows() -> list[Row]:
     """Deep Shrink and gradual latent, by the names of their flags: user interfaces have none for them."""
     switches = {"deep_shrink": "ds_depth_1", "gradual_latent": "gradual_latent_timesteps"}
@@ -157,11 +176,14 @@ ROWS = (
         lambda request, _: ", ".join(Path(path).name for path in _first(request).guide_images),
         hint="--guide_image_path (with its ControlNets)",
     ),
+    *_look_rows(),
     Row("Hires resize", _of_second(lambda request: f"{request.width}x{request.height}")),
     Row("Hires steps", _of_second(lambda request: request.steps)),
     Row("Hires upscaler", _of_second(_upscaler)),
+    Row(FIRST_STRENGTH, _first_strength),
     Row("Lora hashes", lambda _, names: _hashes(names.network_hashes)),
     Row("TI hashes", lambda _, names: _hashes(names.embedding_hashes)),
+    Row("Version", lambda _request, _names: VERSION),
 )
 
 
@@ -232,6 +254,8 @@ def _tell_stages(values: dict[str, str], first: tuple[int, int], whole: tuple[in
         flags += " --highres_fix_latents_upscaling"
     elif upscaler not in ("", "Lanczos"):
         flags += f" --highres_fix_upscaler {upscaler}"
+    if FIRST_STRENGTH in values:
+        flags += f" --{FIRST_STRENGTH} {values[FIRST_STRENGTH]}"
     logger.warning("%s: it was drawn in two stages; %s does so here", where, flags)
 
 

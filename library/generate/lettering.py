@@ -60,14 +60,15 @@ def _spelt(letter: str) -> str:
 
 
 def in_lines(text: str, font: Font, width: int, most: int) -> list[str]:
-    """The text in at most `most` lines of `width` pixels, broken at blanks where there are any."""
+    """The text in at most `most` lines of `width` pixels, broken at blanks, else behind hyphens, else anywhere."""
     lines, rest = [], " ".join(text.split())
     while rest:
         fits = _fitting(rest, font, width)
         if len(lines) == most - 1 and fits < len(rest):
             return [*lines, rest[: _fitting(rest, font, width, ELLIPSIS)].rstrip() + ELLIPSIS]
-        blank = rest.rfind(" ", 0, fits + 1) if fits < len(rest) else -1
-        fits = blank if blank > 0 else max(1, fits)
+        if fits < len(rest):
+            blank = rest.rfind(" ", 0, fits + 1)
+            fits = blank if blank > 0 else max(rest.rfind(mark, 0, fits) for mark in "-_") + 1 or max(1, fits)
         lines.append(rest[:fits].rstrip())
         rest = rest[fits:].lstrip()
     return lines or [""]

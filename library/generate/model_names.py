@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.checkpoints.safetensors_io import file_sha256, network_hash
 
@@ -27,6 +28,7 @@ class ModelNames:
     vae: str = ""  # name of a file that replaces the model's own
     vae_hash: str = ""
     networks_at: TagsAt | None = None  # `networks` with the multipliers of a request
+    looks: tuple[tuple[str, Any], ...] = ()  # networks that look at pictures: options of a run by their names
 
     def tags(self, multipliers: tuple[float, ...] | None) -> str:
         """The networks as prompts ask for them, with the multipliers of a request."""
@@ -41,6 +43,7 @@ class ModelNames:
         embedding_files: Sequence[Path] = (),
         vae: str | None = None,
         networks_at: TagsAt | None = None,
+        looks: Sequence[tuple[str, Any]] = (),
     ) -> ModelNames:
         """Of a model's file or folder; files are read as a whole for their hashes, once."""
         vae_path = Path(vae or "")
@@ -53,6 +56,7 @@ class ModelNames:
             vae_path.name,
             _file_hash(vae_path),
             networks_at,
+            tuple(looks),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from library.generate.options import check_factor
 from library.options import named_values, opt, require
 from library.text.network_tag import network_tag
 from library.wording import counted
@@ -63,6 +64,8 @@ class NetworkOptions:
                 f"{counted(given, 'value')} for {counted(modules, 'network')}",
                 "give at most one per network, in the same order",
             )
+        for multiplier in self.network_mul or ():
+            check_factor("--network_mul", multiplier, "1")
         self.files  # noqa: B018  checks the form of --network_args
         for name in ("network_merge", "network_merge_n_models", "network_pre_calc"):
             require(bool(modules) or not getattr(self, name), f"--{name}", "there is no network")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from library.diffusion.samplers import SAMPLERS, check_steps
@@ -13,6 +12,7 @@ from library.options import opt, require
 SIZE_STEP = 8  # pixels of one latent pixel
 LEAST_SIZE = 64  # pixels; the U-Net halves its 8 times smaller latents three times
 LARGEST_SIZE = 16_384  # pixels: beyond any model, but a slip of the keyboard
+LARGEST_FACTOR = 10_000.0  # of scales and multipliers: beyond any use, but within all arithmetic
 SEED_RANGE = range(2**64)  # what torch's generators take
 
 
@@ -113,7 +113,7 @@ class PictureOptions:
     def __post_init__(self) -> None:
         check_size("--W", self.width)
         check_size("--H", self.height)
-        require(math.isfinite(self.scale), "--scale", f"{self.scale} is no scale", "use 7.5 or so")
+        check_factor("--scale", self.scale, "7.5")
         check_steps("--steps", self.sampler, self.steps)
         check_clip_skip("--clip_skip", self.clip_skip)
         check_windows("--max_embeddings_multiples", self.windows)
@@ -147,6 +147,12 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         require(bool(self.outdir.strip()), "--outdir", "no folder named", 'name one, "." for the folder you are in')
+
+
+def check_factor(where: str, value: float | None, usual: str, largest: float = LARGEST_FACTOR) -> None:
+    """Raise OptionError unless pictures can be computed with a scale or multiplier of this size, above or below 0."""
+    is_well = value is None or abs(value) <= largest  # not so what is no number
+    require(is_well, where, f"{value} is out of range", f"use {usual} or so, {largest:g} at most")
 
 
 def check_size(where: str, pixels: int) -> None:

@@ -186,11 +186,17 @@ class PictureWriter:
     An error of the disk is raised by the next `write`, or on leaving.
     """
 
-    def __init__(self, folder: Path, options: OutputOptions, model_names: Callable[[], ModelNames]) -> None:
-        """`model_names` is asked in the background: a hash takes its time."""
+    def __init__(
+        self,
+        folder: Path,
+        options: OutputOptions,
+        model_names: Callable[[], ModelNames],
+        paths: list[Path] | None = None,
+    ) -> None:
+        """`model_names` is asked in the background: a hash takes its time. `paths` gets what is written."""
         self.folder = folder
         self._model_names = functools.cache(model_names)
-        self.paths: list[Path] = []
+        self.paths: list[Path] = [] if paths is None else paths
         self._options = options
         self._running: dict[str, Iterator[str]] = {}  # by stage
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
@@ -232,7 +238,7 @@ class PictureWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=True)
-        if error is None:
+        with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
             self._collect(0)
 
 

@@ -72,8 +72,13 @@ class RawLine:
 
 
 OPTION_MARK = " --"  # in front of each option
-FILE_NAME = 'the name of a file (without a folder, which is --outdir, and without any of :*?"<>|)'
+FILE_NAME = (
+    'the name of a file of the kind .png, .webp or .jpg (without a folder, which is --outdir, without any of :*?"<>|, '
+    "and not that of a device, as CON is on Windows)"
+)
 BAD_IN_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f]')  # to one system or another
+DEVICES = re.compile(r"(?:con|prn|aux|nul|(?:com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(?:\..*)?", re.IGNORECASE)
+OTHER_FORMATS = re.compile(r"\.(?:gif|bmp|tiff?|avif|hei[cf]|jxl|jp2|ico|tga|psd|svg)$", re.IGNORECASE)
 LONGEST_NAME = 200  # bytes; file systems take 255, and numbers may follow
 
 # name of a line's option -> (field of PromptLine, what its value must be, parser of the value)
@@ -134,8 +139,12 @@ def lines_of_text(text: str, path: str | Path, flag: str = "--from_file") -> lis
 
 
 def seeds_of_line(text: str, where: str) -> tuple[int, ...]:
-    """The seeds that a line's --d names, the last one where there are several; OptionError as parsing the line."""
+    """The seeds that the last --d names in a dynamic prompt's text outside of braces; OptionError as parsing a line."""
     own = [part.strip() for part in f" {text}".split(OPTION_MARK)[1:] if part.strip().partition(" ")[0].lower() == "d"]
+    if own and own[-1].lower() == "d":
+        raise OptionError(
+            where, "--d has no seed outside of braces; seeds draw what braces stand for", "write --d 1,2,3"
+        )
     return parse_prompt_line(f" --{own[-1]}", where, LINE_OPTIONS).seeds if own else ()
 
 
@@ -147,8 +156,10 @@ def finite_number(text: str) -> float:
 
 
 def file_name(text: str) -> str:
-    """A picture's name, without a folder."""
+    """A picture's name, without a folder, that every system takes; its suffix is left open but for other formats."""
     if not text.strip(".") or BAD_IN_NAMES.search(text) or len(text.encode()) > LONGEST_NAME:
+        raise ValueError(text)
+    if DEVICES.fullmatch(text) or OTHER_FORMATS.search(text):
         raise ValueError(text)
     return text
 

@@ -15,6 +15,7 @@ from library.generate.options import (
     PictureOptions,
     PromptOptions,
     check_clip_skip,
+    check_factor,
     check_seed,
     check_size,
     check_windows,
@@ -256,6 +257,11 @@ def checked_line(line: PromptLine, sampler: str) -> PromptLine:
         check_size(f"{line.where}: --h", line.height)
     for seed in line.seeds:
         check_seed(f"{line.where}: --d", seed)
+    check_factor(f"{line.where}: --l", line.scale, "7.5")
+    if not isinstance(line.negative_scale, str):
+        check_factor(f"{line.where}: --nl", line.negative_scale, "1")
+    for multiplier in line.multipliers or ():
+        check_factor(f"{line.where}: --am", multiplier, "1")
     check_clip_skip(f"{line.where}: clip skip", line.clip_skip)
     check_windows(f"{line.where}: windows", line.windows)
     if line.sampler is not None:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
+from library.generate.options import check_factor
 from library.generate.prompt_line import PromptLine
 from library.options import OptionError, opt, options_of, require
 
@@ -70,6 +71,7 @@ class GradualLatentOptions:
         noise = self.gradual_latent_s_noise
         is_well = math.isfinite(noise) and noise >= 0
         require(is_well, "--gradual_latent_s_noise", f"{noise} is out of range", "use 1 or so")
+        check_factor("--gradual_latent_s_noise", noise, "1")
         self.unsharp  # noqa: B018  checks its form
 
     @property
@@ -87,6 +89,7 @@ class GradualLatentOptions:
         require(len(rest) <= 1, flag, f"{text!r} is not a list of three or four numbers", way_out)
         require(size == int(size) and size % 2 == 1 and size > 0, flag, f"the size {size:g} is not odd", "use 3 or 5")
         require(0 < sigma < math.inf and math.isfinite(strength), flag, f"sigma {sigma:g} is out of range", "use 0.5")
+        check_factor(flag, strength, "a strength of 0.5")
         return Unsharp(int(size), sigma, strength, not rest or bool(rest[0]))
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from library.generate.options import LARGEST_FACTOR, check_factor
 from library.options import named_values, opt, require
 from library.packages import is_installed
 
 DEFAULT_STRENGTH = 0.8
+LARGEST_DISCOUNT = 10.0  # its powers go up to the tenth
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ class StartNoiseOptions:
             require(probability is None or 0 <= probability <= 1, flag, f"{probability} is out of range", "use 0 to 1")
             way_out = "give two numbers, for example 0.7 0.9" if name == "pyramid_noise" else "for example -0.1 0.1"
             require(between is None or len(between) == 2, range_flag, f"{len(between or ())} numbers", way_out)
+            largest = LARGEST_DISCOUNT if name == "pyramid_noise" else LARGEST_FACTOR
+            for number in between or ():
+                check_factor(range_flag, number, "0.8" if name == "pyramid_noise" else "0.1", largest)
             require((probability is None) == (between is None), flag, f"goes together with {range_flag}", way_out)
 
     @property

@@ -1,6 +1,7 @@
 """Pictures of full-size SD 1.5, drawn here and by diffusers with the same weights and noise: the same pictures.
 
-With a LoRA that the real script trained, from a picture, in a mask, with a ControlNet, with textual inversion.
+With each sampler, with a LoRA that the real script trained, from a picture, in a mask, with a ControlNet, with textual
+inversion.
 """
 
 from __future__ import annotations
@@ -34,7 +35,15 @@ from library.generate.request import GenerationRequest
 from library.generate.start import requested_start
 from library.models.added_words import add_words, read_word
 from networks.lora import create_network_from_weights
-from tests.diffusers_reference import arguments, check, diffusers_pipeline, load, with_our_scheduler
+from tests.diffusers_reference import (
+    SCHEDULERS,
+    arguments,
+    check,
+    diffusers_pipeline,
+    fresh_scheduler,
+    load,
+    with_our_scheduler,
+)
 from tests.full_size import write_full_size
 from tests.runs import train_network
 from tests.tiny_control import guide_image
@@ -68,6 +77,7 @@ def test_trained_here_drawn_there(scratch: Path, caplog: pytest.LogCaptureFixtur
 
     bundle = load(model)
     pipeline = diffusers_pipeline(bundle, scratch / "folder", "euler")
+    with_each_sampler(bundle, pipeline)
     plain = drawn(bundle)
     network, weights = create_network_from_weights(
         1.0, str(scratch / "lora.safetensors"), bundle.vae, bundle.text_encoders[0], bundle.unet, for_inference=True
@@ -84,6 +94,17 @@ def test_trained_here_drawn_there(scratch: Path, caplog: pytest.LogCaptureFixtur
     from_pictures(bundle, pipeline.components, scratch)
     with_a_control_net(bundle, pipeline.components, scratch)
     with_textual_inversion(bundle, pipeline, scratch)
+
+
+def with_each_sampler(bundle: ModelBundle, pipeline: Any) -> None:
+    before = pipeline.scheduler
+    for sampler in SCHEDULERS:
+        request = replace(REQUEST, sampler=sampler, steps=4)
+        pipeline.scheduler = fresh_scheduler(sampler)
+        generator = torch.Generator().manual_seed(request.seed)
+        theirs = drawn_there(pipeline, latents=None, generator=generator, num_inference_steps=4)
+        check(drawn(bundle, request), theirs, sampler)
+    pipeline.scheduler = before
 
 
 def from_pictures(bundle: ModelBundle, components: dict[str, Any], folder: Path) -> None:
@@ -137,12 +158,14 @@ def with_textual_inversion(bundle: ModelBundle, pipeline: Any, folder: Path) -> 
 
 
 def drawn_there(pipeline: Any, **more: Any) -> np.ndarray:
-    arguments = {"prompt": REQUEST.prompt, "negative_prompt": REQUEST.negative_prompt, **more}
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(REQUEST.seed))
-    return pipeline(
-        **arguments, width=64, height=64, num_inference_steps=REQUEST.steps, guidance_scale=REQUEST.scale,
-        latents=noise, output_type="np",
-    ).images  # fmt: skip
+    arguments = {
+        "prompt": REQUEST.prompt,
+        "negative_prompt": REQUEST.negative_prompt,
+        "num_inference_steps": REQUEST.steps,
+        "latents": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(REQUEST.seed)),
+    }
+    arguments |= {"width": 64, "height": 64, "guidance_scale": REQUEST.scale, "output_type": "np"}
+    return pipeline(**(arguments | more)).images
 
 
 def drawn(bundle: ModelBundle, request: GenerationRequest = REQUEST, parts: Sequence[Part] = ()) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 
 from library.checkpoints.safetensors_io import raw_bytes
 from library.checkpoints.weights import SafetensorsWeights
-from tests.full_size import meta_modules, write_full_size
+from tests.full_size import meta_modules, require_room, write_full_size
 
 ROOT = Path(__file__).resolve().parents[2]
 LDM = {"model.diffusion_model.": 686, "first_stage_model.": 248}
@@ -119,18 +119,6 @@ def digests(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         }
 
 
-def require_room(folder: Path, size: float) -> None:
-    """Skip where the disk or the memory of the machine is too small for models of `size` bytes."""
-    disk, memory = COPIES * size, 1.4 * size
-    if shutil.disk_usage(folder).free < disk:
-        pytest.skip(f"needs {disk / 1e9:.0f} GB of disk")
-    status = Path("/proc/meminfo")
-    lines = status.read_text().splitlines() if status.exists() else []
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    if free and free[0] < memory:
-        pytest.skip(f"needs {memory / 1e9:.0f} GB of memory")
-
-
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_sizes_of_the_published_models(kind: str):
     counted = {name: sum(p.numel() for p in module.parameters()) for name, module in meta_modules(kind).items()}
@@ -140,7 +128,7 @@ def test_sizes_of_the_published_models(kind: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_round_trip(kind: str, scratch: Path):
-    require_room(scratch, SIZES[kind][1])
+    require_room(scratch, disk=COPIES * SIZES[kind][1], memory=1.4 * SIZES[kind][1])
     source, folder, pickle = (scratch / name for name in ("source.safetensors", "folder", "pickle.ckpt"))
     write_full_size(source, kind, torch.float16)
     size, before = source.stat().st_size, digests(source)

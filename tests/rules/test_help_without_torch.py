@@ -15,6 +15,8 @@ TOOLS = (
     "tools/convert_lora.py", "tools/convert_diffusers20_original_sd.py", "tools/verify_model.py",
     "networks/extract_lora_from_dylora.py", "networks/check_lora_weights.py", "networks/lora_interrogator.py",
     "networks/lora_diffusers.py",
+    "tools/merge_models.py", "tools/show_metadata.py", "tools/canny.py", "tools/resize_images_to_resolution.py",
+    "tools/latent_upscaler.py", "tools/detect_face_rotate.py",
 )  # fmt: skip
 SCRIPTS = [*(file.path for file in repository_sources() if file.is_entry_script), *TOOLS]
 RUN_AND_REPORT = """

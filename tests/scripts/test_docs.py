@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -26,7 +27,7 @@ from library.cli.legacy import LegacyOptions
 from library.cli.reference import options_page
 from library.data import dataset_file
 from library.generate.prompt_line import LINE_OPTIONS
-from library.options import options_of
+from library.options import OptionParser, options_of
 from library.train.optimizer_table import NAMES, TABLE
 from library.train.options import COUNTS_IN, LR_SCHEDULERS
 from library.train.preparing_options import PreparingOptions
@@ -55,6 +56,7 @@ PAGES = {
         caching.groups_that_count(),
         only=caching.names_that_count(),
     ),
+    "sdxl_minimal_inference": lambda: options_page("sdxl_minimal_inference.py", [sdxl_minimal_inference.Options]),
     "prepare_buckets_latents": lambda: options_page(
         "finetune/prepare_buckets_latents.py", [PreparingOptions], {"max_resolution": "512,512"}
     ),
@@ -109,6 +111,13 @@ def test_pictures_are_small_and_shown():
 # ---------------------------------------------------------------------------------------------- flags and tables
 
 
+def parsers_of_tools() -> Iterator[OptionParser]:
+    """Of all that library.cli.tools runs."""
+    for path in sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("networks/*.py")]):
+        if "library.cli.tools import Tool" in path.read_text(encoding="utf-8"):
+            yield importlib.import_module(f"{path.parent.name}.{path.stem}").TOOL.parser()
+
+
 def known_flags() -> set[str]:
     tools = (
         merge_captions_to_metadata.TOOL.parser(),
@@ -121,6 +130,7 @@ def known_flags() -> set[str]:
         *map(training.build_parser, SCRIPTS.values()),
         *map(generation.build_parser, GENERATORS.values()),
         *tools,
+        *parsers_of_tools(),
     ]
     in_prompts = {f"--{name}" for name in (*LINE_OPTIONS, *PREVIEW_LINE_OPTIONS)}
     return OF_OTHERS.union(in_prompts, *(parser._option_string_actions for parser in parsers))

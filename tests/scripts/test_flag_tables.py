@@ -23,7 +23,17 @@ import train_network
 from finetune import merge_captions_to_metadata, merge_dd_tags_to_metadata
 from library.cli import caching, generation, metadata_tools, preparing, training
 from networks import check_lora_weights, extract_lora_from_dylora, lora_diffusers, lora_interrogator
-from tools import cache_latents, cache_text_encoder_outputs, convert_diffusers20_original_sd
+from tools import (
+    cache_latents,
+    cache_text_encoder_outputs,
+    canny,
+    convert_diffusers20_original_sd,
+    detect_face_rotate,
+    latent_upscaler,
+    merge_models,
+    resize_images_to_resolution,
+    show_metadata,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 PARSERS = {
@@ -46,6 +56,12 @@ PARSERS = {
     "check_lora_weights": check_lora_weights.TOOL.parser,
     "lora_interrogator": lora_interrogator.TOOL.parser,
     "lora_diffusers": lora_diffusers.TOOL.parser,
+    "merge_models": merge_models.TOOL.parser,
+    "show_metadata": show_metadata.TOOL.parser,
+    "canny": canny.TOOL.parser,
+    "resize_images_to_resolution": resize_images_to_resolution.TOOL.parser,
+    "latent_upscaler": latent_upscaler.TOOL.parser,
+    "detect_face_rotate": detect_face_rotate.TOOL.parser,
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
@@ -115,6 +131,12 @@ OWN = {
     "check_lora_weights": set(),
     "lora_interrogator": set(),
     "lora_diffusers": {"--output_dir", "--steps"},
+    "merge_models": {"--add_metadata"},
+    "show_metadata": {"--readable"},
+    "canny": set(),
+    "resize_images_to_resolution": set(),
+    "latent_upscaler": set(),
+    "detect_face_rotate": {"--detector"},
 }
 TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the training scripts
 
@@ -124,11 +146,14 @@ MORE_CHOICES = {  # values that the trade's scripts don't know, or only know in 
     "--save_precision_as": ["no"],
     "--sampler": ["dpmsolver++_sde"],
     "--sample_sampler": ["dpmsolver++_sde"],
+    "--interpolation": ["lanczos", "bicubic", "bilinear", "linear", "box", "nearest"],
 }
 # taken as texts, because a share such as "10%" will do as well as a number
 WIDER_TYPES = {"--lr_warmup_steps": "str", "--lr_decay_steps": "str"}
 # a rate for each text encoder, as later versions of the trade's script take them
 SEVERAL = {("sdxl_train_network", "--text_encoder_lr")}
+# one or more: that there is one is checked behind the parser
+SEVERAL |= {("merge_models", "--models"), ("merge_models", "--ratios")}
 
 
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -78,6 +78,8 @@ def test_strength_of_the_flag_and_of_the_line(drawn, folder: Path, capsys: pytes
     assert drawn("a", *image, "--W", 80)[0].shape == (96, 64, 3), "both or none"
     drawn("a --t 0.5")
     assert "--t has no effect" in capsys.readouterr().err
+    drawn("a", "--strength", 0.5)
+    assert "--strength has no effect" in capsys.readouterr().err
 
 
 def test_a_mask_keeps_what_is_black(drawn, folder: Path) -> None:

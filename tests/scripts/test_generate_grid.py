@@ -114,6 +114,45 @@ def test_what_is_finished_is_shown_when_something_goes_wrong(
     assert len(pictures(tmp_path)) == 1
 
 
+def test_what_is_finished_of_the_first_version_is_shown(
+    tiny_sd1_path: Path, networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, calls = Engine.pictures, []
+
+    def interrupted(engine: Engine, batch: list, **settings: object) -> list:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(engine, batch, **settings)
+
+    monkeypatch.setattr(Engine, "pictures", interrupted)
+    asked = ["--prompt", "a cat", "--images_per_prompt", 4, "--grid_networks", networks]
+    assert run(tiny_sd1_path, tmp_path, *asked) == 130
+    assert len(pictures(tmp_path)) == 2
+    assert (tmp_path / "grid.html").read_text().count("<img ") == 2
+
+
+def test_networks_and_models_that_do_not_fit_are_said_before_anything_is_loaded(
+    tiny_sd1_path: Path, tiny_sd2_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, width in (("sd1", 768), ("sd2", 1024)):  # of the published models' text states
+        key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
+        save_file({key: torch.zeros(2, width)}, tmp_path / f"of_{kind}.safetensors")
+    mine = tmp_path / "of_sd1.safetensors"
+    plain = ["--network_module", "networks.lora", "--network_weights", mine]
+    for arguments, sentence in (
+        (["--grid_networks", mine, tmp_path / "of_sd2.safetensors"],
+         f"--grid_networks: {tmp_path / 'of_sd2.safetensors'} was made for SD 2.x, and {tiny_sd1_path} is SD 1.x"),
+        (["--grid_networks", mine, "--grid_ckpts", tiny_sd2_path],
+         f"--grid_networks: {mine} was made for SD 1.x, and {tiny_sd2_path} is SD 2.x"),
+        (["--grid_ckpts", tiny_sd2_path, *plain],
+         f"--network_weights: {mine} was made for SD 1.x, and {tiny_sd2_path} is SD 2.x"),
+    ):  # fmt: skip
+        assert run(tiny_sd1_path, tmp_path / "out", "--prompt", "a", *arguments) == 2
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

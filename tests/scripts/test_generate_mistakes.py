@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ import gen_img_diffusers
 import sdxl_gen_img
 from library.checkpoints.safetensors_io import save_file
 from library.cli import generation
+from library.generate import memory
+from library.generate.prompt_line import file_name
 from library.models.build import build_text_encoder, build_unet
 from networks.lora import create_network
 from tests.tiny_models import TEXT_ENCODERS, UNETS
@@ -188,6 +191,68 @@ def test_a_vae_that_is_not_finite_draws_no_black_pictures(
     assert run(tmp_path / "nan.safetensors", "--prompt", "a --d 1", "--outdir", tmp_path / "out") == 2
     assert "the VAE's output is not finite" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+LORA = ["--network_module", "networks.lora", "--network_weights", "{lora}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([*LORA, "--network_mul", "1e300"], "--network_mul: 1e+300 is out of range; use 1 or so, 10000 at most"),
+        ([*LORA, "--prompt", "a --am 1,1e30"], "--prompt: --am: 1e+30 is out of range"),
+        (["--prompt", "a --l 1e30"], "--prompt: --l: 1e+30 is out of range; use 7.5 or so, 10000 at most"),
+        (["--prompt", "a --nl -1e30"], "--prompt: --nl: -1e+30 is out of range"),
+        (["--scale", "1e30"], "--scale: 1e+30 is out of range"),
+        (["--negative_scale", "1e30"], "--negative_scale: 1e+30 is out of range"),
+        (["--noise_offset_prob", "1", "--noise_offset_range", "0", "1e30"], "--noise_offset_range: 1e+30 is out of"),
+        (["--pyramid_noise_prob", "1", "--pyramid_noise_discount_range", "0", "11"], "0.8 or so, 10 at most"),
+        (["--gradual_latent_s_noise", "1e30"], "--gradual_latent_s_noise: 1e+30 is out of range"),
+        (["--gradual_latent_unsharp_params", "3,1,1e30"], "use a strength of 0.5 or so"),
+        (["--grid_networks", "{lora}", "--grid_multipliers", "1e30"], "--grid_multipliers: 1e+30 is out of range"),
+        (["--clip_guidance_scale", "1e30"], "--clip_guidance_scale: 1e+30 is out of range; use 100 or so"),
+        (["--control_net_weights", "1e30", "--control_net_models", "x"], "--control_net_weights: 1e+30 is out of"),
+        (["--prompt", "a --f CON.png"], "--prompt: --f 'CON.png' is not the name of a file of the kind .png, .webp"),
+        (["--prompt", "a --f lpt1"], "not that of a device, as CON is on Windows"),
+        (["--prompt", "a --f x.gif"], "--f 'x.gif' is not the name of a file of the kind .png, .webp or .jpg"),
+        ([*LORA, "--network_merge", "--mask_path", "{mask}"],
+         "--mask_path: networks that are merged into the model have no regions, and there is no picture (--image_path) "
+         "that it masks; leave --network_merge out for regions"),
+        (["--grid_networks", "{lora}", "--mask_path", "{mask}"],
+         "--mask_path: networks that are compared (--grid_networks) have no regions, and there is no picture"),
+        ([*LORA, "--grid_networks", "{lora}", "--mask_path", "{mask}"],
+         "--grid_networks: networks that are compared have no regions"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(
+    tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    network = create_network(1.0, 2, 1.0, None, build_text_encoder(TEXT_ENCODERS["sd1"]), build_unet(UNETS["sd1"]))
+    network.save_weights(tmp_path / "lora.safetensors", torch.float16, {})
+    Image.new("RGB", (64, 64)).save(tmp_path / "mask.png")
+    files = {"lora": tmp_path / "lora.safetensors", "mask": tmp_path / "mask.png"}
+    words = [word.format(**files) for word in arguments]
+    words = words if "--prompt" in words else ["--prompt", "a", *words]
+    assert run(tiny_sd1_path, "--outdir", tmp_path / "out", *words) == 2
+    assert sentence in the_sentence(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["console.png", "v1.5", "a.JPG", "aux_2", "com10"])
+def test_names_that_are_as_good_as_others(name: str) -> None:
+    assert file_name(name) == name
+
+
+def test_a_picture_that_memory_cannot_hold(
+    tiny_sd1_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 1_500_000)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("large --w 128\nsmall\n"))
+    assert run(tiny_sd1_path, "--outdir", tmp_path, "--interactive", "--no_preview") == 0
+    said = capsys.readouterr().err
+    assert "a picture of 128x64 would take at least 0.0021 GB of memory, and 0.0015 GB are free; draw a smaller" in said
+    assert len(pictures(tmp_path)) == 1
+    assert run(tiny_sd1_path, "--outdir", tmp_path, "--prompt", "large --w 128") == 2
 
 
 def test_a_sidecar_lies_beside_the_picture(tiny_sd1_path: Path, tmp_path: Path) -> None:

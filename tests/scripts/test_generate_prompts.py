@@ -215,14 +215,17 @@ def get_prompter(args, pipe, networks):
         ("def get_prompter(*_): return 3", 2, "returned 3; it returns a function that makes prompts"),
         ("def get_prompter(*_): return lambda *_: 3", 2, "p.py made 3; prompts are texts"),
         ("def get_prompter(*_): return lambda *_: 'a --w x'", 2, "100 prompts in a row can't be drawn"),
-        ("def get_prompter(*_): raise KeyError('x')", 1, "KeyError: 'x'; the details are in"),
+        ("def get_prompter(*_): raise KeyError('x')", 2, "p.py, line 1: KeyError: 'x'; correct it"),
+        ("def get_prompter(*_):\n  return lambda *_: 1 / 0", 2, "p.py, line 2: ZeroDivisionError: division by zero"),
+        ("import no_such_package", 2, "p.py, line 1: ModuleNotFoundError: No module named 'no_such_package'"),
     ],
 )
 def test_python_files_that_are_no_prompters(
     bench: Bench, capsys: pytest.CaptureFixture[str], content: str, code: int, sentence: str
 ) -> None:
     assert bench.run("--from_module", bench.file("p.py", content)) == code
-    assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence in said and "--from_module: " in said
 
 
 # ---------------------------------------------------------------------------------------------- broken lines

@@ -61,6 +61,13 @@ def test_a_font_without_the_letters_is_as_good_as_none(monkeypatch):
     assert lettering.with_font("Kätzchen 猫 ©", 15) == ("Katzchen \\u732b ©", font)
 
 
+def test_names_of_files_break_behind_hyphens_or_anywhere():
+    font = ImageFont.load_default(15)
+    assert lettering.in_lines("my_cat-step00000100", font, 128, 3) == ["my_cat-", "step00000100"]
+    halves = lettering.in_lines("m" * 12, font, 128, 3)
+    assert len(halves) == 2 and "".join(halves) == "m" * 12
+
+
 def test_many_pictures_are_thinned_from_the_first_to_the_last():
     pictures = [plain("red", caption=str(number)) for number in range(500)]
     kept = [int(picture.caption) for picture in thinned(pictures, 48)]

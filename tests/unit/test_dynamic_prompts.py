@@ -171,6 +171,8 @@ def test_combinations_take_the_place_of_images_per_prompt_and_share_a_seed() -> 
 def test_a_broken_variant_names_its_line_and_a_good_one_is_read_once(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(OptionError, match="^--prompt: --w 'wide' is not a whole number"):
         made("{a --w wide}")
+    with pytest.raises(OptionError, match="^--prompt: --d has no seed outside of braces"):
+        made("a cat --d {1|2}")
     with pytest.raises(OptionError, match="^--prompt: --d 'x' is not a seed"):
         made("{a|b} --d x")
     with caplog.at_level(logging.WARNING):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from library.checkpoints.safetensors_io import network_hash, read_header, save_file
 from library.diffusion.samplers import SAMPLERS
+from library.generate.critic_options import ClipVisionOptions, CriticOptions
 from library.generate.infotext import infotext, parse_infotext
 from library.generate.model_names import ModelNames
 from library.generate.options import OutputOptions
@@ -38,7 +39,8 @@ def test_all_values_in_the_order_of_web_uis() -> None:
     assert last_line(REQUEST) == (
         "Steps: 20, Sampler: Euler a, Schedule type: Uniform, CFG scale: 7, Seed: 5, Size: 512x768, "
         "Model hash: 0123456789, Model: model, VAE hash: 78ab, VAE: v.pt, Clip skip: 2, RNG: CPU, "
-        'Lora hashes: "a: 12ab, b, c: 34cd", TI hashes: "mine: 56ef"'
+        'Lora hashes: "a: 12ab, b, c: 34cd", TI hashes: "mine: 56ef", '
+        "Version: Training scripts for Stable Diffusion"
     )
 
 
@@ -57,6 +59,27 @@ def test_two_stages_as_web_uis_write_them(caplog: pytest.LogCaptureFixture) -> N
     )
     of_web_ui = parse_infotext("a\nSteps: 9, Size: 512x640, Hires upscale: 1.5, Hires steps: 0")
     assert (of_web_ui.width, of_web_ui.height, of_web_ui.steps) == (768, 960, 9)
+
+
+def test_the_strength_of_a_first_stage_that_starts_from_a_picture(caplog: pytest.LogCaptureFixture) -> None:
+    first = replace(REQUEST, width=256, height=384, image="a.png", strength=0.4)
+    text = infotext(replace(REQUEST, first_stage=first, strength=0.6), NAMES)
+    assert "Denoising strength: 0.6," in text and "highres_fix_strength: 0.4," in text
+    parse_infotext(text, "here")
+    assert "--highres_fix_scale 0.5 --highres_fix_steps 20 --highres_fix_strength 0.4 does so here" in caplog.text
+    assert "highres_fix_strength" not in infotext(replace(REQUEST, first_stage=replace(first, image="")), NAMES)
+
+
+def test_networks_that_look_at_pictures_are_told_with_their_flags(caplog: pytest.LogCaptureFixture) -> None:
+    critics = CriticOptions(50.0, None, "clips/mine", 100.0, 5, "vgg16.pth")
+    names = replace(NAMES, looks=(*critics.told, *ClipVisionOptions(1.5, "vision").told))
+    text = last_line(REQUEST, names)
+    for said in ("clip_guidance_scale: 50, clip_guidance_model: mine, vgg16_guidance_scale: 100, "
+                 "vgg16_guidance_layer: 5, clip_vision_strength: 1.5, clip_vision_model: vision,",):  # fmt: skip
+        assert said in text
+    assert CriticOptions().told == ClipVisionOptions().told == ()
+    parse_infotext(f"a\n{text}", "x")
+    assert "x: it was made with vgg16_guidance_scale: 100; --vgg16_guidance_scale does so here" in caplog.text
 
 
 def test_a_start_picture_and_its_strength() -> None:

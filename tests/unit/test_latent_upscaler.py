@@ -11,10 +11,11 @@ from PIL import Image
 
 from library.checkpoints.safetensors_io import save_file
 from library.data.images import to_tensor
+from library.generate.latent_upscaler import Upscaler
 from library.models.build import SDXL_VAE_SCALE, VAE_SCALE, build_vae
 from library.options import OptionError
 from tests.tiny_models import VAE
-from tools.latent_upscaler import Upscaler, create_upscaler
+from tools.latent_upscaler import create_upscaler
 
 
 def upscaler_file(path: Path, *, is_new: bool = True, has_inner_biases: bool = False) -> Path:

@@ -75,7 +75,7 @@ def test_text_chunks_in_order(tmp_path: Path) -> None:
                 "parameters",
                 "a cät\nNegative prompt: ugly\n"
                 "Steps: 20, Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale: 7.5, Seed: 42, Size: 16x8, "
-                "Model: model, Clip skip: 2, RNG: CPU",
+                "Model: model, Clip skip: 2, RNG: CPU, Version: Training scripts for Stable Diffusion",
             ),
         ]
 
