@@ -204,10 +204,11 @@ def _lllite(shapes: Shapes, kind: str, base: Shapes) -> Fit:
 
 def _words(shapes: Shapes, kind: str, base: Shapes) -> Fit:
     encoders = text_architectures(base, kind)
-    widths = {"clip_l": encoders[0].width, "clip_g": encoders[-1].width} if len(encoders) > 1 else {}
+    first, last = encoders[0].width, encoders[-1].width
+    widths = {"clip_l": first, "clip_g": last} if kind == "sdxl" else {}
     found = Fit()
     for key, shape in shapes.items():
-        width = widths.get(key) if widths else encoders[0].width
+        width = widths.get(key) if widths else first
         if width is None:
             found.unused[key] = "no text encoder of this name in the base"
         elif shape[-1] != width:
