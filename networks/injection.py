@@ -62,6 +62,27 @@ class Adapter(torch.nn.Module, ABC):
         self._base_forward = self.layer.forward
         self.layer.forward = self._hooked_forward
 
+    def unhook(self) -> None:
+        """Leave the layer, also from under adapters that were hooked later; without effect for one that is not hooked.
+
+        Under a hook of somebody else's it stays, and adds nothing.
+        """
+        if self._base_forward is None:
+            return
+        above, current = None, self.layer.forward
+        while (holder := getattr(current, "__self__", None)) is not self:
+            if not isinstance(holder, Adapter):
+                self.enabled = False
+                return
+            above, current = holder, holder._base_forward
+        if above is not None:
+            above._base_forward, above._base_is_plain = self._base_forward, self._base_is_plain
+        elif self._base_is_plain:
+            del self.layer.forward
+        else:
+            self.layer.forward = self._base_forward
+        self._base_forward = None
+
     def _hooked_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.region is None or self.region.generation is None:
             return self.forward(x)

@@ -13,9 +13,12 @@ PEFT_MAGNITUDE = "lora_magnitude_vector"
 MAGNITUDES = ("dora_scale", PEFT_MAGNITUDE)  # norms of a DoRA
 COPY_AGAIN = "copy or download it again, or take another one"
 
-# diffusers' own keys: part, path and side of a pair; its newer and older words for down and up
-PEFT_KEY = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.(?:lora_(A|B)|lora\.(down|up))(?:\.default)?\.weight")
-PEFT_NORMS = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
+# diffusers' own keys: part of the model, path, part of the module in its newer and older words
+PEFT_KEY = re.compile(
+    r"(unet|text_encoder|text_encoder_2)\.(.+)\."
+    r"(lora_A|lora_B|lora\.down|lora\.up|lora_magnitude_vector|alpha)(?:\.default)?(?:\.weight)?"
+)
+PEFT_PARTS = {"lora_A": DOWN, "lora_B": UP, "lora.down": DOWN, "lora.up": UP}  # others have the same name here
 OF_TWO_ENCODERS = re.compile(rf"{TEXT_PREFIX}[12]_|text_encoder_2\.")
 # other words for the parts of a module, below its name
 PARTS = {
@@ -42,15 +45,14 @@ def file_key(key: str, *, has_two: bool) -> str:
 
     `has_two`: the first text encoder is one of two.
     """
-    if match := PEFT_KEY.fullmatch(key) or PEFT_NORMS.fullmatch(key):
-        part, path, *side = match.groups()
+    if match := PEFT_KEY.fullmatch(key):
+        part, path, word = match.groups()
         prefix = {
             "unet": UNET_PREFIX,
             "text_encoder": f"{TEXT_PREFIX}1" if has_two else TEXT_PREFIX,
             "text_encoder_2": f"{TEXT_PREFIX}2",
         }[part]
         path = path if part == "unet" else classic_text_key(path)  # transformers 5 leaves a level out
-        below = PEFT_MAGNITUDE if not side else DOWN if "A" in side or "down" in side else UP
-        return f"{prefix}_{path}".replace(".", "_") + f".{below}"
+        return f"{prefix}_{path}".replace(".", "_") + f".{PEFT_PARTS.get(word, word)}"
     name, dot, part = key.partition(".")
     return f"{name}{dot}{PARTS.get(part, part)}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from library.checkpoints.adapter_metadata import FIRST_FACTOR, adapter_alphas
 from library.checkpoints.keymaps import UNetLayout, unet_paths
 from library.checkpoints.network_kind import kind_by_names, network_kind
 from library.checkpoints.weights import open_weights
@@ -94,7 +95,14 @@ class NetworkFile:
 
     def alpha(self, name: str) -> float | None:
         """None where the file has none, which stands for the rank."""
-        return float(self.tensor(name, "alpha")) if "alpha" in self.modules[name] else None
+        if "alpha" in self.modules[name]:
+            return float(self.tensor(name, "alpha"))
+        match = FIRST_FACTOR.fullmatch(self.modules[name].get(DOWN, ""))
+        return self._noted_alphas.get(match[1]) if match else None
+
+    @functools.cached_property
+    def _noted_alphas(self) -> dict[str, float]:
+        return adapter_alphas(self.weights.shapes, self.metadata, self.path)
 
     def scale(self, name: str) -> float:
         """alpha / rank: the change is up @ down times this."""

@@ -7,14 +7,21 @@ an EMA copy of the whole U-Net does not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.checkpoints.own_folders import EXTRAS, MODEL_FOLDER, TOKENIZER_FILES
+from library.checkpoints.own_folders import (
+    CONTROL_NET_FOLDER,
+    EXTRAS,
+    MODEL_FOLDER,
+    TOKENIZER_FILES,
+    FolderForm,
+)
 from library.checkpoints.safetensors_io import Entry, flush_to_disk, header_dtype, require_disk_space, write_entries
 from library.checkpoints.sd import ModelState, copied_entry, owned_keys
 from library.checkpoints.torch_file import write_torch_file
@@ -72,20 +79,13 @@ def save_diffusers_folder(
     came from, whose scheduler and tokenizers are kept. `dtype` None keeps each tensor's own. Without
     `safe_serialization` the weights are in PyTorch's .bin files, as diffusers calls it and old programs read them.
     """
-    if path.is_file():
-        raise OptionError("", f"{path} is a file", "choose another output name for the Diffusers folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = _parts(model)
     entries = {folder: _entries(getattr(model, folder), dtype) for folder, *_ in parts}
     extras = _extra_entries(model, source)
-    require_disk_space(path.parent, sum(entry.nbytes for part in (*entries.values(), extras) for entry in part))
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
+    size = sum(entry.nbytes for part in (*entries.values(), extras) for entry in part)
+    with _written_beside(path, size, MODEL_FOLDER) as partial:
         for folder, class_name, _, file_name in parts:
-            if safe_serialization:
-                write_entries(entries[folder], partial / folder / file_name, {"format": "pt"})
-            else:
-                write_torch_file(entries[folder], partial / folder / BIN_FILES[file_name])
+            _write_weights(entries[folder], partial / folder / file_name, safe_serialization=safe_serialization)
             _write_json(partial / folder / "config.json", _config(configs[folder], class_name, entries[folder]))
         if extras:
             write_entries(extras, partial / EXTRAS, {"format": "pt"})
@@ -94,12 +94,47 @@ def save_diffusers_folder(
         if model.kind == "sdxl":
             _write_tokenizer(partial / "tokenizer_2", template, "!")
         _write_json(partial / "model_index.json", _model_index(model, scheduler))
+
+
+def save_control_net_folder(
+    state: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    path: Path,
+    *,
+    dtype: torch.dtype | None,
+    safe_serialization: bool = True,
+) -> None:
+    """A ControlNet as diffusers' ControlNetModel reads it; otherwise as :func:`save_diffusers_folder`."""
+    entries = _entries(state, dtype)
+    _, _, _, file_name = PARTS[0]
+    with _written_beside(path, sum(entry.nbytes for entry in entries), CONTROL_NET_FOLDER) as partial:
+        _write_weights(entries, partial / file_name, safe_serialization=safe_serialization)
+        _write_json(partial / "config.json", _config(config, "ControlNetModel", entries))
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path, size: int, form: FolderForm) -> Iterator[Path]:
+    """A folder to be filled with `size` bytes that is in place of `path` at the end, or leaves no trace."""
+    if path.is_file():
+        raise OptionError("", f"{path} is a file", "choose another output name for the Diffusers folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    require_disk_space(path.parent, size)
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield partial
         for written in [*partial.rglob("*"), partial]:  # what is there already takes no time
             flush_to_disk(written)
-        _replace_folder(partial, path)
+        _replace_folder(partial, path, form)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _write_weights(entries: list[Entry], path: Path, *, safe_serialization: bool) -> None:
+    if safe_serialization:
+        write_entries(entries, path, {"format": "pt"})
+    else:
+        write_torch_file(entries, path.with_name(BIN_FILES[path.name]))
 
 
 def _parts(model: ModelState) -> list[tuple[str, str, str, str]]:
@@ -189,9 +224,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _replace_folder(partial: Path, path: Path) -> None:
+def _replace_folder(partial: Path, path: Path, form: FolderForm) -> None:
     """Put `partial` in place of `path`, which is gone only when the new folder is there; beside what is foreign."""
-    path = MODEL_FOLDER.free_place(path)
+    path = form.free_place(path)
     if not path.exists():
         partial.rename(path)
         flush_to_disk(path.parent)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from library.checkpoints.safetensors_io import (
+    CHUNK,
     HASHED_WINDOW,
     ByteWindow,
     Entry,
@@ -19,6 +21,7 @@ from library.checkpoints.safetensors_io import (
     encode_header,
     in_layout_order,
     only_ss,
+    read_header,
 )
 
 MODEL_HASH, LEGACY_HASH, SPEC_HASH = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
@@ -51,3 +54,24 @@ def write_hashed_entries(entries: Iterable[Entry], path: Path | str, metadata: M
             metadata[SPEC_HASH] = f"0x{digest}"
         file.seek(0)
         file.write(encode_header(entries, metadata))
+
+
+def sshs_hashes_of_file(path: Path | str) -> tuple[str, str]:
+    """(sshs_model_hash, sshs_legacy_hash) of what a .safetensors file holds, whatever its header says. No torch."""
+    header = read_header(path)
+    entries = [
+        Entry(name, info.dtype, info.shape, _never)
+        for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start)
+    ]
+    model_hash, window = hashlib.sha256(), ByteWindow(*HASHED_WINDOW)
+    window.add(encode_header(entries, only_ss(header.metadata)))
+    with Path(path).open("rb") as file:
+        file.seek(header.data_start)
+        while data := file.read(CHUNK):
+            model_hash.update(data)
+            window.add(data)
+    return model_hash.hexdigest(), hashlib.sha256(window.content).hexdigest()[:8]
+
+
+def _never() -> NoReturn:
+    raise AssertionError("only the header of these entries is of interest")

@@ -89,6 +89,7 @@ MODEL_FOLDER = FolderForm(
         "tokenizer_2": TOKENIZER_FILES,
     },
 )
+CONTROL_NET_FOLDER = FolderForm("a ControlNet", "config.json", UNET_FILES, {})
 STATE_FOLDER = FolderForm(
     "a state",
     "train_state.json",

@@ -64,11 +64,11 @@ def probe(
     return source
 
 
-def probe_any(path: str, *, flag: str = MODEL_FLAG, v2: bool = False) -> ModelSource:
+def probe_any(path: str, *, flag: str = MODEL_FLAG, v2: bool = False, may_inpaint: bool = False) -> ModelSource:
     """As :func:`probe`, of a model of either family."""
     found = resolve_model(path, flag)
     kind = (_probe_folder if found.is_dir() else _probe_file)(path, found, "", flag).kind
-    return probe(path, flag=flag, family=_family(kind), v2=v2)
+    return probe(path, flag=flag, family=_family(kind), v2=v2, may_inpaint=may_inpaint)
 
 
 def _family(kind: str) -> str:

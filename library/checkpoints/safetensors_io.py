@@ -7,6 +7,7 @@ hashes are byte-equal to the trade's.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -174,6 +175,17 @@ def write_entries(entries: Iterable[Entry], path: Path | str, metadata: Mapping[
         file.write(head)
         for entry in entries:
             file.write(checked_bytes(entry))
+
+
+def watched(entries: Iterable[Entry], done: Callable[[int], object]) -> list[Entry]:
+    """The same entries; `done` hears of the bytes of each when it is produced, as a progress bar wants to."""
+
+    def produced(entry: Entry) -> torch.Tensor:
+        tensor = entry.produce()
+        done(entry.nbytes)
+        return tensor
+
+    return [dataclasses.replace(entry, produce=functools.partial(produced, entry)) for entry in entries]
 
 
 def in_layout_order(entries: Iterable[Entry]) -> list[Entry]:

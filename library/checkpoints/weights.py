@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from library.checkpoints.adapter_metadata import adapter_alphas
 from library.checkpoints.safetensors_io import DTYPES, Header, TensorInfo, header_dtype, read_header
 from library.options import OptionError
 
@@ -59,9 +60,16 @@ def open_weights(path: Path | str, where: str = "") -> Weights:
 
 
 def load_tensors(path: Path | str, where: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a .safetensors file, or of a pickle (.pt, .ckpt, .bin) through torch's weights-only reader."""
+    """All tensors of a .safetensors file, or of a pickle (.pt, .ckpt, .bin) through torch's weights-only reader.
+
+    The alphas that diffusers and PEFT note in a header are among them, as `<path>.alpha`.
+    """
+    import torch
+
     with open_weights(path, where) as weights:
-        return {name: weights.tensor(name).clone() for name in weights.shapes}
+        tensors = {name: weights.tensor(name).clone() for name in weights.shapes}
+        noted = adapter_alphas(weights.shapes, weights.metadata, path)
+    return {f"{module}.alpha": torch.tensor(alpha) for module, alpha in noted.items()} | tensors
 
 
 def is_safetensors(path: Path) -> bool:
@@ -124,7 +132,7 @@ class SafetensorsWeights:
 
 class PickledWeights:
     """A .ckpt, .pt or .bin file: a dictionary of tensors, or one under "state_dict" or, in files of textual inversion,
-    "string_to_param".
+    "string_to_param". A hypernetwork's two networks of each width become "768.0.linear1.weight" and so on.
 
     torch's weights-only reader runs no code of the file. Training programs leave foreign objects in such files (their
     callbacks, numbers of numpy); these become inert placeholders.
@@ -135,7 +143,7 @@ class PickledWeights:
         content = _unpickle(path, where)
         state = content.get("state_dict", content.get("string_to_param", content))
         self.extra = {key: content[key] for key in ("epoch", "global_step") if state is not content and key in content}
-        self._tensors = {name: value for name, value in state.items() if _is_tensor(value)}
+        self._tensors = {name: value for name, value in _flattened(state).items() if _is_tensor(value)}
         self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
         self.dtypes = {name: header_dtype(value.dtype) for name, value in self._tensors.items()}
         self.metadata: dict[str, str] = {}
@@ -148,6 +156,18 @@ class PickledWeights:
 
     def __exit__(self, *error: object) -> None:
         self._tensors = {}
+
+
+def _flattened(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """A dictionary by texts; lists of dictionaries under numbers, as hypernetworks have them, by paths."""
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(name, int) and isinstance(value, (list, tuple)):
+            for number, inner in enumerate(value):
+                flat |= {f"{name}.{number}.{key}": item for key, item in inner.items()}
+        elif isinstance(name, str):
+            flat[name] = value
+    return flat
 
 
 class Inert:
@@ -233,20 +253,24 @@ class MergedWeights:
             part.__exit__(*error)
 
 
-def open_component(folder: Path, stem: str, where: str = "") -> Weights:
+def open_component(folder: Path, stem: str, where: str = "", variant: str | None = None) -> Weights:
     """The weights of one component of a Diffusers folder: `stem`.safetensors, a sharded one, an fp16 variant, or .bin.
 
-    `stem` is "diffusion_pytorch_model" or "model"; the .bin of text encoders is called "pytorch_model".
+    With a `variant`, such as "fp16" or "non_ema", its files alone. `stem` is "diffusion_pytorch_model" or "model"; the
+    .bin of text encoders is called "pytorch_model".
     """
     old_stem = "pytorch_model" if stem == "model" else stem
-    names = [f"{stem}{variant}.safetensors" for variant in ("", ".fp16")]
-    names += [f"{old_stem}{variant}.bin" for variant in ("", ".fp16")]
+    infixes = (f".{variant}",) if variant else ("", ".fp16")
+    names = [f"{stem}{infix}.safetensors" for infix in infixes]
+    names += [f"{old_stem}{infix}.bin" for infix in infixes]
     for name in names:
         if (folder / name).is_file():
             return open_weights(folder / name, where)
         index = folder / f"{name}.index.json"
+        if not index.is_file() and variant:  # diffusers puts the variant last but one in the names of indices
+            index = folder / f"{name.replace(f'.{variant}', '')}.index.{variant}.json"
         if index.is_file():
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             return MergedWeights([open_weights(folder / shard, where) for shard in shards])
     subject = f"{where}: {folder}" if where else f"{folder}"
-    raise OptionError("", f"{subject} holds no {stem}.safetensors", "check that the download is complete")
+    raise OptionError("", f"{subject} holds no {names[0]}", "check that the download is complete")

@@ -12,77 +12,30 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from library.checkpoints.architecture import (
-    SIZE_WIDTH,
     ControlNetArchitecture,
     TextArchitecture,
     UNetArchitecture,
     VaeArchitecture,
 )
+from library.checkpoints.configs import SDXL_VAE_SCALE as SDXL_VAE_SCALE
+from library.checkpoints.configs import VAE_SCALE as VAE_SCALE
+from library.checkpoints.configs import control_net_config, unet_config, vae_config
 from library.models.text_encoder import ProjectedTextEncoder, TextEncoder
-
-VAE_SCALE = 0.18215
-SDXL_VAE_SCALE = 0.13025
 
 
 def build_unet(architecture: UNetArchitecture, *, sample_size: int = 64) -> UNet2DConditionModel:
     """diffusers' U-Net of these sizes; `sample_size` in latent pixels is only recorded."""
-    has_attention = [depth > 0 for depth in architecture.transformer_depths]
-    return UNet2DConditionModel(
-        sample_size=sample_size,
-        out_channels=architecture.out_channels,
-        up_block_types=tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(has_attention)),
-        **_sizes_on_the_way_down(architecture),
-    )
+    return UNet2DConditionModel(**unet_config(architecture, sample_size=sample_size))
 
 
 def build_control_net(architecture: ControlNetArchitecture) -> ControlNetModel:
     """diffusers' ControlNet of these sizes."""
-    return ControlNetModel(
-        conditioning_channels=architecture.image_channels,
-        conditioning_embedding_out_channels=architecture.hint_channels,
-        **_sizes_on_the_way_down(architecture.unet),
-    )
-
-
-def _sizes_on_the_way_down(architecture: UNetArchitecture) -> dict[str, Any]:
-    """What U-Nets and ControlNets have in common, in diffusers' words."""
-    sizes: dict[str, Any] = dict(
-        in_channels=architecture.in_channels,
-        down_block_types=tuple(
-            "CrossAttnDownBlock2D" if depth > 0 else "DownBlock2D" for depth in architecture.transformer_depths
-        ),
-        block_out_channels=architecture.channels,
-        layers_per_block=architecture.resnets,
-        cross_attention_dim=architecture.context_width,
-        transformer_layers_per_block=tuple(max(depth, 1) for depth in architecture.transformer_depths),
-        attention_head_dim=architecture.heads,  # diffusers' name for the number of heads
-        use_linear_projection=architecture.linear_projection,
-        upcast_attention=architecture.upcast_attention,
-    )
-    if architecture.vector_width:
-        sizes |= dict(
-            addition_embed_type="text_time",
-            addition_time_embed_dim=SIZE_WIDTH,
-            projection_class_embeddings_input_dim=architecture.vector_width,
-        )
-    return sizes
+    return ControlNetModel(**control_net_config(architecture))
 
 
 def build_vae(architecture: VaeArchitecture, *, sample_size: int = 512, scale: float = VAE_SCALE) -> AutoencoderKL:
     """diffusers' VAE of these sizes; `sample_size` in pixels and `scale`, the family's, are only recorded."""
-    levels = len(architecture.channels)
-    sizes: dict[str, Any] = dict(
-        in_channels=architecture.image_channels,
-        out_channels=architecture.image_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=architecture.channels,
-        layers_per_block=architecture.resnets,
-        latent_channels=architecture.latent_channels,
-        sample_size=sample_size,
-        scaling_factor=scale,
-    )
-    return AutoencoderKL(**sizes)
+    return AutoencoderKL(**vae_config(architecture, sample_size=sample_size, scale=scale))
 
 
 def build_text_encoder(architecture: TextArchitecture) -> TextEncoder:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.checkpoints.architecture import TextArchitecture
+from library.checkpoints.configs import text_config
 from library.options import OptionError
 from library.text.tokens import END_ID
 
@@ -124,20 +125,7 @@ class ProjectedTextEncoder(TextEncoder):
 
 def clip_config(architecture: TextArchitecture) -> CLIPTextConfig:
     """The configuration other programs read from a Diffusers folder; token ids are the trade's (they are not used)."""
-    config = CLIPTextConfig(
-        vocab_size=architecture.vocabulary,
-        hidden_size=architecture.width,
-        intermediate_size=architecture.mlp_width,
-        num_hidden_layers=architecture.layers,
-        num_attention_heads=architecture.heads,
-        max_position_embeddings=architecture.positions,
-        hidden_act=architecture.activation,
-        projection_dim=architecture.projection or (512 if architecture.activation == "gelu" else architecture.width),
-        layer_norm_eps=1e-5,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
+    config = CLIPTextConfig(**text_config(architecture))
     config._attn_implementation = "sdpa"
     return config
 

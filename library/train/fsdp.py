@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
+from library.checkpoints.deferred import Deferred
 from library.families.base import ModelBundle
 from library.options import OptionError
 from library.targets.base import ParamGroup, TrainTarget
@@ -270,7 +270,7 @@ class SplitUpdates(PieceUpdates):
             for name, tensor in state.items():
                 if isinstance(tensor, DTensor):
                     number = numbers[part, name.removeprefix(prefix)]
-                    state[name] = Gathered(tensor, lambda number=number: gather(number))
+                    state[name] = gathered_later(tensor, lambda number=number: gather(number))
 
         hook = part.register_state_dict_post_hook(stand_in)
         try:
@@ -322,21 +322,6 @@ class SplitState(ProcessState):
             part.load_state_dict(state[name])
 
 
-class Gathered(torch.Tensor):
+def gathered_later(split: DTensor, gather: Callable[[], torch.Tensor]) -> Deferred:
     """Stands for a whole tensor, which is gathered by the first thing that asks for more than shape and precision."""
-
-    gather: Callable[[], torch.Tensor]
-
-    @staticmethod
-    def __new__(cls, split: DTensor, gather: Callable[[], torch.Tensor]) -> Gathered:
-        tensor = torch.Tensor._make_wrapper_subclass(cls, split.shape, dtype=split.dtype, device=split.device)
-        tensor.gather = gather
-        return tensor
-
-    def __init__(self, split: DTensor, gather: Callable[[], torch.Tensor]) -> None:
-        super().__init__()
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, given: Any = (), named: Any = None) -> Any:
-        values, named_values = tree_map_only(cls, lambda tensor: tensor.gather(), (given, named or {}))
-        return func(*values, **named_values)
+    return Deferred(tuple(split.shape), split.dtype, gather, split.device)

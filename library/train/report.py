@@ -5,12 +5,13 @@ What it says is decided in plan_report.py; how it looks in a browser in report_p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from library.data.findings import Box
 from library.data.sources import with_folder
+from library.wording import aligned as aligned
 
 LISTED = 20  # pictures named per block in the text; the page shows as many as it has thumbnails for
 NAMED = 3  # pictures, or lines, of a problem on the screen
@@ -205,22 +206,6 @@ def _gallery_lines(gallery: Gallery, most: int) -> list[str]:
     rest = max(0, len(listed) - most) + gallery.more
     more = [f"    and {rest} more"] if rest else []
     return [*title, *(f"    {line}" for line in listed[:most]), *more]
-
-
-def aligned(rows: Sequence[Sequence[Cell]], numbers: Iterable[int] = ()) -> list[str]:
-    """Columns of equal width, two blanks apart; the last one as wide as it is."""
-    numbers = frozenset(numbers)
-    texts = [[str(cell) for cell in row] for row in rows]
-    if not texts:
-        return []
-    widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))]
-    return [
-        "  " + "  ".join(
-            text.rjust(width) if column in numbers else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in texts
-    ]  # fmt: skip
 
 
 def _indented(lines: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ NETWORK_TOOLS = frozenset(
     f"networks/{name}.py"
     for name in (
         "merge_lora", "sdxl_merge_lora", "svd_merge_lora", "resize_lora", "extract_lora_from_models",
-        "extract_lora_from_dylora", "check_lora_weights", "lora_interrogator",
+        "extract_lora_from_dylora", "check_lora_weights", "lora_interrogator", "lora_diffusers",
     )
 )  # fmt: skip
 TOOL_FOLDERS = ("tools/", "finetune/", "starter/", "benchmarks/")

@@ -12,6 +12,9 @@ from tests.rules.source_files import ROOT, repository_sources
 
 TOOLS = (
     "tools/cache_latents.py", "tools/cache_text_encoder_outputs.py", "finetune/prepare_buckets_latents.py",
+    "tools/convert_lora.py", "tools/convert_diffusers20_original_sd.py", "tools/verify_model.py",
+    "networks/extract_lora_from_dylora.py", "networks/check_lora_weights.py", "networks/lora_interrogator.py",
+    "networks/lora_diffusers.py",
     "tools/merge_models.py", "tools/show_metadata.py", "tools/canny.py", "tools/resize_images_to_resolution.py",
     "tools/latent_upscaler.py", "tools/detect_face_rotate.py",
 )  # fmt: skip

@@ -22,10 +22,12 @@ import train_db
 import train_network
 from finetune import merge_captions_to_metadata, merge_dd_tags_to_metadata
 from library.cli import caching, generation, metadata_tools, preparing, training
+from networks import check_lora_weights, extract_lora_from_dylora, lora_diffusers, lora_interrogator
 from tools import (
     cache_latents,
     cache_text_encoder_outputs,
     canny,
+    convert_diffusers20_original_sd,
     detect_face_rotate,
     latent_upscaler,
     merge_models,
@@ -49,6 +51,11 @@ PARSERS = {
     "cache_latents": lambda: caching.build_parser(cache_latents.TOOL),
     "cache_text_encoder_outputs": lambda: caching.build_parser(cache_text_encoder_outputs.TOOL),
     "prepare_buckets_latents": lambda: preparing.build_parser(None),
+    "convert_diffusers20_original_sd": convert_diffusers20_original_sd.TOOL.parser,
+    "extract_lora_from_dylora": extract_lora_from_dylora.TOOL.parser,
+    "check_lora_weights": check_lora_weights.TOOL.parser,
+    "lora_interrogator": lora_interrogator.TOOL.parser,
+    "lora_diffusers": lora_diffusers.TOOL.parser,
     "merge_models": merge_models.TOOL.parser,
     "show_metadata": show_metadata.TOOL.parser,
     "canny": canny.TOOL.parser,
@@ -119,6 +126,11 @@ OWN = {
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
     "prepare_buckets_latents": {"--on_bad_image"},
+    "convert_diffusers20_original_sd": set(),
+    "extract_lora_from_dylora": set(),
+    "check_lora_weights": set(),
+    "lora_interrogator": set(),
+    "lora_diffusers": {"--output_dir", "--steps"},
     "merge_models": {"--add_metadata"},
     "show_metadata": {"--readable"},
     "canny": set(),
@@ -131,6 +143,7 @@ TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the 
 MORE_CHOICES = {  # values that the trade's scripts don't know, or only know in files
     "--max_token_length": [75],
     "--resize_interpolation": ["box"],
+    "--save_precision_as": ["no"],
     "--sampler": ["dpmsolver++_sde"],
     "--sample_sampler": ["dpmsolver++_sde"],
     "--interpolation": ["lanczos", "bicubic", "bilinear", "linear", "box", "nearest"],

@@ -7,7 +7,7 @@ import torch
 
 from library.options import OptionError
 from library.train.checkpoints import load_state
-from library.train.fsdp import Gathered, SplitState, check_splittable
+from library.train.fsdp import SplitState, check_splittable, gathered_later
 from library.train.options import OptimizerOptions
 
 
@@ -44,7 +44,7 @@ def test_stand_ins_gather_when_values_are_asked_for_and_not_before():
         asked.append(1)
         return whole
 
-    stand_in = Gathered(whole[:1].expand(2, 3), gather)  # pyright: ignore[reportArgumentType]
+    stand_in = gathered_later(whole[:1].expand(2, 3), gather)  # pyright: ignore[reportArgumentType]
     assert stand_in.shape == (2, 3) and stand_in.dtype == torch.float32 and len(stand_in) == 2 and not asked
     assert torch.equal(stand_in.detach().to("cpu", torch.float64), whole.double()) and len(asked) == 1
     assert torch.equal(stand_in.T, whole.T) and type(stand_in.T) is torch.Tensor
