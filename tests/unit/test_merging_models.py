@@ -149,7 +149,7 @@ def test_metadata(tiny_sd2_path, tmp_path):
 
 def test_modules_of_no_layer(tiny_sd1_path, tmp_path, caplog):
     tensors = lora_tensors("sd1", every=50)
-    tensors |= {key.replace("lora_unet_", "lora_unet_other_"): tensor for key, tensor in tensors.items()}
+    tensors |= {key.replace("lora_unet_", "lora_unet_other_"): tensor.clone() for key, tensor in tensors.items()}
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(
         OptionError,
