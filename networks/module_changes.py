@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -35,8 +36,20 @@ def check_change(file: NetworkFile, name: str, shape: tuple[int, ...]) -> bool:
             problem = f"{file.path} was made for another model: {oft.BLOCKS} of {name} has the shape {[*blocks.shape]}"
             raise OptionError("", f"{problem}, and the layer {shape[0]} outputs", "take another network")
         return False
+    if is_plain(file, name):  # checked here: what computes with outlines of tensors takes torch a second to load
+        _check_pair(file, name, shape)
+        return False
     check_module(name, parts, shape, file.path)
     return bias_change(parts) is not None
+
+
+def _check_pair(file: NetworkFile, name: str, shape: tuple[int, ...]) -> None:
+    pairs = file.pairs  # raises OptionError where projections don't fit each other
+    outputs, inputs = file.shape(name, UP)[0], math.prod(file.shape(name, DOWN)[1:])
+    if name in pairs and (outputs, inputs) != (shape[0], math.prod(shape[1:])):
+        problem = f"{name} has {inputs} inputs and {outputs} outputs there, {math.prod(shape[1:])} and {shape[0]} here"
+        way_out = "use a network that was made for this kind of model"
+        raise OptionError("", f"{file.path} was made for another model family: {problem}", way_out)
 
 
 def add_change_(
