@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from library.checkpoints.network_kind import KIND_NAMES, kind_by_names
 from library.checkpoints.safetensors_io import (
@@ -99,6 +100,17 @@ class Adapter(torch.nn.Module, ABC):
         if hasattr(self.layer, "weight_backup"):
             self.layer.weight.data.copy_(self.layer.weight_backup)
         self.enabled = True
+
+
+def product(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What a layer computes of x with another weight and bias; both linear in them, also for normalisations."""
+    if isinstance(layer, torch.nn.Conv2d):
+        return layer._conv_forward(x, weight, bias)
+    if isinstance(layer, torch.nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+    if isinstance(layer, torch.nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+    return F.linear(x, weight, bias)
 
 
 class Network(torch.nn.Module):

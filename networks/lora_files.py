@@ -15,6 +15,7 @@ from networks.injection import OTHER_NETWORK, modules_of_file
 from networks.key_names import COPY_AGAIN, DOWN, MID, UP, file_key
 from networks.layers import TEXT_PREFIX, UNET_PREFIX, layer_size
 from networks.lora_settings import Rank
+from networks.weight_changes import kind_of
 
 Parts = Mapping[str, torch.Tensor]  # a module's tensors by what follows its name
 
@@ -50,6 +51,10 @@ def ranks_of_file(tensors: Mapping[str, torch.Tensor], file: Path | str) -> dict
     modules = modules_of_file(tensors)
     ranks = {name: _rank(name, parts, file) for name, parts in modules.items() if DOWN in parts or UP in parts}
     if not ranks:
+        kind = next((kind.name for parts in modules.values() if (kind := kind_of(parts)) is not None), None)
+        if kind is not None:
+            problem = f"{file} holds {kind}, which networks.lora draws with and merges, but does not train"
+            raise OptionError("", problem, "use --network_module lycoris.kohya")
         example = next(iter(tensors), "no tensor")
         problem = f"{file} holds no LoRA in the usual format (it has {example})"
         raise OptionError("", problem, "check file and network module")

@@ -24,10 +24,10 @@ import torch
 from library.models.ldm_view import LdmView, as_files_name_it
 from library.models.precision import compute_dtype
 from library.options import OptionError
-from networks.injection import Adapter, Network, check_names, modules_of_file, read_network_file
+from networks.injection import Adapter, Network, check_names, modules_of_file, product, read_network_file
 from networks.key_names import COPY_AGAIN
 from networks.layers import CONV_CONTAINERS, TRANSFORMER_CONTAINERS, TextEncoders, find_layers, is_pointwise, layer_size
-from networks.oft_settings import OFTSettings
+from networks.oft_settings import DEFAULT_ALPHA, DEFAULT_BLOCKS, OFTSettings
 from networks.oft_settings import check_arguments as check_arguments  # part of the contract of network modules
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ CASTS_ITSELF = True  # needs no autocast: rotations are made in float32 and cast
 PREFIX = "oft_unet"
 ATTENTION_CONTAINERS = ("CrossAttention", "Attention")
 BLOCKS = "oft_blocks"
-DEFAULT_BLOCKS, DEFAULT_ALPHA = 4, 1e-3
 EPSILON = 1e-8  # of the constraint, part of the format
 
 
@@ -209,14 +208,26 @@ class OFTModule(Adapter):
         """The turned layer's output; the base layer's alone while disabled or at multiplier 0."""
         if not self.is_on:
             return self._base_forward(x)
+        if self._is_cheaper_by_weight(x):
+            weight = self.weight_change()
+            weight = weight.add_(self.layer.weight.detach().to(weight.device)).to(x.device, compute_dtype(x))
+            bias = None if self.layer.bias is None else self.layer.bias.to(weight)
+            return product(self.layer, x.to(weight.dtype), weight, bias)
         y = self._base_forward(x)
         return y + self._change_of(y)
+
+    def _is_cheaper_by_weight(self, x: torch.Tensor) -> bool:
+        """Whether to turn the weight takes less than to turn the output: nothing learns, and rows are many."""
+        if torch.is_grad_enabled() or not self._base_is_plain:
+            return False
+        inputs = layer_size(self.layer)[0]
+        return x.numel() >= inputs * x.shape[1 if x.ndim == 4 else -1]
 
     def change(self, x: torch.Tensor) -> torch.Tensor:
         return self._change_of(self._base_forward(x))
 
     def _change_of(self, y: torch.Tensor) -> torch.Tensor:
-        """What turning adds to an output: turning it costs less than turning the weight."""
+        """What turning adds to an output. With gradients this costs less than to turn the weight, which needs one."""
         turn_KBB = (self.turn() * self.multiplier).to(y.device, compute_dtype(y))
         change = turned(y.to(turn_KBB.dtype), turn_KBB)
         bias = self.layer.bias

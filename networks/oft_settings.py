@@ -9,12 +9,20 @@ from typing import Any
 from library.options import OptionError, did_you_mean
 from networks.blocks import argument
 
+DEFAULT_BLOCKS, DEFAULT_ALPHA = 4, 1e-3
 WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def check_arguments(**kwargs: Any) -> None:
     """Raise OptionError for unknown names and unusable values of --network_args."""
     OFTSettings.parse(kwargs)
+
+
+def describe_size(network_dim: int | None, network_alpha: float | None) -> str:
+    """How a report names the size of a network."""
+    num_blocks = DEFAULT_BLOCKS if network_dim is None else network_dim
+    alpha = DEFAULT_ALPHA if network_alpha is None else network_alpha
+    return f"{num_blocks} blocks per layer, constraint {alpha:g}"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ LATENT_PIXEL = 8  # pixels
 LEVELS = 4  # sizes of hidden states inside a U-Net, each half of the one before, rounded up
 NEAR = 1.5  # largest ratio of two aspect ratios at which a number of tokens is still taken for a size
 LEAST_WEIGHT = 1e-4  # of all masks together, where parts are averaged
+EMBEDDINGS = ("time_emb", "emb_layers", "label_emb")  # layers whose inputs have no places
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def rule_of(name: str) -> Rule:
         return _of_own_context
     if name.endswith("attn2_to_out_0"):
         return _put_aside
-    return _everywhere if "time_emb" in name or "emb_layers" in name else _masked
+    return _everywhere if any(word in name for word in EMBEDDINGS) else _masked
 
 
 def _everywhere(adapter: Adapter, x: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,7 @@ class NetworkFactory:
         self.name = name
         self.module = import_network_module(name)
         self.casts_itself = bool(getattr(self.module, "CASTS_ITSELF", False))
+        self.skips_parameters = bool(getattr(self.module, "SKIPS_PARAMETERS", False))
 
     def require(self, *functions: str) -> None:
         """Raise OptionError unless the module has these functions."""

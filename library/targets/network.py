@@ -57,7 +57,7 @@ class NetworkTarget(TrainTarget):
             self.factory.require("create_network_from_weights")
         self.factory.check_arguments(options.arguments)
         self.needs_autocast = not self.factory.casts_itself
-        self.skips_parameters = skips_parameters(options.arguments)
+        self.skips_parameters = self.factory.skips_parameters or skips_parameters(options.arguments)
         self._trains_text = False
         self._strength = 1.0
 

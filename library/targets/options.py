@@ -12,7 +12,7 @@ from library.checkpoints.safetensors_io import read_header
 from library.options import OptionError, did_you_mean, named_values, opt, require
 from library.packages import is_installed
 
-KNOWN_MODULES = ("networks.lora", "networks.oft", "lycoris.kohya")
+KNOWN_MODULES = ("networks.lora", "networks.lora_fa", "networks.dylora", "networks.oft", "lycoris.kohya")
 PACKAGES = {"lycoris": "lycoris-lora"}  # what brings modules that are not ours, by their first name
 
 
@@ -88,6 +88,16 @@ class NetworkOptions:
         """--network_args by name; a value may contain "="."""
         return named_values(self.network_args, "--network_args")
 
+    def described_size(self) -> str:
+        """What --network_dim and --network_alpha are to a module that has a word of its own for them; "" to others.
+
+        Its `x.y_settings` has a function describe_size(network_dim, network_alpha) for it.
+        """
+        settings = f"{self.network_module}_settings"
+        module = importlib.import_module(settings) if is_installed(settings) else None
+        describe = getattr(module, "describe_size", None)
+        return str(describe(self.network_dim, self.network_alpha)) if callable(describe) else ""
+
     def notes(self) -> list[str]:
         """A sentence for each setting that has no effect beside another."""
         notes = []
@@ -104,13 +114,17 @@ class NetworkOptions:
     def check_before_start(self) -> None:
         """Raise OptionError for a module that is not there, its arguments, and files that can't be read: without torch.
 
-        A module `x.y` may have a module `x.y_settings` beside it, free of torch, with check_arguments(**arguments).
+        A module `x.y` may have a module `x.y_settings` beside it, free of torch, with check_arguments(**arguments) and
+        check_rank(network_dim, **arguments), which is asked where no file decides about ranks.
         """
         name = str(self.network_module)
         if not is_installed(name):
             raise no_such_module(name)
         if is_installed(f"{name}_settings"):
-            importlib.import_module(f"{name}_settings").check_arguments(**self.arguments)
+            settings = importlib.import_module(f"{name}_settings")
+            settings.check_arguments(**self.arguments)
+            if hasattr(settings, "check_rank") and not self.dim_from_weights:
+                settings.check_rank(self.network_dim, **self.arguments)
         weights = [self.network_weights] if self.network_weights else []
         for flag, files in (("--network_weights", weights), ("--base_weights", self.base_weights or ())):
             for file in files:

@@ -101,6 +101,8 @@ def _network_row(target: Any) -> Iterator[tuple[str, str]]:
         return
     if target.dim_from_weights:
         yield "network", f"{target.network_module}, with the ranks and alphas of {target.network_weights}"
+    elif size := target.described_size():
+        yield "network", f"{target.network_module}, {size}"
     elif target.network_dim is not None:
         dim, alpha = target.network_dim, target.network_alpha or target.network_dim
         strength = f": strength {alpha / dim:.3g} (alpha / rank)" if dim > 0 else ""

@@ -39,6 +39,7 @@ class Module:
 
 LORA = Module("networks.lora")
 LORA_FA = Module("networks.lora_fa")
+DYLORA = Module("networks.dylora", skips_parameters=True, training_arguments=("unit",))
 OFT = Module("networks.oft", alpha=1e-3, limits_norms=False)
 
 
@@ -65,6 +66,9 @@ CASES = [
     Case(LORA_FA),
     Case(LORA_FA, "sd2"),
     Case(LORA_FA, "sdxl", {"conv_dim": "2", "conv_alpha": "1"}),
+    Case(DYLORA),
+    Case(DYLORA, "sd2", {"unit": "2"}),
+    Case(DYLORA, "sdxl", {"conv_dim": "4", "conv_alpha": "1", "unit": "2"}),
     Case(OFT),
     Case(OFT, "sd2", {"enable_all_linear": "true"}),
     Case(OFT, "sdxl", {"enable_conv": "true"}),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from library.options import OptionError
-from networks.any_kind import product
+from networks.injection import product
 from networks.weight_changes import bias_change, check_module, depends_on_weight, kind_of, weight_change
 
 LAYERS = {
