@@ -44,7 +44,7 @@ def write_network(path: Path, model: Path, kind: str, rank: int, seed: int) -> P
                 outputs, *inputs = layer.shape
                 one = (1,) * (len(inputs) - 1)
                 entries += [
-                    entry(f"{layer.name}.alpha"),
+                    Entry(f"{layer.name}.alpha", "F16", (), lambda: torch.tensor(rank / 2).half()),
                     entry(f"{layer.name}.{DOWN}", rank, *inputs),
                     entry(f"{layer.name}.{UP}", outputs, rank, *one),
                 ]

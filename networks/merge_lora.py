@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # what a network's file says of the model it was made for, kept from the first input that has it
 OF_BASE_MODEL = ("ss_v2", "ss_base_model_version")
+WEAKENED = 0.05  # relative error of a change above which a user should know
 
 
 def merge(options: MergeOptions) -> None:
@@ -73,6 +74,8 @@ def _merge_into_model(
         bar.total = sum(entry.nbytes for entry in merged.entries)
         write_single_file(merged.entries, output, weights, metadata)
     merged.report.log("The change of the model as it is written, relative to the exact one:")
+    if merged.report.total.error > WEAKENED:
+        logger.warning("the precision of the file is too coarse for a change this small: use --save_precision float")
     kind, changed = KIND_NAMES[model.kind], counted(merged.num_changed, "tensor")
     logger.info("%s: %s, %s changed by %s", output, kind, changed, counted(len(files), "network"))
 

@@ -97,7 +97,7 @@ def test_the_precision_of_the_calculation(tiny_sd1_path, tmp_path):
 
 
 def test_the_report_is_about_the_written_weights(tiny_sd1_path, tmp_path, caplog):
-    network = tiny_lora(tmp_path / "a.safetensors", "sd1", std=0.01)
+    network = tiny_lora(tmp_path / "a.safetensors", "sd1", std=0.02)
     with caplog.at_level(logging.INFO):
         into(tiny_sd1_path, tmp_path / "f.safetensors", network)
     assert "total      278" not in caplog.text and "  0 %\n" in caplog.text
@@ -110,7 +110,10 @@ def test_the_report_is_about_the_written_weights(tiny_sd1_path, tmp_path, caplog
     error = sum(float((after[name] - before[name] - changes[name]).square().sum()) for name in changes)
     exact = sum(float(change.square().sum()) for change in changes.values())
     assert float(total.split()[-2]) == pytest.approx(100 * (error / exact) ** 0.5, rel=2e-2)
-    assert float(total.split()[-2]) > 1
+    assert float(total.split()[-2]) > 1 and "too coarse" not in caplog.text
+    weak = tiny_lora(tmp_path / "weak.safetensors", "sd1", std=0.001, every=20)
+    into(tiny_sd1_path, tmp_path / "w.safetensors", weak, save_precision="fp16")
+    assert "too coarse for a change this small: use --save_precision float" in caplog.text
 
 
 def test_block_weights(tiny_sdxl_path, tmp_path):
