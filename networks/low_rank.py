@@ -205,6 +205,12 @@ def weight_change(down: torch.Tensor, up: torch.Tensor, shape: torch.Size) -> to
     return torch.mm(up.float().flatten(1), down.float().flatten(1)).reshape(shape)
 
 
+def add_weight_change_(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+    """weight += scale * up @ down in place for a contiguous float32 weight, without a tensor of its size."""
+    rows = weight.view(len(weight), -1)
+    rows.addmm_(up.float().flatten(1), down.float().flatten(1), alpha=scale)
+
+
 def frobenius_norms(downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]) -> torch.Tensor:
     """(M,) norms of up @ down for M pairs of equal shapes, without the products.
 

@@ -34,6 +34,7 @@ from tools import (
     resize_images_to_resolution,
     show_metadata,
 )
+from networks import merge_lora, merge_lora_old, sdxl_merge_lora
 
 DATA = Path(__file__).parents[1] / "data"
 PARSERS = {
@@ -62,6 +63,9 @@ PARSERS = {
     "resize_images_to_resolution": resize_images_to_resolution.TOOL.parser,
     "latent_upscaler": latent_upscaler.TOOL.parser,
     "detect_face_rotate": detect_face_rotate.TOOL.parser,
+    "merge_lora": merge_lora.TOOL.parser,
+    "sdxl_merge_lora": sdxl_merge_lora.TOOL.parser,
+    "merge_lora_old": merge_lora_old.TOOL.parser,
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
@@ -100,6 +104,7 @@ CONTROL_OF_SDXL = OF_CONTROL | CRITICS | {
 SHEETS = {
     "--grid", "--grid_networks", "--grid_multipliers", "--grid_ckpts", "--grid_network_module", "--sidecar",
 }  # fmt: skip
+OF_MERGING = {"--exact", "--ignore_unmatched"}
 OF_GENERATORS = OF_PROMPTS | OF_GENERATION | SHEETS | RESOLUTION | WEIGHING
 OWN = {
     "train_network": OF_TRAINING,
@@ -137,6 +142,9 @@ OWN = {
     "resize_images_to_resolution": set(),
     "latent_upscaler": set(),
     "detect_face_rotate": {"--detector"},
+    "merge_lora": OF_MERGING | {"--lbws"},
+    "sdxl_merge_lora": OF_MERGING,
+    "merge_lora_old": set(),
 }
 TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the training scripts
 

@@ -1,0 +1,92 @@
+"""What a module of a network's file adds to the weight of its layer, whatever kind of module it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from library.checkpoints.safetensors_io import NonFiniteError, is_finite
+from library.options import OptionError
+from networks import oft
+from networks.key_names import DOWN, UP
+from networks.layers import UNET_PREFIX
+from networks.low_rank import add_weight_change_
+from networks.weight_changes import bias_change, check_module, is_plain_lora, weight_change
+from networks.weights_file import NetworkFile
+
+
+def is_plain(file: NetworkFile, name: str) -> bool:
+    """Whether a module is a pair of projections and nothing else."""
+    return is_plain_lora(file.modules[name])
+
+
+def layer_of(name: str) -> str:
+    """The name of the layer that a module stands on: OFT has a prefix of its own."""
+    return f"{UNET_PREFIX}{name.removeprefix(oft.PREFIX)}" if name.startswith(oft.PREFIX) else name
+
+
+def check_change(file: NetworkFile, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a module changes a bias beside the weight of `shape`; OptionError where it can't change that."""
+    parts = file.parts(name)
+    if oft.BLOCKS in parts:
+        blocks = parts[oft.BLOCKS]
+        if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or len(blocks) * blocks.shape[1] != shape[0]:
+            problem = f"{file.path} was made for another model: {oft.BLOCKS} of {name} has the shape {[*blocks.shape]}"
+            raise OptionError("", f"{problem}, and the layer {shape[0]} outputs", "take another network")
+        return False
+    if is_plain(file, name):  # checked here: what computes with outlines of tensors takes torch a second to load
+        _check_pair(file, name, shape)
+        return False
+    check_module(name, parts, shape, file.path)
+    return bias_change(parts) is not None
+
+
+def _check_pair(file: NetworkFile, name: str, shape: tuple[int, ...]) -> None:
+    pairs = file.pairs  # raises OptionError where projections don't fit each other
+    outputs, inputs = file.shape(name, UP)[0], math.prod(file.shape(name, DOWN)[1:])
+    if name in pairs and (outputs, inputs) != (shape[0], math.prod(shape[1:])):
+        problem = f"{name} has {inputs} inputs and {outputs} outputs there, {math.prod(shape[1:])} and {shape[0]} here"
+        way_out = "use a network that was made for this kind of model"
+        raise OptionError("", f"{file.path} was made for another model family: {problem}", way_out)
+
+
+def add_change_(
+    weight: torch.Tensor, original: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype
+) -> None:
+    """Change a float32 weight in place as a module at a strength does; its parts are rounded to `dtype` first.
+
+    `original` is the weight as it was before any network, on which the change of some kinds depends. Raises
+    NonFiniteError for a module that holds NaN or infinity.
+    """
+    parts = _parts(file, name, dtype)
+    if is_plain_lora(parts):
+        add_weight_change_(weight, parts[DOWN], parts[UP], multiplier * file.scale(name))
+        return
+    change = _oft_change(parts, original) if oft.BLOCKS in parts else weight_change(parts, original.float())
+    weight.add_(change, alpha=multiplier)
+
+
+def add_bias_change_(bias: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype) -> None:
+    """The same with a float32 bias."""
+    change = bias_change(_parts(file, name, dtype))
+    if change is not None:
+        bias.add_(change, alpha=multiplier)
+
+
+def _parts(file: NetworkFile, name: str, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+    """The parts of a module in float32."""
+    parts = {}
+    for part, tensor in file.parts(name).items():
+        parts[part] = tensor.to(dtype).float() if tensor.is_floating_point() else tensor
+        if not is_finite(parts[part]):
+            raise NonFiniteError(f"{file.path}: {part} of {name} holds NaN or infinity", "leave this network out")
+    return parts
+
+
+def _oft_change(parts: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """(R - I) times the weight, by blocks of outputs; see networks.oft."""
+    alpha = float(parts.get("alpha", torch.tensor(oft.DEFAULT_ALPHA)))
+    turn_KBB = oft.rotations(parts[oft.BLOCKS][None], torch.tensor([alpha * len(weight)]))[0]
+    return oft.turned(weight.float().flatten(1).T, turn_KBB).T.reshape(weight.shape)
