@@ -208,3 +208,9 @@ def frobenius_norms(downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]) 
     up_MOR = torch.stack([up.detach().flatten(1) for up in ups]).float()
     gram = torch.bmm(down_MRI, down_MRI.transpose(1, 2)) * torch.bmm(up_MOR.transpose(1, 2), up_MOR)
     return gram.sum((1, 2)).clamp_min_(0).sqrt_()
+
+
+def add_weight_change_(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+    """weight += scale * up @ down in place for a contiguous float32 weight, without a tensor of its size."""
+    rows = weight.view(len(weight), -1)
+    rows.addmm_(up.float().flatten(1), down.float().flatten(1), alpha=scale)

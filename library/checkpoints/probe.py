@@ -131,7 +131,7 @@ def _probe_file(path: str, found: Path, family: str, flag: str) -> ModelSource:
             path,
             kind,
             is_single_file=True,
-            v_prediction=_says_v_prediction(shapes, metadata),
+            v_prediction=says_v_prediction(shapes, metadata),
             zero_terminal_snr=ZERO_TERMINAL_SNR_MARKER in shapes,
             in_channels=in_channels,
         )
@@ -156,7 +156,8 @@ def _check_parts(path: str, shapes: Mapping[str, tuple[int, ...]], kind: str, fl
     return unet.in_channels
 
 
-def _says_v_prediction(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+def says_v_prediction(shapes: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+    """Whether a file says, by a marker or in its metadata, that its model predicts velocity."""
     stated = metadata.get("modelspec.prediction_type", "")
     named = metadata.get("modelspec.architecture", "").endswith("-768-v")
     return V_PREDICTION_MARKER in shapes or stated in ("v", "v_prediction") or (named and not stated)

@@ -135,7 +135,19 @@ def save_single_file(
     `source`, the single file the model came from, gives every other tensor unchanged, so nothing in it is lost. `dtype`
     None keeps each tensor's own. `counters` (epoch, global step) are added to a .ckpt source's and kept in a .ckpt.
     """
-    entries = [*model_entries(model, dtype), *_source_entries(model, source, dtype)]
+    write_single_file(
+        [*model_entries(model, dtype), *_source_entries(model, source, dtype)], path, source, metadata, counters
+    )
+
+
+def write_single_file(
+    entries: list[Entry],
+    path: Path,
+    source: Weights | None,
+    metadata: Mapping[str, str],
+    counters: tuple[int, int] = (0, 0),
+) -> None:
+    """The entries as a .safetensors file, or as a .ckpt by that extension; see :func:`save_single_file`."""
     if path.suffix.lower() == ".safetensors":
         write_entries(entries, path, metadata)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,23 +42,6 @@ def output_folder(name: str, flag: str, source: Path, *, may_be_source: bool = F
     if not os.access(path, os.W_OK | os.X_OK):
         raise OptionError(flag, f"{path} can't be written to", ANOTHER_FOLDER)
     return path
-
-
-def write_picture(path: Path, data: bytes, flag: str) -> None:
-    """A file of which a program that is interrupted leaves nothing; OptionError naming `flag` where it can't be.
-
-    Unlike `atomic_file` it does not wait for the disk: pictures are many, and made again in no time.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise OptionError(flag, f"{path} can't be written ({error.strerror})", ANOTHER_FOLDER) from None
-        raise
 
 
 def _is_same(path: Path, other: Path) -> bool:

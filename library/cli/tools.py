@@ -42,7 +42,7 @@ class Tool:
         parser = self.parser()
         values = vars(parser.parse_strictly(argv))
         for name in self.required:
-            if values[name] in (None, []):
+            if values[name] in (None, [], ()):
                 parser.error(f"--{name} is needed; see {parser.prog} --help")
         start_console()
         with Ending(parser.prog) as ending:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NETWORK_TOOLS = frozenset(
     f"networks/{name}.py"
     for name in (
-        "merge_lora", "sdxl_merge_lora", "svd_merge_lora", "resize_lora", "extract_lora_from_models",
+        "merge_lora", "merge_lora_old", "sdxl_merge_lora", "svd_merge_lora", "resize_lora", "extract_lora_from_models",
         "extract_lora_from_dylora", "check_lora_weights", "lora_interrogator",
     )
 )  # fmt: skip

@@ -1,0 +1,213 @@
+"""Networks merged into a model's single file, an entry at a time.
+
+W' = W + sum_i ratio_i change_i in float32, and then in the precision of the file. What no network changes is copied
+byte by byte. Memory: the largest tensor in float32, and as it is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from library.checkpoints.architecture import ArchitectureError, model_kind
+from library.checkpoints.keymaps import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
+from library.checkpoints.network_kind import KIND_NAMES
+from library.checkpoints.probe import LORA_KEYS
+from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite
+from library.checkpoints.sd import copied_entry
+from library.checkpoints.weights import Weights, open_weights
+from library.options import OptionError
+from networks.checkpoint_layers import CheckpointLayer, checkpoint_layers, rows_of
+from networks.fidelity import FidelityReport
+from networks.merge_inputs import MODELS, Source, report_unmatched
+from networks.module_changes import add_change_, check_change
+
+logger = logging.getLogger(__name__)
+
+MODEL = "--sd_model"
+# of the model itself; what else is in a file, such as schedules and averaged weights, keeps its precision
+OF_MODEL = (UNET_PREFIX, VAE_PREFIX, CLIP_PREFIX, OPENCLIP_PREFIX, "conditioner.")
+PIECE = 1 << 22  # elements that are compared at a time
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """As headers name them."""
+
+    calculation: str  # to which inputs are rounded
+    saving: str | None  # of the whole model; None: changed weights as `calculation`, others as they are
+
+    @property
+    def torch_calculation(self) -> torch.dtype:
+        return getattr(torch, DTYPES[self.calculation][1])
+
+
+@dataclass
+class ModelFile:
+    """A model to be changed."""
+
+    path: str
+    weights: Weights
+    kind: str
+    layers: Mapping[str, CheckpointLayer]
+
+
+@dataclass
+class MergedModel:
+    """The entries of a model with networks in it; `report` fills while they are produced."""
+
+    entries: list[Entry]
+    num_changed: int  # tensors
+    report: FidelityReport = field(default_factory=FidelityReport)
+
+
+def open_model(path: str) -> ModelFile:
+    """A model's single file; OptionError for anything else. Only the header is read (all of a .ckpt)."""
+    found = Path(path).expanduser()
+    if found.is_dir():
+        way_out = "make a file of it first: tools/convert_diffusers20_original_sd.py"
+        raise OptionError(MODEL, f"{path} is a Diffusers folder, and networks are merged into single files", way_out)
+    weights = open_weights(found, MODEL)
+    if any(LORA_KEYS.search(key) for key in weights.shapes):
+        raise OptionError(MODEL, f"{path} is a network, not a model", f"name it among {MODELS}")
+    kind = model_kind(weights.shapes)
+    if not kind:
+        raise OptionError(
+            MODEL, f"{path} is no Stable Diffusion model: it holds no U-Net", "name a complete checkpoint"
+        )
+    try:
+        layers = checkpoint_layers(weights.shapes, kind)
+    except ArchitectureError as error:
+        raise OptionError(MODEL, f"{path} is no complete {KIND_NAMES[kind]} model: {error}") from None
+    return ModelFile(path, weights, kind, layers)
+
+
+def merged_model(
+    model: ModelFile,
+    sources: Sequence[Source],
+    precisions: Precisions,
+    *,
+    ignore_unmatched: bool = False,
+    on_done: Callable[[int], object] = lambda num_bytes: None,
+) -> MergedModel:
+    """The entries of the changed file, each made when its turn comes; `on_done` is told the bytes of each.
+
+    Raises OptionError for networks that do not fit; nothing is computed yet.
+    """
+    layers = _changed_layers(model, sources, ignore_unmatched)
+    by_key: dict[str, list[CheckpointLayer]] = {}
+    for layer in layers.values():
+        by_key.setdefault(layer.slot.key, []).append(layer)
+    merged = MergedModel([], len(by_key))
+    work = _Work(model, sources, precisions, merged.report, on_done)
+    for name in model.weights.shapes:
+        merged.entries.append(work.changed(name, by_key[name]) if name in by_key else work.copied(name))
+    return merged
+
+
+def _changed_layers(
+    model: ModelFile, sources: Sequence[Source], ignore_unmatched: bool
+) -> Mapping[str, CheckpointLayer]:
+    """The layers that any network changes; OptionError for modules that stand on none, or on one of another size."""
+    unmatched = {
+        str(source.file.path): [
+            *(name for name in source.file.modules if name not in model.layers),
+            *source.file.other_keys,
+        ]
+        for source in sources
+    }
+    for source in sources:
+        source.file.pairs  # noqa: B018  # raises where half of a pair is missing
+        if not any(name in model.layers for name in source.file.modules):
+            first = next(iter(source.file.modules))
+            problem = f"none of the {len(source.file.modules)} modules of {source.file.path} is in {model.path}"
+            raise OptionError(MODELS, f"{problem} (the first is {first})", "take a network for this kind of model")
+    report_unmatched(unmatched, f"{model.path} has no layers for these modules", ignore=ignore_unmatched)
+    changed = {name for source in sources for name in source.file.modules if source.ratio_of(name)}
+    layers = {name: layer for name, layer in model.layers.items() if name in changed}
+    for source in sources:
+        for name in source.file.modules:
+            if name in model.layers:
+                check_change(source.file, name, model.layers[name].shape)
+    return layers
+
+
+class _Work:
+    """Makes entries."""
+
+    def __init__(
+        self,
+        model: ModelFile,
+        sources: Sequence[Source],
+        precisions: Precisions,
+        report: FidelityReport,
+        on_done: Callable[[int], object],
+    ) -> None:
+        self.model, self.sources, self.precisions = model, sources, precisions
+        self.report, self.on_done = report, on_done
+
+    def copied(self, name: str) -> Entry:
+        """A tensor that no network changes: as it is, or in the precision of the file."""
+        plain = copied_entry(self.model.weights, name)
+        dtype = self.precisions.saving
+        if dtype is None or not plain.dtype.startswith(("F", "BF")) or not name.startswith(OF_MODEL):
+            dtype = plain.dtype
+
+        def produce() -> torch.Tensor:
+            tensor = plain.produce()
+            cast = tensor.to(getattr(torch, DTYPES[dtype][1]))
+            if dtype != plain.dtype and is_finite(tensor) and not is_finite(cast):
+                raise _too_large(name, dtype)
+            self.on_done(entry.nbytes)
+            return cast
+
+        entry = Entry(name, dtype, plain.shape, produce, is_trusted=True)
+        return entry
+
+    def changed(self, name: str, layers: Sequence[CheckpointLayer]) -> Entry:
+        """A weight with the changes of all networks; three layers share one where q, k and v are fused."""
+        dtype = self.precisions.saving or self.precisions.calculation
+        calculation = self.precisions.torch_calculation
+
+        def produce() -> torch.Tensor:
+            original = self.model.weights.tensor(name).to(calculation)
+            if not is_finite(original):
+                raise NonFiniteError(f"{self.model.path}: {name} holds NaN or infinity", "take another model")
+            merged = original.to(torch.float32, copy=True)
+            for layer in layers:
+                rows = rows_of(layer.slot, merged)
+                for source in self.sources:
+                    if layer.name in source.file.modules and source.ratio_of(layer.name):
+                        add_change_(rows, source.file, layer.name, source.ratio_of(layer.name), calculation)
+            stored = merged.to(getattr(torch, DTYPES[dtype][1]))
+            if not is_finite(stored):
+                raise _too_large(name, dtype)
+            for layer in layers:
+                slot = layer.slot
+                norms = _norms(rows_of(slot, original), rows_of(slot, merged), rows_of(slot, stored))
+                self.report.add(layer.name, *norms)
+            self.on_done(entry.nbytes)
+            return stored
+
+        entry = Entry(name, dtype, tuple(self.model.weights.shapes[name]), produce, is_trusted=True)
+        return entry
+
+
+def _norms(original: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor) -> tuple[float, float]:
+    """(||merged - original||^2, ||stored - merged||^2), a piece at a time."""
+    change_sq = error_sq = 0.0
+    flat = [tensor.reshape(-1).split(PIECE) for tensor in (original, merged, stored)]
+    for before, exact, after in zip(*flat, strict=True):
+        change_sq += float((exact - before.float()).square_().sum())
+        if stored.dtype is not torch.float32:
+            error_sq += float((after.float() - exact).square_().sum())
+    return change_sq, error_sq
+
+
+def _too_large(name: str, dtype: str) -> NonFiniteError:
+    word = DTYPES[dtype][1]
+    return NonFiniteError(f"{name} is too large for {word}", "use --save_precision bf16 or float")
