@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 MOST_DIRECTIONS = 1024  # of a module
-WIDTH, STRIP_LEFT, STRIP_WIDTH = 1180, 96, 800  # pixels
-ROW, GAP, TOP, BOTTOM = 22, 6, 92, 104
+WIDTH, STRIP_LEFT, STRIP_WIDTH = 1100, 96, 800  # pixels
+ROW, GAP, TOP, BOTTOM = 22, 6, 92, 112
 BACKGROUND, INK, FAINT, MARK = (255, 255, 255), (34, 38, 46), (120, 126, 138), (226, 62, 87)
 EMPTY = (238, 240, 243)  # beyond the directions that are known
 # from nothing to all: deep blue, teal, green, pale yellow, as evenly as the eye sees it
 COLORS = np.array([(48, 18, 84), (57, 86, 140), (31, 150, 139), (115, 208, 85), (253, 231, 37)], np.float64)
+MILESTONES = (0.9, 0.99)  # shares that get a thin line where they are reached
 LEGEND = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -104,11 +105,20 @@ def _draw_row(image: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, top: int
     pixels = np.where((places < row.known)[:, None], _colors(row.shares[np.minimum(places, row.known - 1)]), EMPTY)
     strip = np.broadcast_to(pixels.astype(np.uint8), (ROW, STRIP_WIDTH, 3))
     image.paste(Image.fromarray(np.ascontiguousarray(strip)), (STRIP_LEFT, top))
+    for share in MILESTONES:
+        if row.shares[-1] >= share:
+            _draw_milestone(
+                draw, STRIP_LEFT + round((np.searchsorted(row.shares, share) + 1) / most * STRIP_WIDTH), top
+            )
     x = STRIP_LEFT + round(min(row.rank / most, 1.0) * STRIP_WIDTH)
     draw.rectangle((x - 2, top - 3, x + 1, top + ROW + 2), fill=MARK, outline=BACKGROUND)
     right = STRIP_LEFT + STRIP_WIDTH
     draw.text((right + 84, middle), f"{100 * row.kept:.2f} %", INK, _font(15), anchor="rm")
     draw.text((right + 168, middle), f"{row.rank:.1f}".removesuffix(".0"), INK, _font(15), anchor="rm")
+
+
+def _draw_milestone(draw: ImageDraw.ImageDraw, x: float, top: float) -> None:
+    draw.line((x, top, x, top + ROW - 1), fill=INK)
 
 
 def _draw_axis(draw: ImageDraw.ImageDraw, top: int, most: int) -> None:
@@ -137,6 +147,9 @@ def _draw_legend(image: Image.Image, draw: ImageDraw.ImageDraw, top: int) -> Non
     x = STRIP_LEFT + width + 60
     draw.rectangle((x - 2, top - 3, x + 1, top + height + 2), fill=MARK)
     draw.text((x + 12, top + height / 2), "mean of the ranks that were kept", FAINT, _font(14), anchor="lm")
+    _draw_milestone(draw, x + 270, top - 5)
+    reached = " and ".join(f"{100 * share:.0f} %" for share in MILESTONES)
+    draw.text((x + 282, top + height / 2), f"{reached} reached", FAINT, _font(14), anchor="lm")
 
 
 def _colors(shares: np.ndarray) -> np.ndarray:

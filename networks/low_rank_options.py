@@ -8,10 +8,10 @@ from pathlib import Path
 
 from library.options import opt, require
 from library.wording import counted
+from networks.merge_options import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}  # as flags call them -> as headers do
 EXTENSIONS = (".ckpt", ".pt", ".pth", ".safetensors")
 DYNAMIC_METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 SVD_METHODS = ("exact", "randomized")

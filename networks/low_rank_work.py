@@ -47,10 +47,10 @@ def finite_pair(file: NetworkFile, name: str, dtype: torch.dtype, device: torch.
 
 @dataclass(frozen=True)
 class Layer:
-    """Where a result belongs: its module, and the shape of the layer's weight, [out, in] or [out, in, height, width]."""
+    """Where a result belongs: its module, and the shape of the layer's weight."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # [out, in] or [out, in, height, width]
 
     @property
     def is_conv(self) -> bool:
@@ -106,8 +106,8 @@ class Results:
         self.report.log(title)
         stored, possible = self.report.total.error, self.by_rank.total.error
         if way_out and stored > 1.01 * possible:
-            logger.info("of this, %s is what the rank costs; the rest comes of limiting large numbers, as the trade does "
-                        "(%s), and of rounding", percent(possible), way_out)  # fmt: skip
+            logger.info("the rank alone costs %s; the rest comes of limiting large numbers, as the trade does (%s), "
+                        "and of rounding", percent(possible), way_out)  # fmt: skip
         if plot is not None:
             draw_energy(self.spectra, Path(plot).expanduser())
             logger.info("%s: the picture of what the strongest directions hold", plot)

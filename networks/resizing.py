@@ -13,8 +13,9 @@ from library.checkpoints.safetensors_io import NonFiniteError, is_finite
 from library.options import OptionError
 from library.wording import counted
 from networks.key_names import DOWN, UP
-from networks.low_rank_options import PRECISIONS, ResizeOptions
+from networks.low_rank_options import ResizeOptions
 from networks.low_rank_work import Layer, Results, device_of, finite_pair, torch_dtype
+from networks.merge_options import PRECISIONS
 from networks.stored_results import StoredResults
 from networks.svd import Svd, chosen_rank, product_svd
 from networks.weights_file import NetworkFile
