@@ -72,7 +72,7 @@ def draw_energy(spectra: Mapping[str, Sequence[Spectrum]], path: Path) -> None:
 
 
 def _row(block: str, spectra: Sequence[Spectrum]) -> _Row:
-    known = max(len(each.held) for each in spectra)
+    known = max(1, *(len(each.held) for each in spectra))
     energy = sum(each.energy for each in spectra) or 1.0
     held, kept = np.zeros(known), 0.0
     for each in spectra:

@@ -32,7 +32,7 @@ class Svd:
 
     scaled_OK: torch.Tensor  # U S
     directions_KI: torch.Tensor  # V^T, rows of unit length
-    values_K: torch.Tensor  # S, float64, descending
+    values_K: torch.Tensor  # S, float64, descending; may be more of them than directions
     energy: float  # of the whole: the squared Frobenius norm, that is the sum of all S^2
 
     def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +124,7 @@ def _is_lost(left: float, energy: float, dtype: torch.dtype) -> bool:
 
 def _transposed(svd: Svd) -> Svd:
     """Of M^T: its directions become the scaled ones. Directions of the value 0 become 0 and stay without effect."""
-    values = svd.values_K.to(svd.scaled_OK)
+    values = svd.values_K[: len(svd.directions_KI)].to(svd.scaled_OK)
     inverse = torch.where(values > 0, 1 / values.clamp(min=torch.finfo(values.dtype).tiny), 0)
     return Svd(svd.directions_KI.T * values, (svd.scaled_OK * inverse).T, svd.values_K, svd.energy)
 
