@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from library.checkpoints.architecture import Shapes, text_architectures, unet_architecture
+from library.checkpoints.architecture import Shapes, TextArchitecture, text_architectures, unet_architecture
 from library.checkpoints.keymaps import FUSED_QKV, UNET_PREFIX, Slot, UNetLayout, translate, unet_paths
 from library.checkpoints.sd import part_slots
 from library.checkpoints.weights import Weights
@@ -58,11 +58,43 @@ def checkpoint_layers(shapes: Shapes, kind: str) -> dict[str, CheckpointLayer]:
     return {layer.name: layer for layer in (*_text_layers(shapes, kind), *_unet_layers(shapes, kind))}
 
 
-def _text_layers(shapes: Shapes, kind: str) -> Iterator[CheckpointLayer]:
+def other_layers(shapes: Shapes, kind: str) -> dict[str, CheckpointLayer]:
+    """The layers and normalisations beside those of :func:`checkpoint_layers`, which some kinds of networks change."""
+    usual = checkpoint_layers(shapes, kind)
+    return {layer.name: layer for layer in _other_layers(shapes, kind) if layer.name not in usual}
+
+
+def _other_layers(shapes: Shapes, kind: str) -> Iterator[CheckpointLayer]:
+    for prefix, part, encoder in _encoders(shapes, kind):
+        paths = [
+            *(f"text_model.encoder.layers.{layer}.layer_norm{i}" for layer in range(encoder.layers) for i in (1, 2)),
+            "text_model.final_layer_norm",
+        ]
+        slots = part_slots(part, [f"{path}.weight" for path in paths], kind=kind, file_keys=shapes)
+        for path in paths:
+            slot = slots[f"{path}.weight"]
+            yield CheckpointLayer(f"{prefix}_{path}".replace(".", "_"), slot, shapes[slot.key], False)
+    for name, key, _ in _unet_weights(shapes, kind):
+        yield CheckpointLayer(name, Slot(key), shapes[key], False)
+
+
+def bias_slot(layer: CheckpointLayer) -> Slot:
+    """Where the bias of a layer lies, if it has one."""
+    is_fused = layer.slot.part is not None
+    old, new = ("in_proj_weight", "in_proj_bias") if is_fused else (".weight", ".bias")
+    return Slot(layer.slot.key.removesuffix(old) + new, layer.slot.part)
+
+
+def _encoders(shapes: Shapes, kind: str) -> Iterator[tuple[str, str, TextArchitecture]]:
+    """(prefix of names, part of the model, sizes) of each text encoder."""
     encoders = text_architectures(shapes, kind)
     for number, encoder in enumerate(encoders, start=1):
         prefix = TEXT_PREFIX if len(encoders) == 1 else f"{TEXT_PREFIX}{number}"
-        part = "text_encoder" if number == 1 else "text_encoder_2"
+        yield prefix, "text_encoder" if number == 1 else "text_encoder_2", encoder
+
+
+def _text_layers(shapes: Shapes, kind: str) -> Iterator[CheckpointLayer]:
+    for prefix, part, encoder in _encoders(shapes, kind):
         paths = [
             f"text_model.encoder.layers.{layer}.{leaf}" for layer in range(encoder.layers) for leaf in OF_TEXT_LAYER
         ]
@@ -75,16 +107,20 @@ def _text_layers(shapes: Shapes, kind: str) -> Iterator[CheckpointLayer]:
 
 
 def _unet_layers(shapes: Shapes, kind: str) -> Iterator[CheckpointLayer]:
+    for name, key, path in _unet_weights(shapes, kind):
+        is_in_conv_block = IN_CONV_BLOCK.search(path) is not None
+        if len(shapes[key]) in (2, 4) and (is_in_conv_block or IN_TRANSFORMER.search(path)):
+            yield CheckpointLayer(name, Slot(key), shapes[key], is_in_conv_block)
+
+
+def _unet_weights(shapes: Shapes, kind: str) -> Iterator[tuple[str, str, str]]:
+    """(name in files of networks, key, path in diffusers' U-Net) of every weight of the U-Net."""
     architecture = unet_architecture(shapes, kind)
     layout = UNetLayout(tuple(depth > 0 for depth in architecture.transformer_depths), architecture.resnets)
     paths = unet_paths(layout)
-    for key, shape in shapes.items():
-        if not (key.startswith(UNET_PREFIX) and key.endswith(".weight") and len(shape) in (2, 4)):
-            continue
-        original = key.removeprefix(UNET_PREFIX).removesuffix(".weight")
-        path = translate(original, paths) or ""
-        is_in_conv_block = IN_CONV_BLOCK.search(path) is not None
-        if is_in_conv_block or IN_TRANSFORMER.search(path):
+    for key in shapes:
+        if key.startswith(UNET_PREFIX) and key.endswith(".weight"):
+            original = key.removeprefix(UNET_PREFIX).removesuffix(".weight")
+            path = translate(original, paths) or ""
             named_by = original if kind == "sdxl" else path
-            name = f"{NAME_PREFIX}_{named_by}".replace(".", "_")
-            yield CheckpointLayer(name, Slot(key), shape, is_in_conv_block)
+            yield f"{NAME_PREFIX}_{named_by}".replace(".", "_"), key, path

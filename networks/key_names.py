@@ -9,10 +9,13 @@ from library.checkpoints.keymaps import classic_text_key
 from networks.layers import TEXT_PREFIX, UNET_PREFIX
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+PEFT_MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDES = ("dora_scale", PEFT_MAGNITUDE)  # norms of a DoRA
 COPY_AGAIN = "copy or download it again, or take another one"
 
 # diffusers' own keys: part, path and side of a pair; its newer and older words for down and up
 PEFT_KEY = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.(?:lora_(A|B)|lora\.(down|up))(?:\.default)?\.weight")
+PEFT_NORMS = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 OF_TWO_ENCODERS = re.compile(rf"{TEXT_PREFIX}[12]_|text_encoder_2\.")
 # other words for the parts of a module, below its name
 PARTS = {
@@ -39,14 +42,15 @@ def file_key(key: str, *, has_two: bool) -> str:
 
     `has_two`: the first text encoder is one of two.
     """
-    if match := PEFT_KEY.fullmatch(key):
-        part, path, new, old = match.groups()
+    if match := PEFT_KEY.fullmatch(key) or PEFT_NORMS.fullmatch(key):
+        part, path, *side = match.groups()
         prefix = {
             "unet": UNET_PREFIX,
             "text_encoder": f"{TEXT_PREFIX}1" if has_two else TEXT_PREFIX,
             "text_encoder_2": f"{TEXT_PREFIX}2",
         }[part]
         path = path if part == "unet" else classic_text_key(path)  # transformers 5 leaves a level out
-        return f"{prefix}_{path}".replace(".", "_") + f".{DOWN if (new or old) in ('A', 'down') else UP}"
+        below = PEFT_MAGNITUDE if not side else DOWN if "A" in side or "down" in side else UP
+        return f"{prefix}_{path}".replace(".", "_") + f".{below}"
     name, dot, part = key.partition(".")
     return f"{name}{dot}{PARTS.get(part, part)}"

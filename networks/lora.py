@@ -8,10 +8,8 @@ Class and attribute names `lora_down`, `lora_up`, `alpha` are part of the file's
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +17,20 @@ import torch
 import torch.nn.functional as F
 
 from library.models.float8 import stored_weight
-from library.models.ldm_view import as_files_name_it
 from library.options import OptionError
 from networks import low_rank
-from networks.blocks import argument, layout_of
-from networks.injection import Adapter, Network, check_names, read_network_file
+from networks.any_kind import AnyKindNetwork, network_of_any_kind
+from networks.blocks import layout_of
+from networks.injection import Adapter, Network, read_network_file
 from networks.layers import (
-    CONV_CONTAINERS,
-    TEXT_CONTAINERS,
     TEXT_PREFIX,
-    TRANSFORMER_CONTAINERS,
-    UNET_PREFIX,
     TextEncoders,
-    find_layers,
-    is_pointwise,
     is_simple_conv,
-    layer_size,
-    text_encoder_prefixes,
 )
-from networks.lora_files import check_sizes, diffusers_names, in_our_names, ranks_of_file
-from networks.lora_settings import RANK_KEYS, LoRASettings, RankRule
+from networks.lora_creation import network_of_file, new_network, settings_beside_file
+from networks.lora_files import check_sizes, in_our_names, ranks_of_file
+from networks.lora_settings import LoRASettings
 from networks.lora_settings import check_arguments as check_arguments  # part of the contract of network modules
-
-logger = logging.getLogger(__name__)
 
 CASTS_ITSELF = True  # needs no autocast: float32 masters are cast to the activations' dtype where they are used
 
@@ -64,19 +53,7 @@ def create_network(
     Rank 4 and alpha 1 where they are None; an alpha of 0 stands for the rank, which makes a strength of 1.
     """
     settings = LoRASettings.parse(neuron_dropout, kwargs)
-    dim = 4 if network_dim is None else network_dim
-    alpha = 1.0 if network_alpha is None else network_alpha
-    if not 0 <= alpha < math.inf:
-        raise OptionError("--network_alpha", f"{alpha:g} is out of range", "use 0 (the rank) or more")
-    layers = model_layers(text_encoder, unet, has_convs=settings.has_convs)
-    layout = layout_of([name for name, _ in layers.unet])
-    network = build_network(multiplier, layers, settings.rank_rule(dim, alpha, layout), settings)
-    check_ranks(network)
-    if not network.adapters:
-        raise OptionError(
-            "--network_args", "no layer of the model gets a rank above 0", "raise network_dim or block_dims"
-        )
-    return network
+    return new_network(LoRANetwork, multiplier, (network_dim, network_alpha), (text_encoder, unet), settings)
 
 
 def create_network_from_weights(
@@ -88,84 +65,18 @@ def create_network_from_weights(
     weights_sd: Mapping[str, torch.Tensor] | None = None,
     for_inference: bool = False,
     **kwargs: Any,
-) -> tuple[LoRANetwork, Mapping[str, torch.Tensor]]:
+) -> tuple[LoRANetwork | AnyKindNetwork, Mapping[str, torch.Tensor]]:
     """(network, tensors): modules, ranks and alphas of a file. The weights are not loaded into it yet.
+
+    For inference the file may be of any kind that networks.weight_changes knows.
 
     Dropouts and learning-rate weights are taken from `kwargs`, for training on; inference has neither.
     """
-    settings = LoRASettings.parse(kwargs.pop("neuron_dropout", None), kwargs)
-    idle = [key for key, value in kwargs.items() if value is not None and (for_inference or key in RANK_KEYS)]
-    if idle:
-        why = "the network is not trained" if for_inference else f"{file} decides about ranks and alphas"
-        logger.warning("%s: no effect, %s", argument(", ".join(idle)), why)
-    if for_inference:
-        settings = LoRASettings()
-    layers = model_layers(text_encoder, unet, has_convs=True)
-    tensors = read_network_file(file) if weights_sd is None else weights_sd
-    tensors = in_our_names(tensors, [name for name, _ in layers.all], layers.other_names)
-    ranks = ranks_of_file(tensors, file)
-    check_names(ranks, (name for name, _ in layers.all), str(file))
-    check_sizes(tensors, dict(layers.all), file)
-    network = build_network(multiplier, layers, lambda name, layer: ranks.get(name, (0, None)), settings)
-    return network, tensors
-
-
-# ---------------------------------------------------------------------------------------------- building
-
-
-@dataclass(frozen=True)
-class ModelLayers:
-    """The layers of a model that can take a module, by name."""
-
-    text: list[tuple[str, torch.nn.Module]]
-    unet: list[tuple[str, torch.nn.Module]]
-    other_names: Mapping[str, str]  # names by which files of other programs call them -> ours
-
-    @property
-    def all(self) -> list[tuple[str, torch.nn.Module]]:
-        return [*self.text, *self.unet]
-
-
-def model_layers(text_encoder: TextEncoders | None, unet: torch.nn.Module | None, *, has_convs: bool) -> ModelLayers:
-    """The layers LoRA stands on: attention and MLP of text encoders, transformers (and ResNet blocks) of the U-Net."""
-    containers = (*TRANSFORMER_CONTAINERS, *(CONV_CONTAINERS if has_convs else ()))
-    return ModelLayers(
-        text=[
-            found
-            for prefix, encoder in text_encoder_prefixes(text_encoder)
-            for found in find_layers(encoder, prefix, TEXT_CONTAINERS)
-        ],
-        unet=[] if unet is None else list(find_layers(as_files_name_it(unet), UNET_PREFIX, containers)),
-        other_names={} if unet is None else diffusers_names(unet),
-    )
-
-
-def build_network(multiplier: float, layers: ModelLayers, rule: RankRule, settings: LoRASettings) -> LoRANetwork:
-    """A network with a module on each layer that the rule gives a rank."""
-
-    def modules(part: Iterable[tuple[str, torch.nn.Module]]) -> list[LoRAModule]:
-        ranked = [(name, layer, *rule(name, layer)) for name, layer in part]
-        return [
-            LoRAModule(name, layer, rank=rank, alpha=alpha, multiplier=multiplier, settings=settings)
-            for name, layer, rank, alpha in ranked
-            if rank
-        ]
-
-    network = LoRANetwork(modules(layers.text), modules(layers.unet), settings)
-    network.other_names = layers.other_names
-    return network
-
-
-def check_ranks(network: LoRANetwork) -> None:
-    """OptionError when a rank exceeds what its layer's matrix can have; names the narrowest such layer."""
-    modules: list[Any] = network.adapters
-    too_large = [module for module in modules if module.rank > min(layer_size(module.layer))]
-    if not too_large:
-        return
-    module = min(too_large, key=lambda module: min(layer_size(module.layer)))
-    where = "--network_dim" if is_pointwise(module.layer) else argument("conv_dim")
-    way_out = f"use {min(layer_size(module.layer))} or less"
-    raise OptionError(where, f"{module.rank} is larger than {module.name} allows", way_out)
+    settings = settings_beside_file(LoRASettings, file, kwargs, for_inference=for_inference)
+    source, models = (file, read_network_file(file) if weights_sd is None else weights_sd), (text_encoder, unet)
+    if for_inference and (made := network_of_any_kind(multiplier, source, models, LoRAModule)) is not None:
+        return made
+    return network_of_file(LoRANetwork, multiplier, source, models, settings)
 
 
 # ---------------------------------------------------------------------------------------------- module
@@ -210,40 +121,49 @@ class LoRAModule(Adapter):
         if self.training and self._drops:
             return self._forward_with_dropout(x)
         layer: Any = self._layer[0]
-        scale = self.multiplier * self.scale
         if not (self._can_fuse and self._base_is_plain) or stored_weight(layer)[0].requires_grad:
             return self._base_forward(x) + self.change(x)
         layer_with_change = low_rank.linear if self._is_linear else low_rank.conv2d
-        return layer_with_change(x, layer, self.lora_down.weight, self.lora_up.weight, scale)
+        return layer_with_change(x, layer, *self.factors())
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """(down, up, scale) of one forward: what it adds is scale * up(down(x))."""
+        return self.lora_down.weight, self.lora_up.weight, self.multiplier * self.scale
+
+    @property
+    def trained_parts(self) -> tuple[torch.nn.Module, ...]:
+        """Those of the two projections that learn."""
+        return self.lora_down, self.lora_up
 
     def change(self, x: torch.Tensor) -> torch.Tensor:
-        return self._up(self._down(x)) * (self.multiplier * self.scale)
+        down, up, scale = self.factors()
+        return self._up(self._down(x, down), up) * scale
 
     def _forward_with_dropout(self, x: torch.Tensor) -> torch.Tensor:
         settings = self.settings
         base = self._base_forward(x)
         if settings.module_dropout and torch.rand(()).item() < settings.module_dropout:  # CPU generator: no device sync
             return base
-        low = self._down(x)
+        down, up, scale = self.factors()
+        low = self._down(x, down)
         if settings.dropout:
             low = F.dropout(low, settings.dropout)
-        scale = self.multiplier * self.scale
         if settings.rank_dropout:
             keep = torch.rand(low.shape[0], self.rank, device=low.device) > settings.rank_dropout
             middle = (1,) * (low.ndim - 2)
             low = low * keep.view(-1, *((*middle, self.rank) if self._is_linear else (self.rank, *middle)))
             scale /= 1 - settings.rank_dropout
-        return base + self._up(low) * scale
+        return base + self._up(low, up) * scale
 
-    def _down(self, x: torch.Tensor) -> torch.Tensor:
+    def _down(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         dtype = low_rank.compute_dtype(x)
-        weight = self.lora_down.weight.to(dtype)
+        weight = weight.to(dtype)
         if self._is_linear:
             return F.linear(x.to(dtype), weight)
         return F.conv2d(x.to(dtype), weight, None, self.lora_down.stride, self.lora_down.padding)
 
-    def _up(self, low: torch.Tensor) -> torch.Tensor:
-        weight = self.lora_up.weight.to(low.dtype)
+    def _up(self, low: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.to(low.dtype)
         return F.linear(low, weight) if self._is_linear else F.conv2d(low, weight)
 
     def weight_change(self) -> torch.Tensor:
@@ -289,6 +209,8 @@ def _projections(layer: Any, rank: int) -> tuple[Any, Any]:
 
 class LoRANetwork(Network):
     """The LoRA modules of a model."""
+
+    module_class = LoRAModule
 
     def __init__(
         self, text_adapters: list[LoRAModule], unet_adapters: list[LoRAModule], settings: LoRASettings | None = None
@@ -370,29 +292,28 @@ class LoRANetwork(Network):
         Returns (modules scaled, mean norm, largest norm), norms as they are afterwards, as scalar tensors: nothing
         waits for the device.
         """
-        by_shape: dict[tuple[Any, ...], list[Any]] = {}
-        module: Any
-        for module in self.adapters:
-            shape = (module.lora_down.weight.shape, module.lora_up.weight.shape, module.scale)
-            by_shape.setdefault(shape, []).append(module)
-        norms = []
-        for (_, _, scale), modules in by_shape.items():
-            downs, ups = [module.lora_down.weight for module in modules], [module.lora_up.weight for module in modules]
-            norm_M = low_rank.frobenius_norms(downs, ups) * abs(scale)
-            ratio_M = max_norm / norm_M.clamp(min=max_norm)
-            root_M = ratio_M.sqrt()
-            torch._foreach_mul_([*downs, *ups], [*root_M.unbind(), *root_M.unbind()])  # pyright: ignore
-            norms.append(torch.stack([norm_M * ratio_M, ratio_M]))
-        norm, ratio = torch.cat(norms, dim=1)
-        return (ratio < 1).sum(), norm.mean(), norm.max()
+        modules: list[Any] = self.adapters
+        return low_rank.limit_norms(
+            [
+                low_rank.Product(
+                    module.lora_down.weight,
+                    module.lora_up.weight,
+                    module.scale,
+                    [[*part.parameters()] for part in module.trained_parts],
+                )
+                for module in modules
+            ],
+            max_norm,
+        )
 
 
 def _split_by_rate(modules: Iterable[Any], ratio: float | None) -> list[tuple[str, float, list[torch.nn.Parameter]]]:
     """[(name suffix, factor of the learning rate, parameters)]: up weights apart where LoRA+ gives them a ratio."""
     modules = list(modules)
     if ratio is None:
-        return [("", 1.0, [parameter for module in modules for parameter in module.parameters()])]
+        parts = [part for module in modules for part in module.trained_parts]
+        return [("", 1.0, [parameter for part in parts for parameter in part.parameters()])]
     return [
-        ("", 1.0, [module.lora_down.weight for module in modules]),
-        (" plus", ratio, [module.lora_up.weight for module in modules]),
+        ("", 1.0, [parameter for module in modules for parameter in module.lora_down.parameters()]),
+        (" plus", ratio, [parameter for module in modules for parameter in module.lora_up.parameters()]),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from library.options import OptionError, did_you_mean
 from networks.blocks import (
@@ -26,11 +26,14 @@ from networks.layers import UNET_PREFIX, is_pointwise
 if TYPE_CHECKING:
     import torch
 
+Settings = TypeVar("Settings", bound="LoRASettings")  # those of LoRA, or of a relative that has more
+
 logger = logging.getLogger(__name__)
 
 Rank: TypeAlias = tuple[int, float | None]  # rank (0: no module) and alpha (None or 0: the rank)
 RankRule: TypeAlias = "Callable[[str, torch.nn.Module], Rank]"
 
+DEFAULT_DIM = 4  # without --network_dim
 LYCORIS_KEYS = ("algo", "preset", "use_tucker", "use_cp", "factor", "decompose_both", "constraint", "dora_wd")
 OF_LYCORIS = "that is an argument of --network_module lycoris.kohya (a LoRA for convolutions, too: conv_dim=4)"
 RANK_KEYS = ("conv_dim", "conv_alpha", *LIST_KEYS)  # what a file decides where a network is made from one
@@ -56,7 +59,7 @@ class LoRASettings:
     blocks: BlockSettings = BlockSettings()
 
     @classmethod
-    def parse(cls, neuron_dropout: float | None, arguments: Mapping[str, Any]) -> LoRASettings:
+    def parse(cls: type[Settings], neuron_dropout: float | None, arguments: Mapping[str, Any]) -> Settings:
         """From the arguments by name (texts or numbers); --network_dropout goes before an argument `dropout`."""
         own = [field.name for field in fields(cls) if field.name != "blocks"]
         for key in arguments:

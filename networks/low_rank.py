@@ -11,6 +11,7 @@ Shape letters: N tokens (all leading dimensions), I inputs, O outputs, R rank, B
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class _LowRankLinear(torch.autograd.Function):
         low_NR = torch.mm(x_NI, down.t())
         out_NO.addmm_(low_NR, up.t(), alpha=scale)
         # the weight as it is stored: what it was widened to is not kept for the backward pass
-        ctx.save_for_backward(x_NI, weight, weight_scale, down, up, low_NR)
+        kept_x_NI = x_NI if ctx.needs_input_grad[4] else None  # a frozen down spares it (LoRA-FA)
+        ctx.save_for_backward(kept_x_NI, weight, weight_scale, down, up, low_NR)
         ctx.scale, ctx.shape = scale, x.shape
         # not a view in autograd's books: callers may change the output in place
         return torch.ops.aten._unsafe_view.default(out_NO, (*x.shape[:-1], weight.shape[0]))
@@ -95,8 +97,10 @@ class _LowRankConv(torch.autograd.Function):
         pointwise = down.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
         low = _mix(down.flatten(1), x) if pointwise else torch.conv2d(x, down, None, stride, padding)
         _add_mix_(out, up_OR, low, scale)
-        ctx.save_for_backward(x, weight, weight_scale, down, up_OR, low)
+        kept_x = x if ctx.needs_input_grad[4] else None  # a frozen down spares it (LoRA-FA)
+        ctx.save_for_backward(kept_x, weight, weight_scale, down, up_OR, low)
         ctx.scale, ctx.geometry, ctx.pointwise = scale, geometry, pointwise
+        ctx.x_layout = x.shape, x.stride()
         return out
 
     @staticmethod
@@ -110,6 +114,8 @@ class _LowRankConv(torch.autograd.Function):
             grad_up = _outer(grad, low, ctx.scale)[:, :, None, None]
         if not (needs_x or needs_down):
             return None, None, None, None, None, grad_up, None
+        if x is None:  # only its form matters to the gradient for it
+            x = grad.new_empty_strided(*ctx.x_layout)
         grad_low = _mix(up_OR.t(), grad, ctx.scale)
         if needs_x:
             full = widened(weight, weight_scale, grad.dtype)
@@ -199,6 +205,12 @@ def weight_change(down: torch.Tensor, up: torch.Tensor, shape: torch.Size) -> to
     return torch.mm(up.float().flatten(1), down.float().flatten(1)).reshape(shape)
 
 
+def add_weight_change_(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+    """weight += scale * up @ down in place for a contiguous float32 weight, without a tensor of its size."""
+    rows = weight.view(len(weight), -1)
+    rows.addmm_(up.float().flatten(1), down.float().flatten(1), alpha=scale)
+
+
 def frobenius_norms(downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]) -> torch.Tensor:
     """(M,) norms of up @ down for M pairs of equal shapes, without the products.
 
@@ -210,7 +222,39 @@ def frobenius_norms(downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]) 
     return gram.sum((1, 2)).clamp_min_(0).sqrt_()
 
 
-def add_weight_change_(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
-    """weight += scale * up @ down in place for a contiguous float32 weight, without a tensor of its size."""
-    rows = weight.view(len(weight), -1)
-    rows.addmm_(up.float().flatten(1), down.float().flatten(1), alpha=scale)
+@dataclass(frozen=True)
+class Product:
+    """The low-rank change scale * up @ down, and the parameters to make it smaller by."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    parts: Sequence[Sequence[torch.nn.Parameter]]  # of one factor or both: those of each that is trained
+
+
+@torch.no_grad()
+def limit_norms(products: Sequence[Product], max_norm: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale down every change whose Frobenius norm is above `max_norm`: each trained factor by the same root.
+
+    Returns (changes scaled, mean norm, largest norm), norms as they are afterwards, as scalar tensors: nothing waits
+    for the device.
+    """
+    by_shape: dict[tuple[Any, ...], list[Product]] = {}
+    for product in products:
+        shape = (product.down.shape, product.up.shape, product.scale, len(product.parts))
+        by_shape.setdefault(shape, []).append(product)
+    norms = []
+    for (_, _, scale, num_factors), alike in by_shape.items():
+        norm_M = frobenius_norms([product.down for product in alike], [product.up for product in alike]) * abs(scale)
+        ratio_M = max_norm / norm_M.clamp(min=max_norm)
+        roots = (ratio_M.sqrt() if num_factors == 2 else ratio_M).unbind()
+        scaled = [
+            (parameter, root)
+            for product, root in zip(alike, roots, strict=True)
+            for part in product.parts
+            for parameter in part
+        ]
+        torch._foreach_mul_(*map(list, zip(*scaled, strict=True)))  # pyright: ignore
+        norms.append(torch.stack([norm_M * ratio_M, ratio_M]))
+    norm, ratio = torch.cat(norms, dim=1)
+    return (ratio < 1).sum(), norm.mean(), norm.max()

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 
 from library.checkpoints.architecture import ArchitectureError, model_kind
-from library.checkpoints.keymaps import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
+from library.checkpoints.keymaps import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Slot
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.probe import LORA_KEYS
 from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite
 from library.checkpoints.sd import copied_entry
 from library.checkpoints.weights import Weights, open_weights
 from library.options import OptionError
-from networks.checkpoint_layers import CheckpointLayer, checkpoint_layers, rows_of
+from networks.checkpoint_layers import CheckpointLayer, bias_slot, checkpoint_layers, other_layers, rows_of
 from networks.fidelity import FidelityReport
 from networks.merge_inputs import MODELS, Source, report_unmatched
-from networks.module_changes import add_change_, check_change
+from networks.module_changes import add_bias_change_, add_change_, check_change, layer_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +98,10 @@ def merged_model(
 
     Raises OptionError for networks that do not fit; nothing is computed yet.
     """
-    layers = _changed_layers(model, sources, ignore_unmatched)
-    by_key: dict[str, list[CheckpointLayer]] = {}
-    for layer in layers.values():
-        by_key.setdefault(layer.slot.key, []).append(layer)
+    places = _changed_places(model, sources, ignore_unmatched)
+    by_key: dict[str, list[Place]] = {}
+    for place in places:
+        by_key.setdefault(place.slot.key, []).append(place)
     merged = MergedModel([], len(by_key))
     work = _Work(model, sources, precisions, merged.report, on_done)
     for name in model.weights.shapes:
@@ -109,31 +109,48 @@ def merged_model(
     return merged
 
 
-def _changed_layers(
-    model: ModelFile, sources: Sequence[Source], ignore_unmatched: bool
-) -> Mapping[str, CheckpointLayer]:
-    """The layers that any network changes; OptionError for modules that stand on none, or on one of another size."""
-    unmatched = {
-        str(source.file.path): [
-            *(name for name in source.file.modules if name not in model.layers),
-            *source.file.other_keys,
-        ]
-        for source in sources
-    }
+@dataclass(frozen=True)
+class Place:
+    """A weight or bias that networks change."""
+
+    layer: CheckpointLayer
+    slot: Slot
+    changes: tuple[tuple[Source, str], ...]  # a network and the name of its module
+    is_bias: bool = False
+
+
+def _changed_places(model: ModelFile, sources: Sequence[Source], ignore_unmatched: bool) -> list[Place]:
+    """What the networks change; OptionError for modules that stand on no layer, or on one of another size."""
+    layers = {**model.layers, **other_layers(model.weights.shapes, model.kind)}
+    unmatched: dict[str, list[str]] = {}
+    weights: dict[str, list[tuple[Source, str]]] = {}
+    biases: dict[str, list[tuple[Source, str]]] = {}
     for source in sources:
-        source.file.pairs  # noqa: B018  # raises where half of a pair is missing
-        if not any(name in model.layers for name in source.file.modules):
-            first = next(iter(source.file.modules))
-            problem = f"none of the {len(source.file.modules)} modules of {source.file.path} is in {model.path}"
+        file, has_any = source.file, False
+        for name in file.modules:
+            layer = layers.get(layer_of(name))
+            if layer is None:
+                unmatched.setdefault(str(file.path), []).append(name)
+                continue
+            has_any = True
+            changes_bias = check_change(file, name, layer.shape)
+            if changes_bias and bias_slot(layer).key not in model.weights.shapes:
+                problem = f"{file.path} changes the bias of {name}, which has none in {model.path}"
+                raise OptionError(MODELS, problem, "take another network, or another model")
+            if source.ratio_of(name):
+                weights.setdefault(layer.name, []).append((source, name))
+                if changes_bias:
+                    biases.setdefault(layer.name, []).append((source, name))
+        if not has_any:
+            problem = f"none of the {len(file.modules)} modules of {file.path} is in {model.path}"
+            first = next(iter(file.modules))
             raise OptionError(MODELS, f"{problem} (the first is {first})", "take a network for this kind of model")
+        unmatched.setdefault(str(file.path), []).extend(file.other_keys)
     report_unmatched(unmatched, f"{model.path} has no layers for these modules", ignore=ignore_unmatched)
-    changed = {name for source in sources for name in source.file.modules if source.ratio_of(name)}
-    layers = {name: layer for name, layer in model.layers.items() if name in changed}
-    for source in sources:
-        for name in source.file.modules:
-            if name in model.layers:
-                check_change(source.file, name, model.layers[name].shape)
-    return layers
+    return [
+        *(Place(layers[name], layers[name].slot, tuple(found)) for name, found in weights.items()),
+        *(Place(layers[name], bias_slot(layers[name]), tuple(found), is_bias=True) for name, found in biases.items()),
+    ]
 
 
 class _Work:
@@ -168,8 +185,8 @@ class _Work:
         entry = Entry(name, dtype, plain.shape, produce, is_trusted=True)
         return entry
 
-    def changed(self, name: str, layers: Sequence[CheckpointLayer]) -> Entry:
-        """A weight with the changes of all networks; three layers share one where q, k and v are fused."""
+    def changed(self, name: str, places: Sequence[Place]) -> Entry:
+        """A tensor with the changes of all networks; three places share one where q, k and v are fused."""
         dtype = self.precisions.saving or self.precisions.calculation
         calculation = self.precisions.torch_calculation
 
@@ -178,18 +195,21 @@ class _Work:
             if not is_finite(original):
                 raise NonFiniteError(f"{self.model.path}: {name} holds NaN or infinity", "take another model")
             merged = original.to(torch.float32, copy=True)
-            for layer in layers:
-                rows = rows_of(layer.slot, merged)
-                for source in self.sources:
-                    if layer.name in source.file.modules and source.ratio_of(layer.name):
-                        add_change_(rows, source.file, layer.name, source.ratio_of(layer.name), calculation)
+            for place in places:
+                rows, before = rows_of(place.slot, merged), rows_of(place.slot, original)
+                for source, module in place.changes:
+                    multiplier = source.ratio_of(module)
+                    if place.is_bias:
+                        add_bias_change_(rows, source.file, module, multiplier, calculation)
+                    else:
+                        add_change_(rows, before, source.file, module, multiplier, calculation)
             stored = merged.to(getattr(torch, DTYPES[dtype][1]))
             if not is_finite(stored):
                 raise _too_large(name, dtype)
-            for layer in layers:
-                slot = layer.slot
-                norms = _norms(rows_of(slot, original), rows_of(slot, merged), rows_of(slot, stored))
-                self.report.add(layer.name, *norms)
+            for place in places:
+                if not place.is_bias:
+                    norms = _norms(*(rows_of(place.slot, tensor) for tensor in (original, merged, stored)))
+                    self.report.add(place.layer.name, *norms)
             self.on_done(entry.nbytes)
             return stored
 

@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import torch
 
 from library.checkpoints.safetensors_io import NonFiniteError, is_finite
 from library.options import OptionError
+from networks import oft
 from networks.key_names import DOWN, UP
+from networks.layers import UNET_PREFIX
 from networks.low_rank import add_weight_change_
+from networks.weight_changes import bias_change, check_module, is_plain_lora, weight_change
 from networks.weights_file import NetworkFile
-
-PLAIN = frozenset((DOWN, UP, "alpha"))  # the parts of a plain LoRA
 
 
 def is_plain(file: NetworkFile, name: str) -> bool:
     """Whether a module is a pair of projections and nothing else."""
-    parts = file.modules[name].keys()
-    return parts <= PLAIN and DOWN in parts and UP in parts
+    return is_plain_lora(file.modules[name])
 
 
-def check_change(file: NetworkFile, name: str, shape: tuple[int, ...]) -> None:
-    """OptionError where a module can't change a weight of `shape`, as far as the header tells."""
-    if not is_plain(file, name):
-        raise OptionError("", f"{file.path} holds a kind of module that can't be merged: {_kind_words(file, name)}")
-    found = (file.shape(name, UP)[0], math.prod(file.shape(name, DOWN)[1:]))
-    wanted = (shape[0], math.prod(shape[1:]))
-    if found != wanted:
-        problem = f"{name} has {found[1]} inputs and {found[0]} outputs in {file.path}, {wanted[1]} and {wanted[0]}"
-        raise OptionError("", f"{problem} in the model", "merge it into a model of the kind it was made with")
+def layer_of(name: str) -> str:
+    """The name of the layer that a module stands on: OFT has a prefix of its own."""
+    return f"{UNET_PREFIX}{name.removeprefix(oft.PREFIX)}" if name.startswith(oft.PREFIX) else name
+
+
+def check_change(file: NetworkFile, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a module changes a bias beside the weight of `shape`; OptionError where it can't change that."""
+    parts = file.parts(name)
+    if oft.BLOCKS in parts:
+        blocks = parts[oft.BLOCKS]
+        if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or len(blocks) * blocks.shape[1] != shape[0]:
+            problem = f"{file.path} was made for another model: {oft.BLOCKS} of {name} has the shape {[*blocks.shape]}"
+            raise OptionError("", f"{problem}, and the layer {shape[0]} outputs", "take another network")
+        return False
+    check_module(name, parts, shape, file.path)
+    return bias_change(parts) is not None
 
 
 def add_change_(
-    weight: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype = torch.float32
+    weight: torch.Tensor, original: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype
 ) -> None:
     """Change a float32 weight in place as a module at a strength does; its parts are rounded to `dtype` first.
 
-    Raises NonFiniteError for a module that holds NaN or infinity.
+    `original` is the weight as it was before any network, on which the change of some kinds depends. Raises
+    NonFiniteError for a module that holds NaN or infinity.
     """
-    parts = {part: tensor.to(dtype).float() for part, tensor in file.parts(name).items()}
-    for part, tensor in parts.items():
-        if not is_finite(tensor):
+    parts = _parts(file, name, dtype)
+    if is_plain_lora(parts):
+        add_weight_change_(weight, parts[DOWN], parts[UP], multiplier * file.scale(name))
+        return
+    change = _oft_change(parts, original) if oft.BLOCKS in parts else weight_change(parts, original.float())
+    weight.add_(change, alpha=multiplier)
+
+
+def add_bias_change_(bias: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype) -> None:
+    """The same with a float32 bias."""
+    change = bias_change(_parts(file, name, dtype))
+    if change is not None:
+        bias.add_(change, alpha=multiplier)
+
+
+def _parts(file: NetworkFile, name: str, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+    """The parts of a module in float32."""
+    parts = {}
+    for part, tensor in file.parts(name).items():
+        parts[part] = tensor.to(dtype).float() if tensor.is_floating_point() else tensor
+        if not is_finite(parts[part]):
             raise NonFiniteError(f"{file.path}: {part} of {name} holds NaN or infinity", "leave this network out")
-    add_weight_change_(weight, parts[DOWN], parts[UP], multiplier * file.scale(name))
+    return parts
 
 
-def _kind_words(file: NetworkFile, name: str) -> str:
-    return f"{name} has {', '.join(sorted(file.modules[name])[:4])}"
+def _oft_change(parts: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """(R - I) times the weight, by blocks of outputs; see networks.oft."""
+    alpha = float(parts.get("alpha", torch.tensor(oft.DEFAULT_ALPHA)))
+    turn_KBB = oft.rotations(parts[oft.BLOCKS][None], torch.tensor([alpha * len(weight)]))[0]
+    return oft.turned(weight.float().flatten(1).T, turn_KBB).T.reshape(weight.shape)

@@ -17,7 +17,7 @@ from library.checkpoints.keymaps import UNetLayout, unet_paths
 from library.checkpoints.network_kind import kind_by_names, network_kind
 from library.checkpoints.weights import open_weights
 from library.options import OptionError
-from networks.key_names import COPY_AGAIN, DOWN, MID, UP, file_key, has_two_encoders
+from networks.key_names import COPY_AGAIN, DOWN, MAGNITUDES, MID, UP, file_key, has_two_encoders
 from networks.layers import UNET_PREFIX
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class NetworkFile:
         names = [name for name, parts in self.modules.items() if DOWN in parts or UP in parts]
         for name in names:
             self._check_pair(name)
-        return [name for name in names if MID not in self.modules[name] and "dora_scale" not in self.modules[name]]
+        return [name for name in names if not {MID, *MAGNITUDES} & self.modules[name].keys()]
 
     def rank(self, name: str) -> int:
         return self.shape(name, DOWN)[0]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from library.checkpoints.weights import load_tensors
-from networks.lora import model_layers
+from networks.lora_creation import model_layers
 from tests.tiny_networks import tiny_parts
 
 BASES = {"sd1": "sd_v1", "sd2": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}  # by the notes of trained files

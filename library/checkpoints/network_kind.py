@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 KINDS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text states that cross-attention takes
 KIND_NAMES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
-OF_SDXL = re.compile(r"lora_te[12]_|lora_unet_(input_blocks|middle_block|output_blocks)_|text_encoder_2\.")
+OF_SDXL = re.compile(r"lora_te[12]_|(lora|oft)_unet_(input_blocks|middle_block|output_blocks)_|text_encoder_2\.")
 # a first factor, whose last or second size is the layer's number of inputs
 FACTOR = re.compile(r"\.(lora_down\.weight|lora_A\.weight|lora\.down\.weight|hada_w1_b)$")
 CONTEXT_LAYER = re.compile(r"attn2[._]to_[kv]\.")

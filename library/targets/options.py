@@ -12,7 +12,7 @@ from library.checkpoints.safetensors_io import read_header
 from library.options import OptionError, did_you_mean, named_values, opt, require
 from library.packages import is_installed
 
-KNOWN_MODULES = ("networks.lora", "lycoris.kohya")
+KNOWN_MODULES = ("networks.lora", "networks.oft", "lycoris.kohya")
 PACKAGES = {"lycoris": "lycoris-lora"}  # what brings modules that are not ours, by their first name
 
 

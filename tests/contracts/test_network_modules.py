@@ -1,4 +1,6 @@
-"""What every network module of this project must do. A new module adds a row to CASES, and its keys to the golden file.
+"""What every network module of this project must do. A new module adds rows to CASES, and its keys to the golden file.
+
+What modules may do differently is said in `Module`; whatever is not said there holds for all of them.
 
 The golden file tests/data/network_keys.json is written anew by `python -m tests.contracts.test_network_modules`.
 """
@@ -21,31 +23,60 @@ from library.targets.adapter import Adapted, Models, NetworkFactory
 from tests.tiny_networks import outputs, perturb, tiny_parts
 
 GOLDEN = Path(__file__).parents[1] / "data" / "network_keys.json"
-DIM, ALPHA = 4, 2.0
+
+
+@dataclass(frozen=True)
+class Module:
+    """A network module, how these tests create its networks, and what it may do differently from LoRA."""
+
+    name: str
+    dim: int = 4
+    alpha: float = 2.0
+    limits_norms: bool = True  # False: has no --scale_weight_norms
+    skips_parameters: bool = False  # True: a training step leaves out some of what is trained, by chance
+    training_arguments: tuple[str, ...] = ()  # arguments that files don't tell, given again with --dim_from_weights
+
+
+LORA = Module("networks.lora")
+LORA_FA = Module("networks.lora_fa")
+OFT = Module("networks.oft", alpha=1e-3, limits_norms=False)
 
 
 @dataclass(frozen=True)
 class Case:
     """One way to use a module."""
 
-    module: str
+    module: Module
     kind: str = "sd1"
     arguments: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return " ".join([self.module, self.kind, *(f"{key}={value}" for key, value in self.arguments.items())])
+        return " ".join([self.module.name, self.kind, *(f"{key}={value}" for key, value in self.arguments.items())])
 
 
 CASES = [
-    Case("networks.lora"),
-    Case("networks.lora", "sd2"),
-    Case("networks.lora", arguments={"conv_dim": "2", "conv_alpha": "1"}),
-    Case("networks.lora", arguments={"block_dims": ",".join(["0"] * 12 + ["2"] * 13)}),
-    Case("networks.lora", "sdxl", {"conv_dim": "2", "conv_alpha": "1"}),
-    Case("networks.lora", "sdxl", {"block_dims": ",".join(["0"] * 10 + ["2"] * 13)}),
+    Case(LORA),
+    Case(LORA, "sd2"),
+    Case(LORA, arguments={"conv_dim": "2", "conv_alpha": "1"}),
+    Case(LORA, arguments={"block_dims": ",".join(["0"] * 12 + ["2"] * 13)}),
+    Case(LORA, "sdxl", {"conv_dim": "2", "conv_alpha": "1"}),
+    Case(LORA, "sdxl", {"block_dims": ",".join(["0"] * 10 + ["2"] * 13)}),
+    Case(LORA_FA),
+    Case(LORA_FA, "sd2"),
+    Case(LORA_FA, "sdxl", {"conv_dim": "2", "conv_alpha": "1"}),
+    Case(OFT),
+    Case(OFT, "sd2", {"enable_all_linear": "true"}),
+    Case(OFT, "sdxl", {"enable_conv": "true"}),
 ]
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def each(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+each_case = each(CASES)
+each_that_limits_norms = each([case for case in CASES if case.module.limits_norms])
 
 
 def models(case: Case) -> Models:
@@ -59,10 +90,12 @@ def parts_of(on: Models) -> tuple[torch.nn.Module, ...]:
 
 
 def created(case: Case, on: Models, *, trained: bool = True) -> Adapted:
-    """A network on a model, hooked; with weights as after training if `trained`."""
-    network = NetworkFactory(case.module).create(DIM, ALPHA, None, on, **case.arguments)
+    """A network on a model, hooked, in evaluation mode; with weights as after training if `trained`."""
+    module = case.module
+    network = NetworkFactory(module.name).create(module.dim, module.alpha, None, on, **case.arguments)
     network.apply(on, text=True, unet=True)
     network.prepare_gradients(on)
+    network.network.eval()
     if trained:
         perturb(network.network)
     return network
@@ -83,8 +116,9 @@ def test_has_the_whole_contract(case):
     network = created(case, models(case))
     network.require(*Adapted.REQUIRED, "load_weights", "merge_to", "enable_gradient_checkpointing")
     network.require("backup_weights", "restore_weights", "pre_calculation", "set_multiplier", "get_trainable_params")
-    assert network.can_limit_norms
+    assert network.can_limit_norms == case.module.limits_norms
     assert network.network.is_mergeable()
+    assert NetworkFactory(case.module.name).casts_itself
 
 
 @each_case
@@ -116,6 +150,22 @@ def test_only_its_own_gradients(case):
     assert {id(p) for p in network.network.get_trainable_params()} == {
         id(p) for p in network.network.parameters() if p.requires_grad
     }
+
+
+@each_case
+def test_a_training_step_reaches_every_module(case):
+    """In training mode some of what is trained may be left out, but nothing else learns and no module stays behind."""
+    on = models(case)
+    network = created(case, on)
+    network.on_epoch_start(on)
+    assert network.network.training
+    outputs(on.text_encoder, on.unet)[1].square().mean().backward()
+    assert all(parameter.grad is None for part in parts_of(on) for parameter in part.parameters())
+    for adapter in network.network.adapters:
+        trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+        learning = [parameter for parameter in trained if parameter.grad is not None]
+        assert learning and (case.module.skips_parameters or len(learning) == len(trained)), adapter.name
+    assert all(p.grad is None for p in network.network.parameters() if not p.requires_grad)
 
 
 @each_case
@@ -152,7 +202,7 @@ def test_merged_equals_applied(case, multiplier):
     applied = pictures(on)
     tensors = network.network.state_dict()
     merged = models(case)
-    factory = NetworkFactory(case.module)
+    factory = NetworkFactory(case.module.name)
     fresh, _ = factory.create_from_weights(multiplier, "file", merged, weights_sd=tensors, for_inference=True)
     fresh.merge(merged, tensors, torch.float32, torch.device("cpu"))
     assert close(pictures(merged), applied)
@@ -212,7 +262,7 @@ def test_file_round_trip(case, suffix, tmp_path):
         metadata = read_header(file).metadata
         assert metadata["ss_network_dim"] == "4" and "sshs_model_hash" in metadata and "sshs_legacy_hash" in metadata
     other = models(case)
-    loaded, tensors = NetworkFactory(case.module).create_from_weights(1.0, str(file), other, for_inference=True)
+    loaded, tensors = NetworkFactory(case.module.name).create_from_weights(1.0, str(file), other, for_inference=True)
     loaded.apply(other, text=True, unet=True)
     assert loaded.load(str(file), tensors) == len(tensors)
     ours = network.network.state_dict()
@@ -235,24 +285,28 @@ def test_files_in_half_precision(case, dtype, tmp_path):
 
 @each_case
 def test_dim_from_weights(case):
-    """A network made from a file trains on with the same shapes, rates and gradients."""
+    """A network made from a file trains on with the same shapes and gradients."""
     on = models(case)
     network = created(case, on)
     tensors = network.network.state_dict()
     other = models(case)
-    again, _ = NetworkFactory(case.module).create_from_weights(1.0, "file", other, weights_sd=tensors, dropout=None)
+    further = {key: case.arguments[key] for key in case.module.training_arguments if key in case.arguments}
+    factory = NetworkFactory(case.module.name)
+    again, _ = factory.create_from_weights(1.0, "file", other, weights_sd=tensors, dropout=None, **further)
     again.apply(other, text=True, unet=True)
     again.network.load_state_dict(tensors, strict=True)
     again.prepare_gradients(other)
+    again.network.eval()
     for part in (on, other):
         outputs(part.text_encoder, part.unet)[1].square().mean().backward()
     theirs = dict(network.network.named_parameters())
     assert {name: p.shape for name, p in again.network.named_parameters()} == {n: p.shape for n, p in theirs.items()}
     for name, parameter in again.network.named_parameters():
-        assert torch.equal(parameter.grad, theirs[name].grad)
+        assert parameter.requires_grad == theirs[name].requires_grad
+        assert not parameter.requires_grad or torch.equal(parameter.grad, theirs[name].grad)
 
 
-@each_case
+@each_that_limits_norms
 def test_norm_limit_shrinks_the_change(case):
     """At a limit near 0 nothing of the change is left; at a high one nothing happens."""
     plain = pictures(models(case))
@@ -270,7 +324,7 @@ def test_norm_limit_shrinks_the_change(case):
 @each_case
 def test_unknown_arguments_are_refused_without_a_model(case):
     with pytest.raises(OptionError, match="--network_args surely_unknown"):
-        NetworkFactory(case.module).check_arguments({"surely_unknown": "1"})
+        NetworkFactory(case.module.name).check_arguments({"surely_unknown": "1"})
 
 
 # ---------------------------------------------------------------------------------------------- keys

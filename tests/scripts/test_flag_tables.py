@@ -22,6 +22,7 @@ import train_db
 import train_network
 from finetune import merge_captions_to_metadata, merge_dd_tags_to_metadata
 from library.cli import caching, generation, metadata_tools, preparing, training
+from networks import merge_lora, merge_lora_old, sdxl_merge_lora
 from tools import cache_latents, cache_text_encoder_outputs
 
 DATA = Path(__file__).parents[1] / "data"
@@ -40,6 +41,9 @@ PARSERS = {
     "cache_latents": lambda: caching.build_parser(cache_latents.TOOL),
     "cache_text_encoder_outputs": lambda: caching.build_parser(cache_text_encoder_outputs.TOOL),
     "prepare_buckets_latents": lambda: preparing.build_parser(None),
+    "merge_lora": merge_lora.TOOL.parser,
+    "sdxl_merge_lora": sdxl_merge_lora.TOOL.parser,
+    "merge_lora_old": merge_lora_old.TOOL.parser,
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
@@ -78,6 +82,7 @@ CONTROL_OF_SDXL = OF_CONTROL | CRITICS | {
 SHEETS = {
     "--grid", "--grid_networks", "--grid_multipliers", "--grid_ckpts", "--grid_network_module", "--sidecar",
 }  # fmt: skip
+OF_MERGING = {"--exact", "--ignore_unmatched"}
 OF_GENERATORS = OF_PROMPTS | OF_GENERATION | SHEETS | RESOLUTION | WEIGHING
 OWN = {
     "train_network": OF_TRAINING,
@@ -104,6 +109,9 @@ OWN = {
     "merge_dd_tags_to_metadata": {"--on_missing_text"},
     "clean_captions_and_tags": set(),
     "prepare_buckets_latents": {"--on_bad_image"},
+    "merge_lora": OF_MERGING | {"--lbws"},
+    "sdxl_merge_lora": OF_MERGING,
+    "merge_lora_old": set(),
 }
 TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the training scripts
 

@@ -6,7 +6,7 @@ import torch
 
 from library.models.ldm_view import LdmView, as_files_name_it, file_names
 from networks.blocks import layout_of
-from networks.lora import model_layers
+from networks.lora_creation import model_layers
 from tests.tiny_networks import full_size_parts, tiny_parts
 
 

@@ -11,7 +11,7 @@ from library.checkpoints.safetensors_io import entry_of, read_header
 from library.checkpoints.torch_file import write_torch_file
 from library.checkpoints.weights import load_tensors
 from library.options import OptionError
-from networks.lora import model_layers
+from networks.lora_creation import model_layers
 from networks.merge_lora import merge
 from networks.merge_options import MergeOptions, SdMergeOptions
 from tests.tiny_loras import dense_changes, layer_shapes, lora_tensors, tiny_lora
@@ -187,7 +187,7 @@ def damaged(path: Path, how: str) -> Path:
     [
         ("nan", "holds NaN or infinity; leave this network out", {}),
         ("half", "is incomplete: lora_te_text_model_encoder_layers_0_self_attn_k_proj has no lora_up.weight", {}),
-        ("shape", "64 inputs and 128 outputs in", {}),
+        ("shape", "has 64 inputs and 128 outputs there, 64 and 64 here", {}),
         ("cut", "is truncated", {}),
         ("large", "is too large for float16; use --save_precision bf16 or float", {"save_precision": "fp16"}),
     ],
