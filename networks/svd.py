@@ -14,11 +14,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 TOLERANCE = 4e-4  # relative excess of the error over the best one of this rank, as estimated; see _Convergence
-FEWEST_BLOCKS = 10  # of directions that the shorter side must have room for; else it is decomposed as a whole
-MOST_STEPS = 12
+ALL_AT_ONCE = 10  # where the shorter side is less than this many times the rank, all of it is decomposed
+MOST_STEPS = 24
 ALMOST_ALL = 1e-2  # below this share of energy left over, float32 can't tell how much: float64 then
 ROUNDING = 1e-15  # of sums in float64, relative
 RANDOMIZED_PASSES = 2
@@ -96,7 +97,7 @@ def matrix_svd(matrix_OI: torch.Tensor, rank: int, method: str = "exact") -> Svd
     if outputs < inputs:
         return _transposed(matrix_svd(matrix_OI.T, rank, method))
     rank = min(rank, inputs)
-    if FEWEST_BLOCKS * _width(rank) > inputs:
+    if inputs < ALL_AT_ONCE * rank:
         return _gram_svd(matrix_OI, rank)
     if method == "randomized":
         return _randomized(matrix_OI, rank)
@@ -113,8 +114,8 @@ def _in_float64(way: Callable[[torch.Tensor, int], Svd | None], matrix: torch.Te
 
 
 def _width(rank: int) -> int:
-    """Directions of a block of the iteration."""
-    return rank + max(8, rank // 8)
+    """Directions of a block of the iteration; small blocks reach further at the same cost."""
+    return max(16, rank // 2)
 
 
 def _is_lost(left: float, energy: float, dtype: torch.dtype) -> bool:
@@ -158,11 +159,12 @@ def _block_iteration(matrix_OI: torch.Tensor, rank: int) -> Svd | None:
     """
     inputs, width = matrix_OI.shape[1], _width(rank)
     convergence = _Convergence(_energy(matrix_OI))
-    basis_IK = torch.linalg.qr(matrix_OI.T @ (matrix_OI @ _noise(inputs, width, matrix_OI)))[0]
+    basis_IK = torch.linalg.qr(matrix_OI.T @ _noise(len(matrix_OI), width, matrix_OI))[0]
     images_OK = matrix_OI @ basis_IK
     gram_KK = (images_OK.T @ images_OK).double()
     for _ in range(MOST_STEPS):
-        convergence.add(float(torch.linalg.eigvalsh(gram_KK)[-rank:].sum()))
+        if len(gram_KK) >= rank:
+            convergence.add(float(torch.linalg.eigvalsh(gram_KK)[-rank:].sum()))
         if convergence.is_reached and not _is_lost(convergence.left, convergence.energy, basis_IK.dtype):
             squares, vectors = torch.linalg.eigh(gram_KK)
             chosen = vectors[:, -rank:].flip(1).to(matrix_OI)
@@ -197,7 +199,7 @@ class _Convergence:
 
     @property
     def left(self) -> float:
-        return max(self.energy - self.captured[-1], 0.0)
+        return max(self.energy - self.captured[-1], 0.0) if self.captured else self.energy
 
     @property
     def is_reached(self) -> bool:
@@ -259,9 +261,6 @@ def clamped(down: torch.Tensor, up: torch.Tensor, share: float) -> tuple[torch.T
 def quantile(values: torch.Tensor, share: float) -> float:
     """The linearly interpolated quantile of any number of values; `torch.quantile` ends at 16 million."""
     place = share * (values.numel() - 1)
-    low = math.floor(place)
-    below = float(torch.kthvalue(values, low + 1).values)
-    if place == low:
-        return below
-    above = float(torch.kthvalue(values, low + 2).values)
-    return below + (above - below) * (place - low)
+    low, high = math.floor(place), math.ceil(place)
+    numbers = np.partition(values.cpu().numpy(), (low, high))
+    return float(numbers[low]) + (float(numbers[high]) - float(numbers[low])) * (place - low)

@@ -11,7 +11,10 @@ from tests.rules.import_rules import HEAVY
 from tests.rules.source_files import ROOT, repository_sources
 
 TOOLS = ("tools/cache_latents.py", "tools/cache_text_encoder_outputs.py", "finetune/prepare_buckets_latents.py",
-         *(f"networks/{name}.py" for name in ("merge_lora", "sdxl_merge_lora", "merge_lora_old")))  # fmt: skip
+         *(f"networks/{name}.py" for name in (
+             "merge_lora", "sdxl_merge_lora", "merge_lora_old", "resize_lora", "extract_lora_from_models",
+             "svd_merge_lora",
+         )))  # fmt: skip
 SCRIPTS = [*(file.path for file in repository_sources() if file.is_entry_script), *TOOLS]
 RUN_AND_REPORT = """
 import runpy, sys

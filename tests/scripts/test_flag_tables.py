@@ -22,7 +22,14 @@ import train_db
 import train_network
 from finetune import merge_captions_to_metadata, merge_dd_tags_to_metadata
 from library.cli import caching, generation, metadata_tools, preparing, training
-from networks import merge_lora, merge_lora_old, sdxl_merge_lora
+from networks import (
+    extract_lora_from_models,
+    merge_lora,
+    merge_lora_old,
+    resize_lora,
+    sdxl_merge_lora,
+    svd_merge_lora,
+)
 from tools import cache_latents, cache_text_encoder_outputs
 
 DATA = Path(__file__).parents[1] / "data"
@@ -44,6 +51,9 @@ PARSERS = {
     "merge_lora": merge_lora.TOOL.parser,
     "sdxl_merge_lora": sdxl_merge_lora.TOOL.parser,
     "merge_lora_old": merge_lora_old.TOOL.parser,
+    "resize_lora": resize_lora.TOOL.parser,
+    "extract_lora_from_models": extract_lora_from_models.TOOL.parser,
+    "svd_merge_lora": svd_merge_lora.TOOL.parser,
 }
 OF_TRAINING = {
     "--on_bad_image", "--max_nonfinite_steps", "--save_best", "--early_stop_patience", "--ema_decay", "--plan",
@@ -112,6 +122,9 @@ OWN = {
     "merge_lora": OF_MERGING | {"--lbws"},
     "sdxl_merge_lora": OF_MERGING,
     "merge_lora_old": set(),
+    "resize_lora": {"--exact_rank", "--ignore_unmatched", "--plot"},
+    "extract_lora_from_models": {"--svd_method", "--ignore_unmatched", "--plot"},
+    "svd_merge_lora": {"--clamp_quantile", "--ignore_unmatched", "--plot"},
 }
 TAKE_ALL = {"cache_latents", "cache_text_encoder_outputs"}  # every flag of the training scripts
 
