@@ -3,8 +3,8 @@
     python benchmarks/bench_low_rank.py [--kinds sd1 sdxl] [--tools resize extract merge] [--folder DIR]
 
 Files of random numbers are written into a temporary folder (SD 1.5: 4.5 GB, SDXL: 14.5 GB) and deleted. Tools run as
-commands, and their seconds are those of all cores together, so that other work on the machine counts little; peak
-memory holds the mapped pages of the files. "full SVD" is `torch.linalg.svd` of each product or difference as matrix,
+commands with all they do but the start of Python and torch (1.5 to 2 seconds); seconds are those of all cores together,
+so that other work on the machine counts little; peak memory holds torch (250 MB) and the mapped pages of the files. "full SVD" is `torch.linalg.svd` of each product or difference as matrix,
 as the trade does it: each shape is measured once on one core and counted as often as the model has it.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -76,15 +75,28 @@ def row(what: str, seconds: float, full: float, memory: float) -> list[object]:
     return [what, f"{seconds:.1f} s", f"{full:.0f} s", f"{full / seconds:.0f}", f"{memory:.0f} MB"]
 
 
+WITH_MEMORY = """
+import runpy, sys, time
+sys.path.insert(0, "")
+script, sys.argv = sys.argv[1], sys.argv[1:]
+import torch, networks.resizing
+start = time.process_time()
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(time.process_time() - start, peak)
+"""
+
+
 def run_tool(command: list[object]) -> tuple[float, float]:
-    """(CPU seconds, peak memory in MB) of a tool of networks/."""
-    words = [sys.executable, str(ROOT / "networks" / str(command[0])), *map(str, command[1:])]
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(words, cwd=ROOT, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        said.seek(0)
-        assert status == 0, said.read().decode()
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    """(CPU seconds, peak memory in MB) of a tool of networks/, without the start of Python and torch."""
+    words = [sys.executable, "-c", WITH_MEMORY, f"networks/{command[0]}", *map(str, command[1:])]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, kilobytes = done.stdout.split()[-2:]
+    return float(seconds), int(kilobytes) / 1024
 
 
 def full_svd_seconds(layers: Mapping[str, CheckpointLayer]) -> float:

@@ -206,7 +206,7 @@ class _Convergence:
         if len(self.captured) < 3:
             return False
         before, last = (self.captured[-2] - self.captured[-3], self.captured[-1] - self.captured[-2])
-        ratio = min(max(last, 0.0) / before, 0.9) if before > 0 else 0.0
+        ratio = min(max(last / before, 0.5), 0.9) if before > 0 else 0.5  # a first leap says nothing of the next steps
         missing = max(last, 0.0) * ratio / (1 - ratio)
         return missing <= 2 * TOLERANCE * self.left or last <= ROUNDING * self.energy
 
