@@ -4,8 +4,9 @@
 
 Files of random numbers are written into a temporary folder (SD 1.5: 4.5 GB, SDXL: 14.5 GB) and deleted. Tools run as
 commands with all they do but the start of Python and torch (1.5 to 2 seconds); seconds are those of all cores together,
-so that other work on the machine counts little; peak memory holds torch (250 MB) and the mapped pages of the files. "full SVD" is `torch.linalg.svd` of each product or difference as matrix,
-as the trade does it: each shape is measured once on one core and counted as often as the model has it.
+so that other work on the machine counts little; peak memory holds torch (250 MB) and the mapped pages of the files.
+"full SVD" is `torch.linalg.svd` of each product or difference as matrix, as the trade does it: each shape is measured
+once on one core and counted as often as the model has it.
 """
 
 from __future__ import annotations

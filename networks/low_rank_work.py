@@ -105,7 +105,7 @@ class Results:
         """Say how good the result is, and draw it where asked; `way_out` of what clamping costs, if anything does."""
         self.report.log(title)
         stored, possible = self.report.total.error, self.by_rank.total.error
-        if way_out and stored > 1.01 * possible:
+        if way_out and percent(stored) != percent(possible):
             logger.info("the rank alone costs %s; the rest comes of limiting large numbers, as the trade does (%s), "
                         "and of rounding", percent(possible), way_out)  # fmt: skip
         if plot is not None:
