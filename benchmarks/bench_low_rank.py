@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from table import ROOT, print_table
 from library.checkpoints.safetensors_io import Entry, save_file, write_entries
 from library.checkpoints.weights import Weights, open_weights
 from networks.checkpoint_layers import CheckpointLayer, checkpoint_layers
+from networks.svd import product_svd
 from tests.full_size import write_full_size
 
 RANK, NEW_RANK, EXTRACTED = 128, 32, 64
@@ -55,7 +56,7 @@ def measured(kind: str, tools: list[str], folder: Path) -> Iterator[list[object]
         }
         if "extract" in tools:
             tuned = write_tuned(weights, layers, folder / "tuned.safetensors")
-    full = full_svd_seconds(layers)
+    full = seconds_of_all(layers, full_svd)
     if "extract" in tools:
         for method in ("exact", "randomized"):
             command = ["extract_lora_from_models.py", "--model_org", model, "--model_tuned", tuned, "--min_diff", 0]
@@ -65,6 +66,8 @@ def measured(kind: str, tools: list[str], folder: Path) -> Iterator[list[object]
     loras = [write_lora(layers, folder / f"lora{seed}.safetensors", seed) for seed in (1, 2)]
     output = ["--save_to", folder / "out.safetensors", "--save_precision", "fp16", "--new_rank", NEW_RANK]
     if "resize" in tools:
+        algebra = seconds_of_all(layers, resizing)
+        yield row(f"{NAMES[kind]}: resize {RANK} to {NEW_RANK}, the algebra alone", algebra, full, math.nan)
         seconds, memory = run_tool(["resize_lora.py", "--model", loras[0], *output])
         yield row(f"{NAMES[kind]}: resize {RANK} to {NEW_RANK}", seconds, full, memory)
     if "merge" in tools:
@@ -73,7 +76,13 @@ def measured(kind: str, tools: list[str], folder: Path) -> Iterator[list[object]
 
 
 def row(what: str, seconds: float, full: float, memory: float) -> list[object]:
-    return [what, f"{seconds:.1f} s", f"{full:.0f} s", f"{full / seconds:.0f}", f"{memory:.0f} MB"]
+    return [
+        what,
+        f"{seconds:.1f} s",
+        f"{full:.0f} s",
+        f"{full / seconds:.0f}",
+        "" if math.isnan(memory) else f"{memory:.0f} MB",
+    ]
 
 
 WITH_MEMORY = """
@@ -100,17 +109,27 @@ def run_tool(command: list[object]) -> tuple[float, float]:
     return float(seconds), int(kilobytes) / 1024
 
 
-def full_svd_seconds(layers: Mapping[str, CheckpointLayer]) -> float:
-    """CPU seconds of a full SVD of each layer's matrix."""
+def seconds_of_all(layers: Mapping[str, CheckpointLayer], work: Callable[[int, int], Callable[[], object]]) -> float:
+    """CPU seconds of what `work` makes ready for each layer's (outputs, inputs)."""
     total = 0.0
-    for (outputs, inputs), count in Counter(
-        (layer.shape[0], math.prod(layer.shape[1:])) for layer in layers.values()
-    ).items():
-        matrix = torch.randn(outputs, inputs)
+    shapes = Counter((layer.shape[0], math.prod(layer.shape[1:])) for layer in layers.values())
+    for (outputs, inputs), count in shapes.items():
+        run = work(outputs, inputs)
         start = time.process_time()
-        torch.linalg.svd(matrix)
+        run()
         total += count * (time.process_time() - start)
     return total
+
+
+def full_svd(outputs: int, inputs: int) -> Callable[[], object]:
+    matrix = torch.randn(outputs, inputs)
+    return lambda: torch.linalg.svd(matrix)
+
+
+def resizing(outputs: int, inputs: int) -> Callable[[], object]:
+    down, up = torch.randn(RANK, inputs), torch.randn(outputs, RANK)
+    product_svd(down, up, keep=NEW_RANK)
+    return lambda: product_svd(down, up, keep=NEW_RANK).factors(NEW_RANK)
 
 
 # ---------------------------------------------------------------------------------------------- files
