@@ -73,7 +73,7 @@ class FidelityReport:
 
     def rows(self) -> list[tuple[str, Kept]]:
         """(block, what it keeps) from the text encoders to the last block, and the total."""
-        return [*sorted(self.blocks.items(), key=lambda row: _order(row[0])), ("total", self.total)]
+        return [*sorted(self.blocks.items(), key=lambda row: block_order(row[0])), ("total", self.total)]
 
     def table(self) -> str:
         """Lines of text: block, number of modules, size of the change, relative error."""
@@ -107,7 +107,8 @@ def block_name(name: str) -> str:
     return slot_of(name)
 
 
-def _order(block: str) -> tuple[int, str]:
+def block_order(block: str) -> tuple[int, str]:
+    """To sort blocks as a picture passes through them."""
     if block.startswith("TE"):
         return -1, block
     return (SLOTS.index(block) if block in SLOTS else len(SLOTS)), block

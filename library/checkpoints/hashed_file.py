@@ -23,6 +23,7 @@ from library.checkpoints.safetensors_io import (
     only_ss,
     read_header,
 )
+from library.checkpoints.torch_file import write_torch_file
 
 MODEL_HASH, LEGACY_HASH, SPEC_HASH = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
 
@@ -54,6 +55,14 @@ def write_hashed_entries(entries: Iterable[Entry], path: Path | str, metadata: M
             metadata[SPEC_HASH] = f"0x{digest}"
         file.seek(0)
         file.write(encode_header(entries, metadata))
+
+
+def write_network(entries: Iterable[Entry], path: Path, metadata: Mapping[str, str]) -> None:
+    """A network's file by its extension: .safetensors, or PyTorch's own form, which has no metadata."""
+    if path.suffix.lower() == ".safetensors":
+        write_hashed_entries(entries, path, metadata)
+    else:
+        write_torch_file(list(entries), path)
 
 
 def sshs_hashes_of_file(path: Path | str) -> tuple[str, str]:

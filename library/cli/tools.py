@@ -26,6 +26,7 @@ class Tool:
     required: Sequence[str] = ()  # options of the group that have to be given
     short: Mapping[str, str] = field(default_factory=dict)  # option -> its short flag: {"show_all_keys": "-s"}
     renamed: Mapping[str, str] = field(default_factory=dict)  # in messages: names that shared code uses -> this tool's
+    with_value: Sequence[str] = ()  # switches after which older command lines have True or False
 
     def parser(self) -> OptionParser:
         parser = OptionParser(description=self.description)
@@ -33,9 +34,14 @@ class Tool:
         for name in self.positionals:
             nargs = "*" if options[name].many else None
             parser.add_argument(name, type=options[name].kind, nargs=nargs, help=options[name].help)
-        add_arguments(parser, self.group, omitted=(*self.positionals, *self.short))
+        add_arguments(parser, self.group, omitted=(*self.positionals, *self.short, *self.with_value))
         for name, letter in self.short.items():
             parser.add_argument(letter, f"--{name}", action="store_true", help=options[name].help)
+        for name in self.with_value:
+            kind, default = options[name].kind, options[name].default
+            parser.add_argument(
+                f"--{name}", nargs="?", const=True, type=_truth(kind), default=default, help=options[name].help
+            )
         return parser
 
     def run(self, argv: Sequence[str] | None = None) -> int:
@@ -52,3 +58,16 @@ class Tool:
 
     def _flag(self, name: str) -> str:
         return name if name in self.positionals else f"--{name}"
+
+
+def _truth(kind: type) -> Callable[[str], bool]:
+    """For a switch that may have a value: what the word says, in any case of its letters."""
+
+    def parse(word: str) -> bool:
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
+        if word.lower() not in known:
+            raise ValueError
+        return known[word.lower()]
+
+    parse.__name__ = kind.__name__
+    return parse

@@ -10,14 +10,11 @@ import pytest
 from tests.rules.import_rules import HEAVY
 from tests.rules.source_files import ROOT, repository_sources
 
-TOOLS = (
-    "tools/cache_latents.py", "tools/cache_text_encoder_outputs.py", "finetune/prepare_buckets_latents.py",
-    "tools/convert_lora.py", "tools/convert_diffusers20_original_sd.py", "tools/verify_model.py",
-    "networks/extract_lora_from_dylora.py", "networks/check_lora_weights.py", "networks/lora_interrogator.py",
-    "networks/lora_diffusers.py",
-    "tools/merge_models.py", "tools/show_metadata.py", "tools/canny.py", "tools/resize_images_to_resolution.py",
-    "tools/latent_upscaler.py", "tools/detect_face_rotate.py",
-)  # fmt: skip
+TOOLS = tuple(
+    file.path
+    for file in repository_sources()
+    if file.path.startswith(("tools/", "finetune/", "networks/")) and '__name__ == "__main__"' in file.text
+)
 SCRIPTS = [*(file.path for file in repository_sources() if file.is_entry_script), *TOOLS]
 RUN_AND_REPORT = """
 import runpy, sys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shlex
@@ -27,7 +26,7 @@ from library.cli.legacy import LegacyOptions
 from library.cli.reference import options_page
 from library.data import dataset_file
 from library.generate.prompt_line import LINE_OPTIONS
-from library.options import OptionParser, options_of
+from library.options import options_of
 from library.train.optimizer_table import NAMES, TABLE
 from library.train.options import COUNTS_IN, LR_SCHEDULERS
 from library.train.preparing_options import PreparingOptions
@@ -35,6 +34,7 @@ from library.train.preview_options import PreviewOptions
 from library.train.preview_prompts import PREVIEW_LINE_OPTIONS, read_previews
 from networks.lora_settings import BLOCK_KEYS, LoRASettings
 from tests.runs import ROOT
+from tests.tools import all_tools
 from tools import cache_latents, cache_text_encoder_outputs
 
 SCRIPTS = {
@@ -111,13 +111,6 @@ def test_pictures_are_small_and_shown():
 # ---------------------------------------------------------------------------------------------- flags and tables
 
 
-def parsers_of_tools() -> Iterator[OptionParser]:
-    """Of all that library.cli.tools runs."""
-    for path in sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("networks/*.py")]):
-        if "library.cli.tools import Tool" in path.read_text(encoding="utf-8"):
-            yield importlib.import_module(f"{path.parent.name}.{path.stem}").TOOL.parser()
-
-
 def known_flags() -> set[str]:
     tools = (
         merge_captions_to_metadata.TOOL.parser(),
@@ -130,7 +123,7 @@ def known_flags() -> set[str]:
         *map(training.build_parser, SCRIPTS.values()),
         *map(generation.build_parser, GENERATORS.values()),
         *tools,
-        *parsers_of_tools(),
+        *(tool.parser() for tool in all_tools().values()),
     ]
     in_prompts = {f"--{name}" for name in (*LINE_OPTIONS, *PREVIEW_LINE_OPTIONS)}
     return OF_OTHERS.union(in_prompts, *(parser._option_string_actions for parser in parsers))
