@@ -125,7 +125,7 @@ class DyLoRAModule(LoRAModule):
         """(down, up, scale) of one forward: in training with a part drawn anew, which alone gets gradients."""
         if not self.training:
             return super().factors()
-        index = int(torch.randint(self.num_parts, ()))  # on the CPU
+        index = int(torch.randint(self.num_parts, (), device="cpu"))
         scale = self.multiplier * self.scale * math.sqrt(self.num_parts / (index + 1))
         return self.lora_down.learning_in(index), self.lora_up.learning_in(index), scale
 
@@ -134,3 +134,11 @@ class DyLoRANetwork(LoRANetwork):
     """The DyLoRA modules of a model."""
 
     module_class = DyLoRAModule
+    settings: DyLoRASettings
+
+    @property
+    def about_training(self) -> str:
+        modules: list[Any] = self.adapters
+        ranks = sorted({module.rank for module in modules})
+        of = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        return f"each step draws the ranks that learn in each module: {self.settings.unit} of {of}"

@@ -72,6 +72,7 @@ class LoRAFANetwork(LoRANetwork):
     """The LoRA-FA modules of a model."""
 
     module_class = LoRAFAModule
+    about_training = "the down projections are frozen, only the up projections learn"
 
     def requires_grad_(self, requires_grad: bool = True) -> LoRAFANetwork:
         """As of any module, but down projections never learn."""

@@ -94,6 +94,10 @@ class TrainTarget(ABC):
         """What asks for the file `name` (without extension) in a prompt of web user interfaces; "" where none does."""
         return ""
 
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on how it is trained, for the report before a run."""
+        return ()
+
     def describe(self) -> dict[str, Any]:
         """Metadata (ss_*) of this target."""
         return {}

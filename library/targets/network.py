@@ -192,6 +192,11 @@ class NetworkTarget(TrainTarget):
             for part in dict.fromkeys(part for part, _ in children)
         )
 
+    def notes(self) -> tuple[str, ...]:
+        """What the network says of its training, as a text `about_training`, if it does."""
+        about = getattr(self.trained_module(), "about_training", None)
+        return (about,) if isinstance(about, str) and about else ()
+
     # ------------------------------------------------------------------ around a step
 
     def before_forward(self, batch: Batch) -> None:

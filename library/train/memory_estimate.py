@@ -73,20 +73,27 @@ class StepShape:
 
 
 def known_parts(
-    config: RunConfig, bundle: ModelBundle, groups: Sequence[ParamGroup], state_bytes_per_parameter: float | None
+    config: RunConfig,
+    bundle: ModelBundle,
+    groups: Sequence[ParamGroup],
+    state_bytes_per_parameter: float | None,
+    module: torch.nn.Module | None = None,
 ) -> list[MemoryPart]:
-    """What follows from numbers of parameters."""
+    """What follows from numbers of parameters; `module` is the target's, which may have frozen ones of its own."""
     vae_stays = not config.cache.enabled or config.memory.highvram
     encoders = [parameter for encoder in bundle.text_encoders for parameter in encoder.parameters()]
     trained = [parameter for group in groups for parameter in group.parameters]
     count = sum(parameter.numel() for parameter in trained)
     own = {id(parameter) for parameter in (*bundle.unet.parameters(), *encoders)}
     added = [parameter for parameter in trained if id(parameter) not in own]
+    known = own | {id(parameter) for parameter in added}
+    frozen = [] if module is None else [parameter for parameter in module.parameters() if id(parameter) not in known]
     parts = [
         _weights("U-Net", bundle.unet.parameters()),
         *([_weights("text encoder", encoders)] if text_encoders_stay(config) else []),
         *([_weights("VAE", bundle.vae.parameters())] if vae_stays else []),
         *([_added(added)] if added or not trained else []),
+        *([_weights("the network's frozen", frozen)] if frozen else []),
         _gradients(config, trained),
     ]
     per_parameter = 8 if state_bytes_per_parameter is None else state_bytes_per_parameter

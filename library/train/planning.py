@@ -116,10 +116,11 @@ def _trained_facts(checked: CheckedRun, trained: Trained, per_parameter: float |
         return None
     dtype = placement.SAVE_DTYPES[checked.config.saving.save_precision]
     tensors = trained.target.saved_tensors()
-    parameters = [parameter for group in trained.groups for parameter in group.parameters]
-    count = sum(parameter.numel() for parameter in parameters)
+    parameters = trained.target.trained_module().parameters()  # frozen ones too: a state has them
+    count = sum(parameter.numel() for group in trained.groups for parameter in group.parameters)
     return TrainedFacts(
         groups=trained.groups,
+        notes=trained.target.notes(),
         file_bytes=sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors),
         state_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         + round((8 if per_parameter is None else per_parameter) * count),
@@ -177,7 +178,7 @@ def plan_training(checked: CheckedRun, family: ModelFamily, target: TrainTarget)
     built = build_optimizer(config.optimizer, stand_ins(tried))
     memory = None
     if groups is not None:
-        parts = known_parts(config, bundle, groups, state_bytes_per_parameter(built))
+        parts = known_parts(config, bundle, groups, state_bytes_per_parameter(built), target.trained_module())
         memory = MemoryEstimate(tuple(parts), is_complete=False)
         if (shape := largest_step(checked, begun)) is not None:
             on_gpu = accelerator.device.type != "cpu"

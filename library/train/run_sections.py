@@ -32,6 +32,7 @@ class TrainedFacts:
     groups: tuple[ParamGroup, ...]
     file_bytes: int  # of its tensors, as saved
     state_bytes: int  # of a state folder
+    notes: tuple[str, ...] = ()  # what the target says of it beside numbers
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def _trained(facts: ReportedRun) -> Section:
         rows.append(("trained", f"not known before loading: {module} asks for the model's weights"))
     else:
         rows += [_group_row(group, default, facts) for group in facts.trained.groups]
+        rows += [("how", note) for note in facts.trained.notes]
         updates = text_updates(facts)
         if 0 < updates < facts.plan.steps:
             rows.append(("text encoder", f"trained in the first {counted(int(updates), 'step')}, then left as it is"))

@@ -1,4 +1,7 @@
-"""LoRA files between diffusers and us: every key understood, the same text states and U-Net output on both sides."""
+"""LoRA files between diffusers and us: every key understood, the same text states and U-Net output on both sides.
+
+Those of the relatives of networks.lora are such files too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from safetensors.torch import save_file
 
 from library.models.build import build_unet, build_vae
 from library.models.text_encoder import clip_config
+from networks import dylora, lora_fa
 from networks.lora import create_network, create_network_from_weights
 from networks.lora_files import diffusers_names
 from tests.tiny_models import SECOND_TEXT_ENCODER, TEXT_ENCODERS, UNETS, VAE
@@ -20,11 +24,13 @@ from tests.tiny_networks import perturb, tiny_parts
 pytest.importorskip("peft")
 
 CASES = {
-    "linear": ("sd1", {}),
-    "linear sd2": ("sd2", {}),
-    "conv": ("sd1", {"conv_dim": "2", "conv_alpha": "1.5"}),
-    "conv sd2": ("sd2", {"conv_dim": "2", "conv_alpha": "1.5"}),
-    "upper half": ("sd1", {"block_dims": ",".join(["0"] * 12 + ["2"] * 13)}),
+    "linear": ("sd1", create_network, {}),
+    "linear sd2": ("sd2", create_network, {}),
+    "conv": ("sd1", create_network, {"conv_dim": "2", "conv_alpha": "1.5"}),
+    "conv sd2": ("sd2", create_network, {"conv_dim": "2", "conv_alpha": "1.5"}),
+    "upper half": ("sd1", create_network, {"block_dims": ",".join(["0"] * 12 + ["2"] * 13)}),
+    "frozen down": ("sd1", lora_fa.create_network, {"conv_dim": "2"}),
+    "ranks in parts": ("sd2", dylora.create_network, {"conv_dim": "4", "conv_alpha": "1.5", "unit": "2"}),
 }
 
 
@@ -52,10 +58,10 @@ def lora_layers(model: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize(("case", "dtype"), [*((case, None) for case in CASES), ("conv", torch.float16)])
 def test_diffusers_loads_our_files(case: str, dtype: torch.dtype | None, tmp_path: Path, caplog: Any) -> None:
-    kind, arguments = CASES[case]
+    kind, create, arguments = CASES[case]
     text_encoder, unet = tiny_parts(kind)
     pipeline = diffusers_pipeline(kind, text_encoder, unet)
-    network = create_network(1.0, 4, 3.0, None, text_encoder, unet, **arguments)
+    network = create(1.0, 4, 3.0, None, text_encoder, unet, **arguments).eval()
     perturb(network)
     network.save_weights(tmp_path / "lora.safetensors", dtype, {"ss_network_dim": "4"})
     network.load_weights(tmp_path / "lora.safetensors")  # what half precision rounds, both sides round
@@ -109,9 +115,11 @@ def sdxl_pipeline(text_encoders: list[Any], unet: Any) -> Any:
 
 
 SDXL_CASES = {
-    "linear": {},
-    "conv": {"conv_dim": "2", "conv_alpha": "1.5"},
-    "output blocks": {"block_dims": ",".join(["0"] * 13 + ["2"] * 10)},
+    "linear": (create_network, {}),
+    "conv": (create_network, {"conv_dim": "2", "conv_alpha": "1.5"}),
+    "output blocks": (create_network, {"block_dims": ",".join(["0"] * 13 + ["2"] * 10)}),
+    "frozen down": (lora_fa.create_network, {"conv_dim": "2"}),
+    "ranks in parts": (dylora.create_network, {"conv_dim": "4", "conv_alpha": "1.5", "unit": "2"}),
 }
 
 
@@ -136,7 +144,8 @@ def sdxl_outputs(text_encoders: Any, unet: Any) -> tuple[torch.Tensor, torch.Ten
 def test_diffusers_loads_our_sdxl_files(case: str, tmp_path: Path, caplog: Any) -> None:
     text_encoders, unet = tiny_parts("sdxl")
     pipeline = sdxl_pipeline(text_encoders, unet)
-    network = create_network(1.0, 4, 3.0, None, text_encoders, unet, **SDXL_CASES[case])
+    create, arguments = SDXL_CASES[case]
+    network = create(1.0, 4, 3.0, None, text_encoders, unet, **arguments).eval()
     perturb(network)
     network.save_weights(tmp_path / "lora.safetensors", None, {"ss_network_dim": "4"})
     plain = sdxl_outputs(text_encoders, unet)[1]

@@ -103,6 +103,22 @@ def test_two_processes_draw_different_ranks(tmp_path, images, tiny_sd1_path):
     assert set(learned) <= {0, 2, 4} and np.mean([count == 4 for count in learned]) > 0.6
 
 
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        ("networks.lora_fa", "the down projections are frozen, only the up projections learn"),
+        ("networks.dylora", "each step draws the ranks that learn in each module: 2 of 4"),
+    ],
+)
+def test_the_plan_says_what_learns(tmp_path, images, tiny_sd1_path, capfd, module, sentence):
+    options = settings_of(module, tmp_path, images, tiny_sd1_path)
+    assert train_network(**options, plan=True) == 0
+    said = capfd.readouterr()
+    text = said.out + said.err
+    assert sentence in text
+    assert ("the network's frozen weights" in text) == (module == "networks.lora_fa")
+
+
 MISTAKES = {
     "unit": ("networks.dylora", {"network_args": ["unit=3"]}, "--network_args unit: 3 does not divide the rank 4"),
     "rank of convolutions": (

@@ -15,6 +15,7 @@ from library.targets.options import NetworkOptions
 from networks import dylora, dylora_settings, lora
 from networks.dylora import DyLoRAModule
 from networks.dylora_settings import DyLoRASettings
+from tests.network_targets import target
 from tests.tiny_networks import outputs, perturb, tiny_parts
 
 RANK = 6
@@ -269,3 +270,9 @@ def test_the_unit_has_to_divide_the_ranks_of_a_file():
     tensors = lora.create_network(1.0, 3, 1.0, None, None, tiny_parts()[1]).state_dict()
     with pytest.raises(OptionError, match="--network_args unit: 2 does not divide the rank 3 of lora_unet_"):
         dylora.create_network_from_weights(1.0, "f", None, None, tiny_parts()[1], weights_sd=tensors, unit="2")
+
+
+def test_targets_know_that_steps_leave_something_out():
+    """So that processes exchange gradients that only some of them have."""
+    found = {name: target(network_module=f"networks.{name}").skips_parameters for name in ("lora", "lora_fa", "dylora")}
+    assert found == {"lora": False, "lora_fa": False, "dylora": True}

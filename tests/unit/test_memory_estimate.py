@@ -50,7 +50,7 @@ class Settings:
 def with_network(bundle, *, checkpointing=False, **network) -> NetworkTarget:
     if checkpointing:
         placement.enable_gradient_checkpointing(bundle)
-    target = NetworkTarget(NetworkOptions(network_module="networks.lora", network_dim=4, **network))
+    target = NetworkTarget(NetworkOptions(**{"network_module": "networks.lora", "network_dim": 4, **network}))
     target.setup(FAMILY, bundle, gradient_checkpointing=checkpointing)
     return target
 
@@ -141,6 +141,7 @@ def test_what_makes_a_step_larger(tiny_sd1_path):
     assert activations(4, dtype=torch.bfloat16) < 0.65 * activations(4)
     assert activations(4, (128, 128), checkpointing=True) < 0.6 * activations(4, (128, 128))
     assert activations(network_train_unet_only=True) < one
+    assert activations(network_module="networks.lora_fa") < 0.9 * one, "inputs are not kept for the network"
 
 
 def test_the_whole_estimate(tiny_sd1_path):
@@ -152,6 +153,16 @@ def test_the_whole_estimate(tiny_sd1_path):
     names = [part.name for part in found.parts]
     assert names[:3] == ["U-Net weights", "text encoder weights", "VAE weights"] and "moving average" in names
     assert found.is_complete and found.total == sum(part.size for part in found.parts) and found.caching is None
+
+
+def test_what_a_network_has_frozen_takes_memory_too(tiny_sd1_path):
+    bundle = outline(tiny_sd1_path)
+    target = with_network(bundle, network_module="networks.lora_fa")
+    groups = target.param_groups(1e-3)
+    parts = {part.name: part.size for part in known_parts(Settings(), bundle, groups, 8.0, target.trained_module())}
+    total = sum(parameter.numel() for parameter in target.trained_module().parameters())
+    assert parts["the network's frozen weights"] + parts["trained parameters"] == 4 * total
+    assert parts["gradients"] == parts["trained parameters"] < 2.4 * total
 
 
 def test_a_network_that_needs_values_leaves_activations_out(tiny_sd1_path):
