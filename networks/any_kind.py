@@ -171,8 +171,6 @@ class ChangedLayer(Adapter):
 class AnyKindNetwork(Network):
     """The modules of a file, of whatever kinds. It is used and merged, not trained."""
 
-    other_names: Mapping[str, str] = {}  # names by which files of other programs call layers -> ours
-
     def load_weights(self, file: Path | str) -> Any:
         """As of any network, with other programs' names understood."""
         names = [adapter.name for adapter in self.adapters]

@@ -137,6 +137,8 @@ def product(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 class Network(torch.nn.Module):
     """The adapters of a model's text encoders and U-Net, as trainers and generators see any network."""
 
+    other_names: Mapping[str, str] = {}  # names by which files of other programs call layers -> ours
+
     def __init__(self, text_adapters: Sequence[Adapter], unet_adapters: Sequence[Adapter]) -> None:
         super().__init__()
         self.text_adapters = list(text_adapters)

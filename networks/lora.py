@@ -217,7 +217,6 @@ class LoRANetwork(Network):
     ) -> None:
         super().__init__(text_adapters, unet_adapters)
         self.settings = settings or LoRASettings()
-        self.other_names: Mapping[str, str] = {}
         layout = layout_of([module.name for module in unet_adapters])
         self.block_index = layout.index
         self.block_lr_weights = self.settings.blocks.lr_weights(layout)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from networks import lora
+from networks.injection import Network
 from networks.layers import TextEncoders
 from networks.lora_files import in_our_names
 
@@ -23,7 +24,7 @@ SOURCE = "the LoRA"  # what messages call weights that come from no file
 class LoRANetwork(torch.nn.Module):
     """A LoRA for a pipeline's models: hooked to them, or merged into them, and taken out again."""
 
-    def __init__(self, network: lora.LoRANetwork) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
         self.is_applied = False
