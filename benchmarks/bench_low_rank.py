@@ -26,8 +26,8 @@ from table import ROOT, print_table
 
 from library.checkpoints.safetensors_io import Entry, save_file, write_entries
 from library.checkpoints.weights import Weights, open_weights
-from networks.checkpoint_layers import CheckpointLayer, checkpoint_layers
-from networks.svd import product_svd
+from networks.weights.checkpoint_layers import CheckpointLayer, checkpoint_layers
+from networks.weights.svd import product_svd
 from tests.full_size import write_full_size
 
 RANK, NEW_RANK, EXTRACTED = 128, 32, 64
@@ -89,7 +89,7 @@ WITH_MEMORY = """
 import runpy, sys, time
 sys.path.insert(0, "")
 script, sys.argv = sys.argv[1], sys.argv[1:]
-import torch, networks.resizing
+import torch, networks.weights.resizing
 start = time.process_time()
 try:
     runpy.run_path(script, run_name="__main__")

@@ -22,9 +22,9 @@ from table import ROOT, print_table
 
 from library.checkpoints.safetensors_io import Entry, save_file, write_entries
 from library.checkpoints.weights import load_tensors, open_weights
-from networks.checkpoint_layers import checkpoint_layers
 from networks.key_names import DOWN, UP
 from networks.low_rank import weight_change
+from networks.weights.checkpoint_layers import checkpoint_layers
 from tests.full_size import write_full_size
 
 RATIOS = (0.7, 0.4)

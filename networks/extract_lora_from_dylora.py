@@ -21,7 +21,7 @@ from library.options import opt, require
 from library.progress import progress_bar
 from library.wording import counted
 from networks.key_names import DOWN, UP
-from networks.weights_file import NetworkFile
+from networks.weights.network_file import NetworkFile
 
 if TYPE_CHECKING:
     import torch

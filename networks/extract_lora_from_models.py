@@ -22,11 +22,11 @@ from library.cli.tools import Tool
 from library.options import OptionError
 from library.progress import progress_bar
 from library.wording import counted
-from networks.low_rank_options import ExtractOptions
-from networks.merge_options import PRECISIONS
+from networks.weights.low_rank_options import ExtractOptions
+from networks.weights.merge_options import PRECISIONS
 
 if TYPE_CHECKING:
-    from networks.extracting import Pair
+    from networks.weights.extracting import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,9 @@ def main(options: ExtractOptions) -> None:
     source = _checked(options, org, tuned)
     with open_weights(Path(org).expanduser()) as original, open_weights(Path(tuned).expanduser()) as trained:
         from library.checkpoints.hashed_file import write_network
-        from networks.extracting import TwoModels, extract
-        from networks.low_rank_work import torch_dtype
-        from networks.stored_results import StoredResults
+        from networks.weights.extracting import TwoModels, extract
+        from networks.weights.low_rank_work import torch_dtype
+        from networks.weights.stored_results import StoredResults
 
         precision = None if options.load_precision is None else torch_dtype(PRECISIONS[options.load_precision])
         models = TwoModels(original, trained, source.kind, precision)

@@ -18,7 +18,7 @@ from library.options import OptionError, opt, require
 from library.progress import progress_bar
 from networks.key_names import file_key
 from networks.layers import TEXT_PREFIX
-from networks.weights_file import NetworkFile
+from networks.weights.network_file import NetworkFile
 
 if TYPE_CHECKING:
     import torch

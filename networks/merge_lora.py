@@ -19,13 +19,13 @@ from library.cli.tools import Tool
 from library.options import OptionError
 from library.progress import progress_bar
 from library.wording import counted
-from networks.block_weights import parse_block_weights
-from networks.merge_inputs import Source, common_kind, predicts_velocity, titles
-from networks.merge_options import PRECISIONS, MergeOptions, SdMergeOptions
-from networks.weights_file import NetworkFile
+from networks.weights.block_weights import parse_block_weights
+from networks.weights.merge_inputs import Source, common_kind, predicts_velocity, titles
+from networks.weights.merge_options import PRECISIONS, MergeOptions, SdMergeOptions
+from networks.weights.network_file import NetworkFile
 
 if TYPE_CHECKING:
-    from networks.merging_loras import MergedLoRA
+    from networks.weights.merging_loras import MergedLoRA
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def _merge_into_model(
     options: MergeOptions, files: list[NetworkFile], output: Path, stack: contextlib.ExitStack
 ) -> None:
     from library.checkpoints.sd import write_single_file
-    from networks.merging_models import Precisions, merged_model, open_model
+    from networks.weights.merging_models import Precisions, merged_model, open_model
 
     model = open_model(str(options.sd_model))
     weights = stack.enter_context(model.weights)
@@ -92,7 +92,7 @@ def _model_predicts_velocity(kind: str, shapes: Mapping[str, tuple[int, ...]], m
 def _merge_together(options: MergeOptions, files: list[NetworkFile], output: Path) -> None:
     from library.checkpoints.hashed_file import write_hashed_entries
     from library.checkpoints.torch_file import write_torch_file
-    from networks.merging_loras import SumSettings, merged_lora
+    from networks.weights.merging_loras import SumSettings, merged_lora
 
     kind = common_kind(files)
     _check_v2(options, kind, str(files[0].path))

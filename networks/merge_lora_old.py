@@ -12,8 +12,8 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is w
 from library.cli.tools import Tool
 from library.options import OptionError
 from networks.merge_lora import REQUIRED, merge
-from networks.merge_options import OldMergeOptions
-from networks.weights_file import NetworkFile
+from networks.weights.merge_options import OldMergeOptions
+from networks.weights.network_file import NetworkFile
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from library.cli.output_places import output_file
 from library.cli.tools import Tool
 from library.progress import progress_bar
 from library.wording import counted
-from networks.low_rank_options import ResizeOptions
-from networks.weights_file import NetworkFile
+from networks.weights.low_rank_options import ResizeOptions
+from networks.weights.network_file import NetworkFile
 
 if TYPE_CHECKING:
-    from networks.resizing import Resized
+    from networks.weights.resizing import Resized
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ def main(options: ResizeOptions) -> None:
     output = output_file(str(options.save_to), "--save_to", {"the LoRA that is read": [str(source)]})
     with NetworkFile(source, "--model") as file:
         from library.checkpoints.hashed_file import write_network
-        from networks.resizing import resize
-        from networks.stored_results import StoredResults
+        from networks.weights.resizing import resize
+        from networks.weights.stored_results import StoredResults
 
         with StoredResults(output.parent) as store:
             with progress_bar(desc="resizing", unit="module", total=len(file.modules)) as bar:

@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is w
 
 from library.cli.tools import Tool
 from networks.merge_lora import REQUIRED, merge
-from networks.merge_options import MergeOptions
+from networks.weights.merge_options import MergeOptions
 
 TOOL = Tool(__doc__, MergeOptions, merge, required=REQUIRED)
 

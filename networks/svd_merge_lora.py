@@ -16,10 +16,10 @@ from library.cli.output_places import output_file
 from library.cli.tools import Tool
 from library.progress import progress_bar
 from library.wording import counted
-from networks.block_weights import parse_block_weights
-from networks.low_rank_options import SvdMergeOptions
-from networks.merge_inputs import Source, common_kind, predicts_velocity, titles
-from networks.weights_file import NetworkFile
+from networks.weights.block_weights import parse_block_weights
+from networks.weights.low_rank_options import SvdMergeOptions
+from networks.weights.merge_inputs import Source, common_kind, predicts_velocity, titles
+from networks.weights.network_file import NetworkFile
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def main(options: SvdMergeOptions) -> None:
         sources = [Source(*each) for each in zip(files, options.ratios, blocks, strict=True)]
 
         from library.checkpoints.hashed_file import write_network
-        from networks.stored_results import StoredResults
-        from networks.svd_merging import merge_by_svd
+        from networks.weights.stored_results import StoredResults
+        from networks.weights.svd_merging import merge_by_svd
 
         with StoredResults(output.parent) as store:
             with progress_bar(desc="merging", unit="module", total=0) as bar:

@@ -12,6 +12,17 @@ settings.register_profile("any machine", deadline=None)  # a busy machine is no 
 settings.load_profile("any machine")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing under test may look for a network
 
+FULL_SIZE = "FULL_SIZE"  # environment variable
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes and many gigabytes, unless it is asked for."""
+    if os.environ.get(FULL_SIZE) == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("full_size"):
+            item.add_marker(pytest.mark.skip(reason=f"takes minutes and up to 14 GB; set {FULL_SIZE}=1"))
+
 
 @pytest.fixture(scope="session")
 def tiny_sd1_path(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,8 +18,8 @@ from library.cli.tools import Tool
 from library.options import OptionError, opt
 from library.progress import progress_bar
 from library.wording import counted
-from networks.lora_conversion import PRECISIONS, Converted, is_in_diffusers_form, to_diffusers, to_trade
-from networks.weights_file import NetworkFile
+from networks.weights.lora_conversion import PRECISIONS, Converted, is_in_diffusers_form, to_diffusers, to_trade
+from networks.weights.network_file import NetworkFile
 
 logger = logging.getLogger(__name__)
 

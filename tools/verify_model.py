@@ -29,11 +29,11 @@ from library.cli.tools import Tool
 from library.options import OptionError, opt, require
 from library.progress import progress_bar
 from library.wording import aligned, counted
-from networks.base_fit import Fit, fit, missing_places
-from networks.block_names import block_name, natural
-from networks.file_identity import CHECKPOINT, NETWORK, Identity, identify
 from networks.key_names import DOWN
-from networks.weights_file import NetworkFile
+from networks.weights.base_fit import Fit, fit, missing_places
+from networks.weights.block_names import block_name, natural
+from networks.weights.file_identity import CHECKPOINT, NETWORK, Identity, identify
+from networks.weights.network_file import NetworkFile
 
 MODEL, BASE = "model", "--base"
 LISTED = 12  # keys of a list that are shown without --show_all_keys

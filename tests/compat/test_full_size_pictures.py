@@ -77,7 +77,6 @@ def test_trained_here_drawn_there(scratch: Path, caplog: pytest.LogCaptureFixtur
 
     bundle = load(model)
     pipeline = diffusers_pipeline(bundle, scratch / "folder", "euler")
-    with_each_sampler(bundle, pipeline)
     plain = drawn(bundle)
     network, weights = create_network_from_weights(
         1.0, str(scratch / "lora.safetensors"), bundle.vae, bundle.text_encoders[0], bundle.unet, for_inference=True
@@ -96,15 +95,16 @@ def test_trained_here_drawn_there(scratch: Path, caplog: pytest.LogCaptureFixtur
     with_textual_inversion(bundle, pipeline, scratch)
 
 
-def with_each_sampler(bundle: ModelBundle, pipeline: Any) -> None:
-    before = pipeline.scheduler
+@pytest.mark.full_size
+def test_each_sampler(scratch: Path) -> None:
+    bundle = load(write_full_size(scratch / "model.safetensors", "sd1", torch.float16))
+    pipeline = diffusers_pipeline(bundle, scratch / "folder", "euler")
     for sampler in SCHEDULERS:
         request = replace(REQUEST, sampler=sampler, steps=4)
         pipeline.scheduler = fresh_scheduler(sampler)
         generator = torch.Generator().manual_seed(request.seed)
         theirs = drawn_there(pipeline, latents=None, generator=generator, num_inference_steps=4)
         check(drawn(bundle, request), theirs, sampler)
-    pipeline.scheduler = before
 
 
 def from_pictures(bundle: ModelBundle, components: dict[str, Any], folder: Path) -> None:

@@ -126,7 +126,9 @@ def test_sizes_of_the_published_models(kind: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "kind", ["sd1", *(pytest.param(kind, marks=pytest.mark.full_size) for kind in ("sd2", "sdxl"))]
+)
 def test_round_trip(kind: str, scratch: Path):
     require_room(scratch, disk=COPIES * SIZES[kind][1], memory=1.4 * SIZES[kind][1])
     source, folder, pickle = (scratch / name for name in ("source.safetensors", "folder", "pickle.ckpt"))

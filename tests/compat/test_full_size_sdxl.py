@@ -43,7 +43,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_same_picture(scratch: Path) -> None:
     require_room(scratch, disk=2.1 * FILE, memory=MEMORY)
     model, folder = scratch / "model.safetensors", scratch / "folder"

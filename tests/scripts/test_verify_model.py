@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from library.checkpoints.safetensors_io import save_file
 from library.checkpoints.sd import model_entries
-from networks.file_identity import identify
 from networks.lora import create_network
+from networks.weights.file_identity import identify
 from tests.full_size import meta_state
 from tests.runs import ROOT
 from tests.tiny_control import control_net_file, tiny_lllite

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from library.options import OptionError
-from networks.block_weights import FORMS, SLOTS, parse_block_weights, slot_of, weight_of
+from networks.weights.block_weights import FORMS, SLOTS, parse_block_weights, slot_of, weight_of
 
 
 @pytest.mark.parametrize(

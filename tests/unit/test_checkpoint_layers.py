@@ -5,8 +5,8 @@ import torch
 
 from library.checkpoints.sd import model_entries
 from library.checkpoints.weights import open_weights
-from networks.checkpoint_layers import checkpoint_layers
 from networks.lora_creation import model_layers
+from networks.weights.checkpoint_layers import checkpoint_layers
 from tests.full_size import meta_state
 from tests.tiny_networks import full_size_parts
 

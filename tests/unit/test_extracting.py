@@ -9,7 +9,7 @@ from safetensors import safe_open
 from library.checkpoints.safetensors_io import save_file
 from library.checkpoints.weights import load_tensors, open_weights
 from networks import extract_lora_from_models
-from networks.checkpoint_layers import checkpoint_layers
+from networks.weights.checkpoint_layers import checkpoint_layers
 from tests.tiny_loras import dense_changes
 from tests.tiny_models import tiny_sd_checkpoint, tiny_sdxl_checkpoint
 

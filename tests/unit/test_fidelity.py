@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from networks.fidelity import FidelityReport, low_rank_error
+from networks.weights.fidelity import FidelityReport, low_rank_error
 
 
 def factors(rank, generator, shape=(20, 12, 3, 3)):

@@ -11,7 +11,7 @@ from library.checkpoints.weights import load_tensors
 from library.options import OptionError
 from networks.merge_lora import merge
 from networks.merge_lora_old import merge_as_before
-from networks.merge_options import MergeOptions, OldMergeOptions, SdMergeOptions
+from networks.weights.merge_options import MergeOptions, OldMergeOptions, SdMergeOptions
 from tests.tiny_loras import dense_changes, layer_shapes, lora_tensors, tiny_lora
 
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"

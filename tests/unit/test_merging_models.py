@@ -13,7 +13,7 @@ from library.checkpoints.weights import load_tensors
 from library.options import OptionError
 from networks.lora_creation import model_layers
 from networks.merge_lora import merge
-from networks.merge_options import MergeOptions, SdMergeOptions
+from networks.weights.merge_options import MergeOptions, SdMergeOptions
 from tests.tiny_loras import dense_changes, layer_shapes, lora_tensors, tiny_lora
 
 

@@ -8,7 +8,7 @@ from library.checkpoints.weights import load_tensors
 from library.options import OptionError
 from networks import lora, oft
 from networks.merge_lora import merge
-from networks.merge_options import MergeOptions
+from networks.weights.merge_options import MergeOptions
 from tests.tiny_loras import layer_shapes
 from tests.tiny_networks import perturb
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from networks.svd import chosen_rank, clamped, full_svd, matrix_svd, product_svd, quantile, sum_svd
+from networks.weights.svd import chosen_rank, clamped, full_svd, matrix_svd, product_svd, quantile, sum_svd
 
 RANKS = json.loads((Path(__file__).parents[1] / "data" / "resize_ranks.json").read_text(encoding="utf-8"))
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from library.checkpoints.safetensors_io import save_file
 from library.checkpoints.weights import load_tensors
 from networks import svd_merge_lora
-from networks.block_weights import slot_of
+from networks.weights.block_weights import slot_of
 from tests.tiny_loras import dense_changes, tiny_lora
 
 

@@ -13,13 +13,13 @@ from library.checkpoints.safetensors_io import NonFiniteError, is_finite
 from library.checkpoints.weights import Weights
 from library.options import OptionError
 from library.wording import counted
-from networks.checkpoint_layers import CheckpointLayer, checkpoint_layers
 from networks.layers import UNET_PREFIX
-from networks.low_rank_options import ExtractOptions
-from networks.low_rank_work import Layer, Results, device_of, torch_dtype
-from networks.merge_options import PRECISIONS
-from networks.stored_results import StoredResults
-from networks.svd import Svd, matrix_svd
+from networks.weights.checkpoint_layers import CheckpointLayer, checkpoint_layers
+from networks.weights.low_rank_options import ExtractOptions
+from networks.weights.low_rank_work import Layer, Results, device_of, torch_dtype
+from networks.weights.merge_options import PRECISIONS
+from networks.weights.stored_results import StoredResults
+from networks.weights.svd import Svd, matrix_svd
 
 logger = logging.getLogger(__name__)
 ORG, TUNED = "--model_org", "--model_tuned"

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from library.checkpoints.network_kind import KIND_NAMES
 from library.options import OptionError
-from networks.block_weights import BlockWeights, weight_of
-from networks.weights_file import NetworkFile, kind_of_modules
+from networks.weights.block_weights import BlockWeights, weight_of
+from networks.weights.network_file import NetworkFile, kind_of_modules
 
 logger = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ import torch
 
 from library.checkpoints.safetensors_io import NonFiniteError
 from library.options import OptionError
-from networks.fidelity import Factors
 from networks.key_names import DOWN, UP
-from networks.low_rank_options import SvdMergeOptions
-from networks.low_rank_work import Layer, Results, device_of, finite_pair, torch_dtype
-from networks.merge_inputs import MODELS, Source, report_unmatched
-from networks.merge_options import PRECISIONS
-from networks.module_changes import is_plain
-from networks.stored_results import StoredResults
-from networks.svd import sum_svd
+from networks.weights.fidelity import Factors
+from networks.weights.low_rank_options import SvdMergeOptions
+from networks.weights.low_rank_work import Layer, Results, device_of, finite_pair, torch_dtype
+from networks.weights.merge_inputs import MODELS, Source, report_unmatched
+from networks.weights.merge_options import PRECISIONS
+from networks.weights.module_changes import is_plain
+from networks.weights.stored_results import StoredResults
+from networks.weights.svd import sum_svd
 
 logger = logging.getLogger(__name__)
 

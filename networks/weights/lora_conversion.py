@@ -21,9 +21,9 @@ from library.checkpoints.hashed_file import LEGACY_HASH, MODEL_HASH, SPEC_HASH
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.safetensors_io import DTYPES, Entry
 from library.options import OptionError
-from networks.diffusers_paths import diffusers_path, dimensions
 from networks.key_names import DOWN, PEFT_KEY, UP
-from networks.weights_file import NetworkFile
+from networks.weights.diffusers_paths import diffusers_path, dimensions
+from networks.weights.network_file import NetworkFile
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from networks.key_names import DOWN, UP
 from networks.layers import UNET_PREFIX
 from networks.low_rank import add_weight_change_
 from networks.weight_changes import bias_change, check_module, is_plain_lora, weight_change
-from networks.weights_file import NetworkFile
+from networks.weights.network_file import NetworkFile
 
 
 def is_plain(file: NetworkFile, name: str) -> bool:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from networks.block_weights import SLOTS, slot_of
 from networks.layers import TEXT_PREFIX
+from networks.weights.block_weights import SLOTS, slot_of
 
 if TYPE_CHECKING:
     import torch

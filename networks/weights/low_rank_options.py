@@ -8,7 +8,7 @@ from pathlib import Path
 
 from library.options import opt, require
 from library.wording import counted
-from networks.merge_options import PRECISIONS
+from networks.weights.merge_options import PRECISIONS
 
 logger = logging.getLogger(__name__)
 

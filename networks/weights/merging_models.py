@@ -21,10 +21,10 @@ from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is
 from library.checkpoints.sd import copied_entry
 from library.checkpoints.weights import Weights, open_weights
 from library.options import OptionError
-from networks.checkpoint_layers import CheckpointLayer, bias_slot, checkpoint_layers, other_layers, rows_of
-from networks.fidelity import FidelityReport
-from networks.merge_inputs import MODELS, Source, report_unmatched
-from networks.module_changes import add_bias_change_, add_change_, check_change, layer_of
+from networks.weights.checkpoint_layers import CheckpointLayer, bias_slot, checkpoint_layers, other_layers, rows_of
+from networks.weights.fidelity import FidelityReport
+from networks.weights.merge_inputs import MODELS, Source, report_unmatched
+from networks.weights.module_changes import add_bias_change_, add_change_, check_change, layer_of
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,11 @@ from library.checkpoints.parameter_names import text_names
 from library.checkpoints.sd import part_slots
 from library.checkpoints.stored_model import model_places, parameter_shape
 from library.wording import counted
-from networks.checkpoint_layers import checkpoint_layers
-from networks.file_identity import (
+from networks.key_names import DOWN, MID, UP
+from networks.layers import TEXT_PREFIX
+from networks.layers import UNET_PREFIX as NAME_PREFIX
+from networks.weights.checkpoint_layers import checkpoint_layers
+from networks.weights.file_identity import (
     CHECKPOINT,
     CONTROL_NET,
     EMBEDDING,
@@ -36,10 +39,7 @@ from networks.file_identity import (
     Identity,
     Shapes,
 )
-from networks.key_names import DOWN, MID, UP
-from networks.layers import TEXT_PREFIX
-from networks.layers import UNET_PREFIX as NAME_PREFIX
-from networks.weights_file import NetworkFile
+from networks.weights.network_file import NetworkFile
 
 OF_TURNS = "oft_unet_"  # names of OFT files begin otherwise
 

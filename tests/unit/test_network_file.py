@@ -5,7 +5,7 @@ import torch
 
 from library.checkpoints.safetensors_io import save_file
 from library.options import OptionError
-from networks.weights_file import NetworkFile, original_name
+from networks.weights.network_file import NetworkFile, original_name
 
 DOWN, UP = torch.arange(6.0).reshape(2, 3), torch.ones(5, 2)
 

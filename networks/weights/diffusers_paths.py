@@ -10,7 +10,7 @@ import functools
 from library.checkpoints.keymaps import translate, unet_paths
 from library.options import OptionError
 from networks.layers import TEXT_PREFIX, UNET_PREFIX
-from networks.weights_file import SDXL_LAYOUT
+from networks.weights.network_file import SDXL_LAYOUT
 
 WORDS = frozenset((
     "down_blocks", "up_blocks", "mid_block", "transformer_blocks", "proj_in", "proj_out", "to_q", "to_k",

@@ -11,12 +11,12 @@ import torch
 
 from library.checkpoints.safetensors_io import DTYPES, NonFiniteError, is_finite
 from library.options import OptionError
-from networks.energy_plot import Spectrum, draw_energy
-from networks.fidelity import Factors, FidelityReport, block_name, low_rank_error, percent
 from networks.key_names import DOWN, UP
-from networks.stored_results import StoredResults
-from networks.svd import Svd, clamped
-from networks.weights_file import NetworkFile
+from networks.weights.energy_plot import Spectrum, draw_energy
+from networks.weights.fidelity import Factors, FidelityReport, block_name, low_rank_error, percent
+from networks.weights.network_file import NetworkFile
+from networks.weights.stored_results import StoredResults
+from networks.weights.svd import Svd, clamped
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ import torch
 from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite
 from library.options import OptionError
 from library.randomness import torch_generator
-from networks.fidelity import Factors, FidelityReport
 from networks.key_names import COPY_AGAIN, DOWN, UP
-from networks.merge_inputs import MODELS, Source, report_unmatched
-from networks.module_changes import is_plain
+from networks.weights.fidelity import Factors, FidelityReport
+from networks.weights.merge_inputs import MODELS, Source, report_unmatched
+from networks.weights.module_changes import is_plain
 
 Way: TypeAlias = Literal["added", "concatenated", "exact"]
 SHUFFLE_SEED = 0  # the same inputs give the same file

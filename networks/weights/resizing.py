@@ -13,12 +13,12 @@ from library.checkpoints.safetensors_io import NonFiniteError, is_finite
 from library.options import OptionError
 from library.wording import counted
 from networks.key_names import DOWN, UP
-from networks.low_rank_options import ResizeOptions
-from networks.low_rank_work import Layer, Results, device_of, finite_pair, torch_dtype
-from networks.merge_options import PRECISIONS
-from networks.stored_results import StoredResults
-from networks.svd import Svd, chosen_rank, product_svd
-from networks.weights_file import NetworkFile
+from networks.weights.low_rank_options import ResizeOptions
+from networks.weights.low_rank_work import Layer, Results, device_of, finite_pair, torch_dtype
+from networks.weights.merge_options import PRECISIONS
+from networks.weights.network_file import NetworkFile
+from networks.weights.stored_results import StoredResults
+from networks.weights.svd import Svd, chosen_rank, product_svd
 
 logger = logging.getLogger(__name__)
 SHOWN = 5  # names in a message

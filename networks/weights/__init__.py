@@ -1,0 +1,1 @@
+"""Files of weights as material: what the tools do that merge, resize, extract, convert and verify them."""
