@@ -31,7 +31,7 @@ from library.progress import progress_bar
 from library.wording import aligned, counted
 from networks.key_names import DOWN
 from networks.weights.base_fit import Fit, fit, missing_places
-from networks.weights.block_names import block_name, natural
+from networks.weights.block_names import block_name, block_order
 from networks.weights.file_identity import CHECKPOINT, NETWORK, Identity, identify
 from networks.weights.network_file import NetworkFile
 
@@ -221,7 +221,7 @@ def _report_health(parts: Sequence[tuple[str, Weights]], file: NetworkFile | Non
     changes = _changes(file) if file is not None else {}
     head = ["block", "tensors", "numbers", "norm", "largest", "NaN", "Inf", *(["change"] if changes else []), "kept as"]
     rows = [head]
-    for block, health in sorted(blocks.items(), key=lambda item: natural(item[0])):
+    for block, health in sorted(blocks.items(), key=lambda item: block_order(item[0])):
         change = [f"{changes[block] ** 0.5:.4g}" if block in changes else ""] if changes else []
         rows.append(
             [

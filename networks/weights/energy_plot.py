@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from library.checkpoints.safetensors_io import atomic_file
-from networks.weights.fidelity import block_order
+from networks.weights.block_names import block_order
 
 if TYPE_CHECKING:
     import torch

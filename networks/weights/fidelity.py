@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from networks.layers import TEXT_PREFIX
-from networks.weights.block_weights import SLOTS, slot_of
+from networks.weights.block_names import block_name, block_order
 
 if TYPE_CHECKING:
     import torch
@@ -97,21 +96,6 @@ class FidelityReport:
 def percent(error: float) -> str:
     """ "0.012 %", with three digits that count."""
     return "0 %" if not error else f"{100 * error:.3g} %"
-
-
-def block_name(name: str) -> str:
-    """The block of a module as reports call it: TE (TE1, TE2), IN00 ..., MID, OUT00 ..., other."""
-    for number in ("", "1", "2"):
-        if name.startswith(f"{TEXT_PREFIX}{number}_"):
-            return f"TE{number}"
-    return slot_of(name)
-
-
-def block_order(block: str) -> tuple[int, str]:
-    """To sort blocks as a picture passes through them."""
-    if block.startswith("TE"):
-        return -1, block
-    return (SLOTS.index(block) if block in SLOTS else len(SLOTS)), block
 
 
 # ------------------------------------------------------------------------------------------- low-rank products

@@ -12,8 +12,9 @@ import torch
 from library.checkpoints.safetensors_io import DTYPES, NonFiniteError, is_finite
 from library.options import OptionError
 from networks.key_names import DOWN, UP
+from networks.weights.block_names import block_name
 from networks.weights.energy_plot import Spectrum, draw_energy
-from networks.weights.fidelity import Factors, FidelityReport, block_name, low_rank_error, percent
+from networks.weights.fidelity import Factors, FidelityReport, low_rank_error, percent
 from networks.weights.network_file import NetworkFile
 from networks.weights.stored_results import StoredResults
 from networks.weights.svd import Svd, clamped
