@@ -293,7 +293,17 @@ class OptionParser(argparse.ArgumentParser):
                 if flag.startswith("-")
                 else f"{flag!r} stands alone: it belongs to no flag; quote values that contain blanks"
             )
+        for word in argv:
+            self._tell_abbreviation(word.split("=")[0])
         return namespace
+
+    def _tell_abbreviation(self, flag: str) -> None:
+        """argparse takes the beginning of a flag for the flag; old command lines may rely on it."""
+        if not flag.startswith("--") or flag in self._option_string_actions:
+            return
+        meant = [known for known in self._option_string_actions if known.startswith(flag)]
+        if len(meant) == 1:
+            self._print_message(f"{self.prog}: {flag} is taken for {meant[0]}\n", sys.stderr)
 
 
 def add_arguments(

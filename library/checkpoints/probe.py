@@ -120,7 +120,8 @@ def _probe_file(path: str, found: Path, family: str, flag: str) -> ModelSource:
     with open_weights(found, flag) as weights:
         shapes, metadata = weights.shapes, weights.metadata
         if any(LORA_KEYS.search(key) for key in shapes):
-            raise OptionError(flag, f"{path} is a LoRA, not a base model", "give it as --network_weights")
+            way_out = "give it as --network_weights" if flag in (MODEL_FLAG, "--ckpt") else "name a whole model"
+            raise OptionError(flag, f"{path} is a LoRA, not a base model", way_out)
         kind = model_kind(shapes)
         if not kind:
             raise OptionError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from library.cli.console import start_console
 from library.cli.ending import Ending
 from library.options import OptionParser, add_arguments, build, options_of
+
+READER_GONE = 141  # exit code: as a shell says of a program that SIGPIPE ended
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,13 @@ class Tool:
                 parser.error(f"--{name} is needed; see {parser.prog} --help")
         start_console()
         with Ending(parser.prog, dict(self.renamed)) as ending:
-            self.work(build(self.group, values, self._flag))
+            options = build(self.group, values, self._flag)
+            try:
+                self.work(options)
+                sys.stdout.flush()
+            except BrokenPipeError:  # whoever reads the output has seen enough, such as `head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+                return READER_GONE
         return ending.code
 
     def _flag(self, name: str) -> str:

@@ -174,3 +174,13 @@ def test_interrogating_what_has_no_text_encoder(tmp_path, tiny_sd1_path, capsys)
     assert run(lora_interrogator, *words, "--v2") == 2
     assert "--v2: the model" in capsys.readouterr().err
     assert run(lora_interrogator, *words, "--batch_size", 0) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path):
+    lora(tmp_path / "a.safetensors")
+    command = [sys.executable, "networks/check_lora_weights.py", str(tmp_path / "a.safetensors")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")

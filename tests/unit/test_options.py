@@ -65,6 +65,11 @@ def test_mistakes_are_one_sentence_with_exit_code_2(capsys, argv, words):
     assert all(word in message for word in words)
 
 
+def test_an_abbreviated_flag_is_told(capsys):
+    assert parse("--cou", "5", "--rate=-1").count == 5
+    assert capsys.readouterr().err == "x: --cou is taken for --count\n"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
