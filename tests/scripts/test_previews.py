@@ -125,7 +125,7 @@ def test_names_and_what_web_user_interfaces_read(options, tmp_path, tiny_sd1_pat
     expected = (
         r"a disc <lora:net:1>\nNegative prompt: square\nSteps: 3, Sampler: Euler a, Schedule type: Uniform, "
         rf"CFG scale: 5, Seed: 7, Size: 64x64, Model hash: [0-9a-f]{{10}}, Model: {tiny_sd1_path.stem}, "
-        r"RNG: CPU, Max embeddings multiples: 3"
+        r"RNG: CPU, Max embeddings multiples: 3, Version: Training scripts for Stable Diffusion"
     )
     assert re.fullmatch(expected, texts["parameters"])
     texts = Image.open(derived).text

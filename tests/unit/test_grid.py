@@ -48,7 +48,7 @@ def test_mistakes_name_the_way_out(tmp_path: Path) -> None:
         GridOptions(grid_networks=(str(tmp_path / "nowhere"),)).network_files()
     with pytest.raises(OptionError, match="--grid_multipliers: there is no network; name files or a folder"):
         GridOptions(grid_multipliers=(1.0,))
-    with pytest.raises(OptionError, match="--grid_multipliers: nan is no number"):
+    with pytest.raises(OptionError, match="--grid_multipliers: nan is out of range"):
         GridOptions(grid_networks=("a",), grid_multipliers=(float("nan"),))
 
 
