@@ -44,6 +44,10 @@ def merge(options: MergeOptions) -> None:
             _merge_together(options, files, output)
         else:
             _merge_into_model(options, files, output, stack)
+        if options.plot is not None:
+            from networks.weights.merge_plot import draw_sum
+
+            draw_sum(_sources(options, files, common_kind(files)), Path(options.plot).expanduser())
 
 
 # ---------------------------------------------------------------------------------------------- into a model

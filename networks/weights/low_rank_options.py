@@ -8,7 +8,7 @@ from pathlib import Path
 
 from library.options import opt, require
 from library.wording import counted
-from networks.weights.merge_options import PRECISIONS
+from networks.weights.merge_options import PLOT_HELP, PRECISIONS, check_plot
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,6 @@ EXTENSIONS = (".ckpt", ".pt", ".pth", ".safetensors")
 DYNAMIC_METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 SVD_METHODS = ("exact", "randomized")
 DEVICE_HELP = "where to calculate: cuda, cuda:1, mps, cpu; without it the CPU"
-PLOT_HELP = "picture to write (.png): how much of each block's change its strongest directions hold"
 CLAMP_HELP = "limit all numbers to this quantile of them, as the trade does; 1 for no limit"
 CONV_RANK_HELP = "rank of convolutions larger than one pixel; without it as the others"
 
@@ -27,11 +26,6 @@ def _at_least_one(flag: str, rank: int | None) -> None:
 
 def _is_share(flag: str, share: float) -> None:
     require(0 < share <= 1, flag, f"{share:g} is no share of all numbers", "use more than 0 and at most 1")
-
-
-def check_plot(plot: str | None) -> None:
-    """OptionError unless the picture can be a .png."""
-    require(plot is None or Path(plot).suffix.lower() == ".png", "--plot", f"{plot} does not end in .png", "name one")
 
 
 @dataclass(frozen=True)

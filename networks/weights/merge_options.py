@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from library.options import opt, require
 from library.wording import counted
@@ -11,7 +12,13 @@ from library.wording import counted
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"float": "F32", "fp16": "F16", "bf16": "BF16"}  # as flags call them -> as headers do
+PLOT_HELP = "picture to write (.png): how much of each block's change its strongest directions hold"
 V2_HELP = "the model is SD 2.x; found out by itself, and checked if said"
+
+
+def check_plot(plot: str | None) -> None:
+    """OptionError unless the picture can be a .png."""
+    require(plot is None or Path(plot).suffix.lower() == ".png", "--plot", f"{plot} does not end in .png", "name one")
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ class MergeOptions(PlainMergeOptions):
         (), help="block weights of each network, as JSON lists: 12 or 20 values for SDXL, 17 or 26 for SD 1.x / 2.x"
     )
     ignore_unmatched: bool = opt(False, help="leave out what can't be merged, with a warning, instead of stopping")
+    plot: str | None = opt(help=PLOT_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_plot(self.plot)
         require(not (self.concat and self.exact), "--exact", "puts ranks side by side itself", "leave --concat out")
         if self.sd_model is not None:
             idle = [f"--{name}" for name in ("concat", "shuffle", "exact") if getattr(self, name)]

@@ -80,7 +80,7 @@ CONTROL_OF_SDXL = OF_CONTROL | CRITICS | {
 SHEETS = {
     "--grid", "--grid_networks", "--grid_multipliers", "--grid_ckpts", "--grid_network_module", "--sidecar",
 }  # fmt: skip
-OF_MERGING = {"--exact", "--ignore_unmatched"}
+OF_MERGING = {"--exact", "--ignore_unmatched", "--plot"}
 OF_GENERATORS = OF_PROMPTS | OF_GENERATION | SHEETS | RESOLUTION | WEIGHING
 OWN = {
     "train_network": OF_TRAINING,

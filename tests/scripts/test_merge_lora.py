@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from library.checkpoints.safetensors_io import read_header
 from library.checkpoints.weights import load_tensors
@@ -35,6 +36,16 @@ def test_networks_together_from_another_folder(two, tmp_path):
     one, other, third = (load_tensors(tmp_path / f"{name}.safetensors") for name in
                          ("merge_lora", "sdxl_merge_lora", "merge_lora_old"))  # fmt: skip
     assert all(torch.equal(tensor, other[name]) and torch.equal(tensor, third[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("into_model", [False, True])
+def test_the_picture_of_the_sum(into_model, two, tmp_path, tiny_sd1_path):
+    model = ["--sd_model", tiny_sd1_path] if into_model else []
+    words = [*model, "--models", *two, "--ratios", "1", "-0.5", "--save_to", tmp_path / "out.safetensors"]
+    result = command("merge_lora", *words, "--plot", tmp_path / "energy.png")
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "energy.png") as picture:
+        assert picture.width == 1100
 
 
 def test_moving_tensors_takes_nothing_but_torch(two, tmp_path, tiny_sd1_path):
