@@ -20,7 +20,15 @@ from networks.key_names import DOWN
 from networks.layers import LEAVES, UNET_PREFIX, TextEncoders, text_encoder_prefixes
 from networks.lora_creation import model_layers
 from networks.lora_files import in_our_names
-from networks.weight_changes import NUMBERS, Parts, bias_change, check_module, depends_on_weight, is_plain_lora, weight_change
+from networks.weight_changes import (
+    NUMBERS,
+    Parts,
+    bias_change,
+    check_module,
+    depends_on_weight,
+    is_plain_lora,
+    weight_change,
+)
 
 NORMS = ("GroupNorm", "LayerNorm")
 

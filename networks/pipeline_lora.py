@@ -107,8 +107,8 @@ def create_network_from_weights(
     if isinstance(given, str | Path):
         source, given = str(given), load_tensors(Path(given).expanduser())
     elif not any(key.endswith("alpha") for key in given) and any(map(PEFT_KEY.fullmatch, given)):
-        logger.warning("tensors in diffusers' form without alphas: each is taken for the rank. A file notes them in its "
-                       "header; give its path in place of its tensors")  # fmt: skip
+        logger.warning("tensors in diffusers' form without alphas: each is taken for the rank. A file has them in its "
+                       "header: give its path in place of its tensors")  # fmt: skip
     network, tensors = lora.create_network_from_weights(
         multiplier, source, None, encoders, unet, weights_sd=given, for_inference=True
     )

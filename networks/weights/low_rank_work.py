@@ -109,7 +109,7 @@ class Results:
         self.report.log(title)
         stored, possible = self.report.total.error, self.by_rank.total.error
         if way_out and stored > CLAMPED and possible < stored / 2:
-            logger.warning("the rank alone costs %s of these %s, limiting large numbers (%s, the trade's way) the rest: "
+            logger.warning("the rank alone costs %s of these %s, limiting large numbers (%s, as the trade) the rest: "
                            "use --clamp_quantile 1", percent(possible), percent(stored), way_out)  # fmt: skip
         elif way_out and percent(stored) != percent(possible):
             logger.info("the rank alone costs %s; the rest comes of limiting large numbers, as the trade does (%s), "

@@ -1,8 +1,8 @@
 """Networks merged into a model's single file, an entry at a time.
 
-Networks act in their order, W_i = W_i-1 + ratio_i change_i(W_i-1), as when they are applied: the change of OFT, DoRA and
-(IA)^3 depends on the weight. Sums are made in float32, and then in the precision of the file. What no network changes
-is copied byte by byte. Memory: the largest tensor in float32, and as it is written.
+Networks act in their order, W_i = W_i-1 + ratio_i change_i(W_i-1), as when they are applied: the change of OFT, DoRA
+and (IA)^3 depends on the weight. Sums are made in float32, and stored in the precision of the file. What no network
+changes is copied byte by byte. Memory: the largest tensor in float32, and as it is written.
 """
 
 from __future__ import annotations

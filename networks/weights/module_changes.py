@@ -52,9 +52,7 @@ def _check_pair(file: NetworkFile, name: str, shape: tuple[int, ...]) -> None:
         raise OptionError("", f"{file.path} was made for another model family: {problem}", way_out)
 
 
-def add_change_(
-    weight: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype
-) -> None:
+def add_change_(weight: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype) -> None:
     """Change a float32 weight in place as a module at a strength does; its parts are rounded to `dtype` first.
 
     The change of some kinds depends on the weight, which is as networks before this one have left it. Raises
