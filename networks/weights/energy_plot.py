@@ -155,8 +155,8 @@ def _draw_legend(image: Image.Image, draw: ImageDraw.ImageDraw, top: int) -> Non
     _draw_milestone(draw, x + 270, top - 5)
     reached = " and ".join(f"{100 * share:.0f} %" for share in MILESTONES)
     draw.text((x + 282, top + height / 2), f"{reached} reached", FAINT, _font(14), anchor="lm")
-    draw.rectangle((x + 420, top, x + 420 + height, top + height), fill=EMPTY, outline=FAINT)
-    draw.text((x + 442, top + height / 2), "none, or not computed", FAINT, _font(14), anchor="lm")
+    draw.rectangle((x + 440, top, x + 440 + height, top + height), fill=EMPTY, outline=FAINT)
+    draw.text((x + 462, top + height / 2), "none, or not computed", FAINT, _font(14), anchor="lm")
 
 
 def _colors(shares: np.ndarray) -> np.ndarray:
