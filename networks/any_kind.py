@@ -20,7 +20,15 @@ from networks.key_names import DOWN
 from networks.layers import LEAVES, UNET_PREFIX, TextEncoders, text_encoder_prefixes
 from networks.lora_creation import model_layers
 from networks.lora_files import in_our_names
-from networks.weight_changes import NUMBERS, Parts, bias_change, check_module, is_plain_lora, weight_change
+from networks.weight_changes import (
+    NUMBERS,
+    Parts,
+    bias_change,
+    check_module,
+    depends_on_weight,
+    is_plain_lora,
+    weight_change,
+)
 
 NORMS = ("GroupNorm", "LayerNorm")
 
@@ -135,7 +143,8 @@ class ChangedLayer(Adapter):
     def weight_change(self) -> torch.Tensor:
         parts = self.parts
         device = next(tensor.device for key, tensor in parts.items() if key not in NUMBERS)
-        return weight_change(parts, self.layer.weight.detach().to(device)) * self.multiplier
+        weight = self.weight_below() if depends_on_weight(parts) else self.layer.weight.detach()
+        return weight_change(parts, weight.to(device)) * self.multiplier
 
     def bias_change(self) -> torch.Tensor | None:
         """What the adapter adds to the layer's bias at its multiplier: float32, or None."""

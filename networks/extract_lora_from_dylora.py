@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SAFE = ".safetensors"
+DYLORA = "networks.dylora"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ def split(options: SplitOptions) -> None:
         outputs = {rank: base.with_name(f"{base.stem}-{rank:04}{base.suffix or SAFE}") for rank in ranks}
         for output in outputs.values():
             output_file(str(output), "--save_to", {"the file to split": [str(source)]})
+        _warn_of_training(file, options.unit)
+        if earlier := [output.name for output in outputs.values() if output.exists()]:
+            logger.warning("%s: replaced", ", ".join(earlier))
         parts = {rank: _entries(file, rank) for rank in ranks}
         total = sum(entry.nbytes for entries in parts.values() for entry in entries)
         with progress_bar(desc="splitting", unit="B", unit_scale=True, total=total) as bar:
@@ -67,6 +72,22 @@ def split(options: SplitOptions) -> None:
                 else:
                     write_torch_file(entries, output)
     logger.info("%s of %s: %s ... %s", counted(len(ranks), "rank"), source, outputs[ranks[0]].name, outputs[most].name)
+
+
+def _warn_of_training(file: NetworkFile, unit: int) -> None:
+    """Say where the header tells that the parts will be worse than those of a DyLoRA that is cut where it may be."""
+    module = file.metadata.get("ss_network_module", "")
+    if module and module != DYLORA:
+        logger.warning("%s was trained with %s: only %s trains ranks so that fewer of them do well alone",
+                       file.path, module, DYLORA)  # fmt: skip
+        return
+    try:
+        trained = int(json.loads(file.metadata.get("ss_network_args", "{}")).get("unit") or 1)
+    except (ValueError, TypeError, AttributeError):
+        return
+    if module and trained > 0 and unit % trained:
+        logger.warning("%s was trained with unit=%d, so a multiple of %d is the --unit to use, not %d",
+                       file.path, trained, trained, unit)  # fmt: skip
 
 
 def _metadata(metadata: Mapping[str, str], most: int, rank: int) -> dict[str, str]:

@@ -102,7 +102,44 @@ class Adapter(torch.nn.Module, ABC):
 
     @abstractmethod
     def weight_change(self) -> torch.Tensor:
-        """What the adapter, as it is now and at its multiplier, adds to the layer's weight: float32, of its shape."""
+        """What the adapter, as it is now and at its multiplier, adds to the layer's weight: float32, of its shape.
+
+        Where that depends on the weight, it is the one that adapters hooked or merged before have left.
+        """
+
+    def bias_change(self) -> torch.Tensor | None:
+        """The same with the layer's bias; None where it stays as it is."""
+        return None
+
+    def _below(self) -> list[Adapter]:
+        """The adapters hooked before that change the layer now, the first one first; none where regions divide them."""
+        found: list[Adapter] = []
+        if self.region is not None and self.region.generation is not None:
+            return found
+        holder = getattr(self._base_forward, "__self__", None)
+        while isinstance(holder, Adapter):
+            if holder.enabled and holder.multiplier != 0:
+                found.insert(0, holder)
+            holder = getattr(holder._base_forward, "__self__", None)
+        return found
+
+    def weight_below(self) -> torch.Tensor:
+        """The layer's weight as adapters hooked before have left it; the weight itself where there are none."""
+        weight = self.layer.weight.detach()
+        for adapter in self._below():
+            change = adapter.weight_change()
+            weight = change + weight.to(change.device)
+        return weight
+
+    def bias_below(self) -> torch.Tensor | None:
+        """The same of the bias; None where the layer has none."""
+        if self.layer.bias is None:
+            return None
+        bias = self.layer.bias.detach()
+        for adapter in self._below():
+            if (change := adapter.bias_change()) is not None:
+                bias = change + bias.to(change.device)
+        return bias
 
     def merge(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
         """Add the change to the layer's weight: summed in float32 on `device`, stored as `dtype` (None: as before)."""

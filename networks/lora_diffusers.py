@@ -2,7 +2,7 @@
 
     from networks.lora_diffusers import create_network_from_weights
 
-    network = create_network_from_weights(pipeline.text_encoder, pipeline.unet, load_file("cat.safetensors"))
+    network = create_network_from_weights(pipeline.text_encoder, pipeline.unet, "cat.safetensors")
     network.apply_to(multiplier=0.8)        # for SDXL: [pipeline.text_encoder, pipeline.text_encoder_2]
     network.set_multiplier(0.5)
     network.unapply_to()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started as a file: the repository's folder is where library is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.checkpoints.model_spec import ModelSpec, model_spec_metadata
+from library.checkpoints.model_spec import ModelSpec, model_spec_metadata, resolution_of
 from library.checkpoints.network_kind import KIND_NAMES
+from library.checkpoints.safetensors_io import DTYPES
 from library.cli.output_places import output_file
 from library.cli.tools import Tool
 from library.options import OptionError
@@ -70,7 +72,13 @@ def _merge_into_model(
         from_all = [(Path(model.path).stem, weights.metadata), *((file.path.stem, file.metadata) for file in files)]
         v_prediction = _model_predicts_velocity(model.kind, weights.shapes, weights.metadata)
         metadata = model_spec_metadata(
-            ModelSpec(model.kind, v_prediction, title=output.stem, merged_from=titles(from_all))
+            ModelSpec(
+                model.kind,
+                v_prediction,
+                title=output.stem,
+                resolution=resolution_of(weights.metadata),
+                merged_from=titles(from_all),
+            )
         )
     with progress_bar(desc="merging", unit="B", unit_scale=True, total=0) as bar:
         sources = _sources(options, files, model.kind)
@@ -78,6 +86,12 @@ def _merge_into_model(
         bar.total = sum(entry.nbytes for entry in merged.entries)
         write_single_file(merged.entries, output, weights, metadata)
     merged.report.log("The change of the model as it is written, relative to the exact one:")
+    dtypes = ((entry.dtype, weights.dtypes[entry.name]) for entry in merged.entries)
+    before = Counter(old for new, old in dtypes if new == precisions.calculation != old)
+    if saving is None and before:
+        told = ", ".join(f"{count} from {DTYPES[dtype][1]}" for dtype, count in before.most_common())
+        logger.info("changed tensors are written as %s (%s); --save_precision writes all of the model in one precision",
+                    DTYPES[precisions.calculation][1], told)  # fmt: skip
     if merged.report.total.error > WEAKENED:
         logger.warning("the precision of the file is too coarse for a change this small: use --save_precision float")
     kind, changed = KIND_NAMES[model.kind], counted(merged.num_changed, "tensor")

@@ -4,6 +4,7 @@ The outputs of a layer are divided into k blocks of b = outputs / k, and the wei
 R = (I + Q)(I - Q)^-1 with Q = P - P^T (Cayley), where P is what is learned and starts at 0. The constraint of the
 paper's COFT keeps R near I: the Frobenius norm of all Q of a layer stays within alpha * outputs. A layer's bias is not
 turned, so an applied network and a merged one are the same. At a multiplier m weights are multiplied by I + m (R - I).
+The weights are those that networks before this one have left.
 
 The trade's file format: per layer `<name>.oft_blocks` [k, b, b] and `<name>.alpha`, with names that begin with
 oft_unet. Class and attribute names `oft_blocks`, `alpha` are part of the file's keys.
@@ -230,16 +231,16 @@ class OFTModule(Adapter):
         """What turning adds to an output. With gradients this costs less than to turn the weight, which needs one."""
         turn_KBB = (self.turn() * self.multiplier).to(y.device, compute_dtype(y))
         change = turned(y.to(turn_KBB.dtype), turn_KBB)
-        bias = self.layer.bias
+        bias = self.bias_below()
         if bias is None:
             return change
-        shift = turned(bias.detach().to(change), turn_KBB)
+        shift = turned(bias.to(change), turn_KBB)
         return change - (shift[:, None, None] if y.ndim == 4 else shift)
 
     @torch.no_grad()
     def weight_change(self) -> torch.Tensor:
         turn_KBB = self.turn() * self.multiplier
-        weight = self.layer.weight.detach().to(turn_KBB.device, torch.float32)
+        weight = self.weight_below().to(turn_KBB.device, torch.float32)
         weight_KBI = weight.reshape(*turn_KBB.shape[:2], -1)
         return torch.einsum("kbi,kbc->kci", weight_KBI, turn_KBB).reshape(weight.shape)
 

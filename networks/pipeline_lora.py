@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from library.checkpoints.weights import load_tensors
 from networks import lora
 from networks.injection import Network
+from networks.key_names import PEFT_KEY
 from networks.layers import TextEncoders
 from networks.lora_files import in_our_names
 
@@ -91,17 +94,23 @@ class LoRANetwork(torch.nn.Module):
 def create_network_from_weights(
     text_encoder: TextEncoders | None,
     unet: torch.nn.Module | None,
-    weights_sd: Mapping[str, torch.Tensor],
+    weights_sd: Mapping[str, torch.Tensor] | Path | str,
     multiplier: float = 1.0,
 ) -> LoRANetwork:
     """A network with the modules, ranks and weights of a LoRA, not yet applied.
 
     `text_encoder` is one of transformers' CLIP models, or a list of SDXL's two; `unet` diffusers' U-Net; `weights_sd` a
-    LoRA's tensors in the trade's form or in diffusers'. Raises OptionError for a LoRA of another model.
+    LoRA's file, or its tensors, in the trade's form or in diffusers'. Tensors alone lack what a file's header says,
+    where diffusers' form has its alphas. Raises OptionError for a LoRA of another model.
     """
-    encoders = _classic(text_encoder)
+    encoders, source, given = _classic(text_encoder), SOURCE, weights_sd
+    if isinstance(given, str | Path):
+        source, given = str(given), load_tensors(Path(given).expanduser())
+    elif not any(key.endswith("alpha") for key in given) and any(map(PEFT_KEY.fullmatch, given)):
+        logger.warning("tensors in diffusers' form without alphas: each is taken for the rank. A file has them in its "
+                       "header: give its path in place of its tensors")  # fmt: skip
     network, tensors = lora.create_network_from_weights(
-        multiplier, SOURCE, None, encoders, unet, weights_sd=weights_sd, for_inference=True
+        multiplier, source, None, encoders, unet, weights_sd=given, for_inference=True
     )
     network.load_state_dict(tensors, strict=False)
     like: Any = unet if unet is not None else text_encoder[0] if isinstance(text_encoder, Sequence) else text_encoder
@@ -110,8 +119,10 @@ def create_network_from_weights(
     return made
 
 
-def merge_lora_weights(pipeline: Any, weights_sd: Mapping[str, torch.Tensor], multiplier: float = 1.0) -> LoRANetwork:
-    """Merge a LoRA into the models of a pipeline; the network that can take it out again."""
+def merge_lora_weights(
+    pipeline: Any, weights_sd: Mapping[str, torch.Tensor] | Path | str, multiplier: float = 1.0
+) -> LoRANetwork:
+    """Merge a LoRA, a file or its tensors, into the models of a pipeline; the network that can take it out again."""
     network = create_network_from_weights(text_encoders_of(pipeline), pipeline.unet, weights_sd, multiplier)
     network.merge_to(multiplier)
     return network

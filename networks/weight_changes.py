@@ -8,7 +8,8 @@ at a time, in float32:
     weight = weight + multiplier * weight_change(parts, weight)
     if (bias := bias_change(parts)) is not None: ...           # the same with the layer's bias
 
-Whoever merges calls these two with the weight as it was before; the change of a DoRA and of (IA)^3 depends on it.
+Whoever merges several calls these two in their order, with the weight as the ones before have left it; the change of a
+DoRA and of (IA)^3 depends on it.
 
 Kinds, with scale = alpha / rank (1 without alpha) and the formulas of their papers:
   LoRA    scale * up @ down, with lora_mid between them where the kernel is a factor (Hu et al. 2021, arXiv:2106.09685)

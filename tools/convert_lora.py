@@ -11,13 +11,14 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is w
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.hashed_file import write_hashed_entries
-from library.checkpoints.network_kind import KIND_NAMES
+from library.checkpoints.network_kind import KIND_NAMES, kind_by_header
 from library.checkpoints.safetensors_io import watched, write_entries
 from library.cli.output_places import output_file
 from library.cli.tools import Tool
 from library.options import OptionError, opt
 from library.progress import progress_bar
 from library.wording import counted
+from networks.weights.file_identity import UNKNOWN
 from networks.weights.lora_conversion import PRECISIONS, Converted, is_in_diffusers_form, to_diffusers, to_trade
 from networks.weights.network_file import NetworkFile
 
@@ -56,7 +57,8 @@ def convert(options: ConvertOptions) -> None:
         with progress_bar(desc="converting", unit="B", unit_scale=True, total=total) as bar:
             write = write_hashed_entries if form == "kohya" else write_entries
             write(watched(converted.entries, bar.update), output, converted.metadata)
-        kind = KIND_NAMES.get(file.kind, "an unknown kind of model")
+        by_header = kind_by_header(file.metadata)
+        kind = KIND_NAMES.get(file.kind) or (f"{KIND_NAMES[by_header]} (by its header)" if by_header else UNKNOWN)
     logger.info("%s: %s for %s in %s", output, counted(converted.modules, "module"), kind, FORMS[form])
 
 

@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is w
 
 from library.checkpoints.architecture import ArchitectureError, is_refiner
 from library.checkpoints.hashed_file import LEGACY_HASH, MODEL_HASH, SPEC_HASH, sshs_hashes_of_file
+from library.checkpoints.network_kind import kind_by_header
 from library.checkpoints.own_folders import EXTRAS
 from library.checkpoints.probe import resolve_model
 from library.checkpoints.stored_model import STEMS, original_shapes
@@ -32,7 +33,7 @@ from library.wording import aligned, counted
 from networks.key_names import DOWN
 from networks.weights.base_fit import Fit, fit, missing_places
 from networks.weights.block_names import block_name, block_order
-from networks.weights.file_identity import CHECKPOINT, NETWORK, Identity, identify
+from networks.weights.file_identity import CHECKPOINT, NETWORK, Identity, identify, told_elsewhere
 from networks.weights.network_file import NetworkFile
 
 MODEL, BASE = "model", "--base"
@@ -92,7 +93,13 @@ def _print_table(title: str, rows: Sequence[Sequence[Any]], numbers: Sequence[in
 
 
 def _verify_file(path: Path, weights: Weights, options: VerifyOptions, findings: Findings) -> None:
-    identity = identify(weights.shapes)
+    identity = told_elsewhere(identify(weights.shapes), kind_by_header(weights.metadata), "its header")
+    file = _as_network(path, identity)
+    found = None
+    if options.base is not None and identity.sort:
+        kind, base = original_shapes(options.base, BASE)
+        found = fit(identity, file, weights.shapes, kind, base)
+        identity = identity if found.unused else told_elsewhere(identity, kind, BASE)
     form = "safetensors" if path.is_dir() or is_safetensors(path) else "PyTorch pickle"
     print(f"{path}: {identity.what}")
     facts = [("form", form), ("tensors", f"{len(weights.shapes):,}"), ("precision", _precisions(weights))]
@@ -101,10 +108,8 @@ def _verify_file(path: Path, weights: Weights, options: VerifyOptions, findings:
     if not identity.sort:
         findings.problems.append("it is no file of the trade")
         return
-    file = _as_network(path, identity)
-    if options.base is not None:
-        kind, base = original_shapes(options.base, BASE)
-        _report_fit(fit(identity, file, weights.shapes, kind, base), options, findings)
+    if found is not None:
+        _report_fit(found, options, findings)
     elif file is not None:
         _ = file.pairs  # raises where half of one is missing
     if identity.sort == CHECKPOINT and not is_refiner(weights.shapes):
@@ -197,8 +202,8 @@ def _report_hashes(path: Path, weights: Weights, findings: Findings) -> None:
     if not noted or path.is_dir() or not is_safetensors(path):
         return
     model_hash, legacy_hash = sshs_hashes_of_file(path)
-    true = {MODEL_HASH: model_hash, LEGACY_HASH: legacy_hash, SPEC_HASH: f"0x{model_hash}"}
-    wrong = [key for key, text in noted.items() if text not in (true[key], true[key].removeprefix("0x"))]
+    true = {MODEL_HASH: model_hash, LEGACY_HASH: legacy_hash, SPEC_HASH: model_hash}
+    wrong = [key for key, text in noted.items() if text.lower().removeprefix("0x") != true[key]]
     _print_table("hashes", [(key, text, "wrong" if key in wrong else "right") for key, text in noted.items()])
     if wrong:
         findings.problems.append(f"{', '.join(wrong)} of its header is not that of its content")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -83,3 +85,9 @@ def architecture(kind: str, v_prediction: bool, adapter: str | None = None) -> s
 def default_resolution(kind: str, v_prediction: bool) -> int:
     """The side in pixels a model of this kind was trained at."""
     return 1024 if kind == "sdxl" else 768 if kind == "sd2" and v_prediction else 512
+
+
+def resolution_of(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    """(width, height) that a file's header says; None where it says nothing that can be understood."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", metadata.get("modelspec.resolution", ""))
+    return (int(found[1]), int(found[2])) if found else None

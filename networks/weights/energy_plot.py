@@ -92,9 +92,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _title(draw: ImageDraw.ImageDraw, rows: Sequence[_Row]) -> None:
     draw.text((24, 20), "Singular-value energy by block", INK, _font(22))
-    draw.text((24, 52), "color: share of the change that the strongest directions hold together", FAINT, _font(14))
+    draw.text(
+        (24, 52),
+        "color: share of the change's energy (squares) that the strongest directions hold together",
+        FAINT,
+        _font(14),
+    )
     right = STRIP_LEFT + STRIP_WIDTH
-    draw.text((right + 84, TOP - 14), "kept", FAINT, _font(14), anchor="rs")
+    draw.text((right + 84, TOP - 14), "energy kept", FAINT, _font(14), anchor="rs")
     draw.text((right + 168, TOP - 14), "mean rank", FAINT, _font(14), anchor="rs")
 
 
@@ -150,6 +155,8 @@ def _draw_legend(image: Image.Image, draw: ImageDraw.ImageDraw, top: int) -> Non
     _draw_milestone(draw, x + 270, top - 5)
     reached = " and ".join(f"{100 * share:.0f} %" for share in MILESTONES)
     draw.text((x + 282, top + height / 2), f"{reached} reached", FAINT, _font(14), anchor="lm")
+    draw.rectangle((x + 440, top, x + 440 + height, top + height), fill=EMPTY, outline=FAINT)
+    draw.text((x + 462, top + height / 2), "none, or not computed", FAINT, _font(14), anchor="lm")
 
 
 def _colors(shares: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from networks.weights.svd import Svd, matrix_svd
 
 logger = logging.getLogger(__name__)
 ORG, TUNED = "--model_org", "--model_tuned"
-SHOWN = 5  # names in a message
+SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)

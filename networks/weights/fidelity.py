@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LEAST_TOLD = 1e-4
+
 Factors: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"  # (down, up): [r, in, ...] and [out, r, ...]; up @ down
 
 
@@ -57,13 +59,16 @@ class FidelityReport:
     total: Kept = field(default_factory=Kept)
     worst: tuple[str, float] = ("", 0.0)  # module and its relative error
 
-    def add(self, name: str, exact_norm_sq: float, error_norm_sq: float) -> None:
-        """A module: squared Frobenius norms of its exact change, and of the difference of the stored one from it."""
+    def add(self, name: str, exact_norm_sq: float, error_norm_sq: float, *, is_empty: bool = False) -> None:
+        """A module: squared Frobenius norms of its exact change, and of the difference of the stored one from it.
+
+        `is_empty`: so small a change that its own relative error says nothing.
+        """
         for kept in (self.blocks.setdefault(block_name(name), Kept()), self.total):
             kept.add(exact_norm_sq, max(error_norm_sq, 0.0))
         module = Kept()
         module.add(exact_norm_sq, max(error_norm_sq, 0.0))
-        if module.error > self.worst[1]:
+        if not is_empty and module.error > self.worst[1]:
             self.worst = (name, module.error)
 
     def add_factors(self, name: str, exact: Sequence[Factors], stored: Sequence[Factors]) -> None:
@@ -76,7 +81,7 @@ class FidelityReport:
 
     def table(self) -> str:
         """Lines of text: block, number of modules, size of the change, relative error."""
-        texts = [("block", "modules", "norm", "error")]
+        texts = [("block", "modules", "norm", "error (norm)")]
         texts += [
             (block, str(kept.modules), f"{kept.norm:.4g}", percent(kept.error)) for block, kept in self.rows()
         ]  # fmt: skip
@@ -94,7 +99,9 @@ class FidelityReport:
 
 
 def percent(error: float) -> str:
-    """ "0.012 %", with three digits that count."""
+    """ "1.23 %": three digits that count. What is below a hundredth comes of rounding, also that of the comparison."""
+    if 0 < error < LEAST_TOLD:
+        return f"< {100 * LEAST_TOLD:g} %"
     return "0 %" if not error else f"{100 * error:.3g} %"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from library.checkpoints.architecture import is_refiner, model_kind
 from library.checkpoints.keymaps import UNET_PREFIX, count_items
@@ -15,11 +15,13 @@ from library.checkpoints.stored_control_net import control_net_kind, has_control
 from library.wording import counted
 from networks.key_names import file_key, has_two_encoders
 
+UNKNOWN = "an unknown kind of model"
 Shapes = Mapping[str, tuple[int, ...]]
 
 CHECKPOINT, UNET, TEXT, VAE = "checkpoint", "U-Net", "text encoder", "VAE"
 NETWORK, CONTROL_NET, LLLITE = "network", "ControlNet", "ControlNet-LLLite"
 EMBEDDING, HYPERNETWORK, UPSCALER = "textual inversion", "hypernetwork", "latent upscaler"
+OF_MODELS = (CHECKPOINT, UNET, TEXT, VAE)
 NETWORK_KEY = re.compile(
     r"^(lora|oft|boft|lycoris|lokr|loha|ia3)_|^(unet|text_encoder|text_encoder_2)\..*lora|\.lora_(down|up|A|B)"
 )
@@ -58,7 +60,7 @@ def identify(shapes: Shapes) -> Identity:
     """The identity of a file with these keys and sizes."""
     if any(NETWORK_KEY.search(key) for key in shapes):
         kind = network_kind(shapes)
-        return Identity(NETWORK, f"{_algorithms(shapes)} for {_name(kind)}", kind)
+        return Identity(NETWORK, f"{algorithms(shapes)} for {_name(kind)}", kind)
     if is_lllite(shapes):
         return Identity(LLLITE, "ControlNet-LLLite for SDXL", "sdxl")
     if has_control_net(shapes):
@@ -70,7 +72,14 @@ def identify(shapes: Shapes) -> Identity:
 
 
 def _name(kind: str) -> str:
-    return KIND_NAMES.get(kind, "an unknown kind of model")
+    return KIND_NAMES.get(kind, UNKNOWN)
+
+
+def told_elsewhere(identity: Identity, kind: str, where: str) -> Identity:
+    """The identity with the kind of model that something else tells, such as "its header", if the file does not."""
+    if identity.kind or not kind:
+        return identity
+    return replace(identity, what=identity.what.replace(UNKNOWN, f"{KIND_NAMES[kind]} (by {where})"))
 
 
 def _checkpoint(shapes: Shapes, kind: str) -> str:
@@ -134,7 +143,7 @@ def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 2 else 1
 
 
-def _algorithms(shapes: Shapes) -> str:
+def algorithms(shapes: Shapes) -> str:
     """ "LoRA with 192 modules" or "LoRA (264), norms (30)"."""
     modules: dict[str, set[str]] = {}
     has_two = has_two_encoders(shapes)

@@ -23,6 +23,7 @@ from library.checkpoints.safetensors_io import DTYPES, Entry
 from library.options import OptionError
 from networks.key_names import DOWN, PEFT_KEY, UP
 from networks.weights.diffusers_paths import diffusers_path, dimensions
+from networks.weights.file_identity import algorithms
 from networks.weights.network_file import NetworkFile
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check_plain(file: NetworkFile) -> None:
     odd = [name for name in file.modules if name not in frozenset(file.pairs)]
     if odd or file.other_keys:
         example = next((key for name in odd for key in file.modules[name].values()), None) or file.other_keys[0]
-        problem = f"{file.path} is no plain LoRA: it has {example}"
+        problem = f"{file.path} is no plain LoRA but {algorithms(file.weights.shapes)}: it has {example}"
         raise OptionError(file.where, problem, "only pairs of projections with their alphas can be converted")
     for name in file.pairs:
         extra = set(file.modules[name]) - {DOWN, UP, ALPHA}

@@ -126,7 +126,9 @@ class SvdMergeOptions:
 
     save_precision: str | None = opt(choices=(None, *PRECISIONS), help="precision of the file; without it --precision")
     precision: str = opt(
-        "float", choices=tuple(PRECISIONS), help="precision in which inputs are read; sums are always made in float"
+        "float",
+        choices=tuple(PRECISIONS),
+        help="precision to which inputs are rounded; float without it. Sums are made in float",
     )
     save_to: str | None = opt(help="LoRA to write")
     models: tuple[str, ...] = opt((), help="LoRA files")

@@ -17,9 +17,10 @@ from networks.weights.energy_plot import Spectrum, draw_energy
 from networks.weights.fidelity import Factors, FidelityReport, low_rank_error, percent
 from networks.weights.network_file import NetworkFile
 from networks.weights.stored_results import StoredResults
-from networks.weights.svd import Svd, clamped
+from networks.weights.svd import NOTHING, Svd, clamped
 
 logger = logging.getLogger(__name__)
+CLAMPED = 0.01  # an error above which limited numbers may be the reason; rounding is below it
 
 
 def device_of(name: str | None) -> torch.device:
@@ -97,7 +98,8 @@ class Results:
 
     def note(self, name: str, exact_sq: float, error_sq: float, svd: Svd) -> None:
         """Note the squared norms of an exact change and of the stored one's distance from it."""
-        self.report.add(name, exact_sq, error_sq)
+        is_empty = not len(svd.values_K) or float(svd.values_K[0]) <= NOTHING
+        self.report.add(name, exact_sq, error_sq, is_empty=is_empty)
         left = svd.energy - float(svd.values_K[: self.ranks[name]].square().sum())
         scale_sq = exact_sq / svd.energy if svd.energy else 0.0  # between what was decomposed and the change
         self.by_rank.add(name, exact_sq, left * scale_sq)
@@ -106,7 +108,10 @@ class Results:
         """Say how good the result is, and draw it where asked; `way_out` of what clamping costs, if anything does."""
         self.report.log(title)
         stored, possible = self.report.total.error, self.by_rank.total.error
-        if way_out and percent(stored) != percent(possible):
+        if way_out and stored > CLAMPED and possible < stored / 2:
+            logger.warning("the rank alone costs %s of these %s, limiting large numbers (%s, as the trade) the rest: "
+                           "use --clamp_quantile 1", percent(possible), percent(stored), way_out)  # fmt: skip
+        elif way_out and percent(stored) != percent(possible):
             logger.info("the rank alone costs %s; the rest comes of limiting large numbers, as the trade does (%s), "
                         "and of rounding", percent(possible), way_out)  # fmt: skip
         if plot is not None:

@@ -6,10 +6,11 @@ Importing this brings no torch.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from library.checkpoints.network_kind import KIND_NAMES
+from library.checkpoints.network_kind import KIND_NAMES, kind_by_header
 from library.options import OptionError
 from networks.weights.block_weights import BlockWeights, weight_of
 from networks.weights.network_file import NetworkFile, kind_of_modules
@@ -17,7 +18,8 @@ from networks.weights.network_file import NetworkFile, kind_of_modules
 logger = logging.getLogger(__name__)
 
 MODELS = "--models"
-SHOWN = 10  # names in a message
+SHOWN = 3  # names in a message
+OF_SD2 = re.compile(r"stable-diffusion-v2-(?:(768-v)|512)")
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,7 @@ def kind_of(file: NetworkFile) -> str:
     """ "sd1", "sd2", "sdxl", or "" where neither the tensors nor the notes in the file tell."""
     if kind := kind_of_modules(file):
         return kind
-    base = file.metadata.get("ss_base_model_version", "").lower()
-    if base.startswith("sdxl"):
-        return "sdxl"
-    if base.startswith("sd_v2") or file.metadata.get("ss_v2") == "True":
-        return "sd2"
-    return "sd1" if base.startswith("sd_v1") else ""
+    return kind_by_header(file.metadata)
 
 
 def common_kind(files: Sequence[NetworkFile], model: tuple[str, str] | None = None) -> str:
@@ -89,6 +86,8 @@ def predicts_velocity(kind: str, files: Iterable[Mapping[str, str]]) -> bool:
     for metadata in files:
         if stated := metadata.get("modelspec.prediction_type"):
             return stated in ("v", "v_prediction")
+        if found := OF_SD2.match(metadata.get("modelspec.architecture", "")):
+            return bool(found[1])
         if base := metadata.get("ss_base_model_version"):
             return base.endswith("_v")
     return kind == "sd2"

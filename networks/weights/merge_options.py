@@ -30,7 +30,9 @@ class PlainMergeOptions:
         help="precision of the file; without it --precision, and what is not changed in a model keeps its own",
     )
     precision: str = opt(
-        "float", choices=tuple(PRECISIONS), help="precision in which inputs are read; sums are always made in float"
+        "float",
+        choices=tuple(PRECISIONS),
+        help="precision to which inputs are rounded; float without it. Sums are made in float",
     )
     sd_model: str | None = opt(
         help="model to merge the networks into: one file, .safetensors or .ckpt; without it they are merged together"

@@ -1,7 +1,8 @@
 """Networks merged into a model's single file, an entry at a time.
 
-W' = W + sum_i ratio_i change_i in float32, and then in the precision of the file. What no network changes is copied
-byte by byte. Memory: the largest tensor in float32, and as it is written.
+Networks act in their order, W_i = W_i-1 + ratio_i change_i(W_i-1), as when they are applied: the change of OFT, DoRA
+and (IA)^3 depends on the weight. Sums are made in float32, and stored in the precision of the file. What no network
+changes is copied byte by byte. Memory: the largest tensor in float32, and as it is written.
 """
 
 from __future__ import annotations
@@ -196,13 +197,13 @@ class _Work:
                 raise NonFiniteError(f"{self.model.path}: {name} holds NaN or infinity", "take another model")
             merged = original.to(torch.float32, copy=True)
             for place in places:
-                rows, before = rows_of(place.slot, merged), rows_of(place.slot, original)
+                rows = rows_of(place.slot, merged)
                 for source, module in place.changes:
                     multiplier = source.ratio_of(module)
                     if place.is_bias:
                         add_bias_change_(rows, source.file, module, multiplier, calculation)
                     else:
-                        add_change_(rows, before, source.file, module, multiplier, calculation)
+                        add_change_(rows, source.file, module, multiplier, calculation)
             stored = merged.to(getattr(torch, DTYPES[dtype][1]))
             if not is_finite(stored):
                 raise _too_large(name, dtype)

@@ -52,19 +52,17 @@ def _check_pair(file: NetworkFile, name: str, shape: tuple[int, ...]) -> None:
         raise OptionError("", f"{file.path} was made for another model family: {problem}", way_out)
 
 
-def add_change_(
-    weight: torch.Tensor, original: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype
-) -> None:
+def add_change_(weight: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype) -> None:
     """Change a float32 weight in place as a module at a strength does; its parts are rounded to `dtype` first.
 
-    `original` is the weight as it was before any network, on which the change of some kinds depends. Raises
+    The change of some kinds depends on the weight, which is as networks before this one have left it. Raises
     NonFiniteError for a module that holds NaN or infinity.
     """
     parts = _parts(file, name, dtype)
     if is_plain_lora(parts):
         add_weight_change_(weight, parts[DOWN], parts[UP], multiplier * file.scale(name))
         return
-    change = _oft_change(parts, original) if oft.BLOCKS in parts else weight_change(parts, original.float())
+    change = _oft_change(parts, weight) if oft.BLOCKS in parts else weight_change(parts, weight)
     weight.add_(change, alpha=multiplier)
 
 

@@ -20,6 +20,7 @@ from library.checkpoints.weights import open_weights
 from library.options import OptionError
 from networks.key_names import COPY_AGAIN, DOWN, MAGNITUDES, MID, UP, file_key, has_two_encoders
 from networks.layers import UNET_PREFIX
+from networks.weights.file_identity import OF_MODELS, identify
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,8 @@ class NetworkFile:
         self.modules: dict[str, dict[str, str]] = {}  # module -> part below its name -> key in the file
         self.other_keys: list[str] = []  # of no module
         shapes = self.weights.shapes
+        if (identity := identify(shapes)).sort in OF_MODELS:
+            raise self._error(f"is a model, no LoRA: {identity.what}", "name a LoRA")
         self.kind = network_kind(shapes)  # "sd1", "sd2", "sdxl"; "" where neither names nor sizes tell
         has_two = has_two_encoders(shapes)
         for key in shapes:

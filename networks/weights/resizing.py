@@ -21,7 +21,7 @@ from networks.weights.stored_results import StoredResults
 from networks.weights.svd import Svd, chosen_rank, product_svd
 
 logger = logging.getLogger(__name__)
-SHOWN = 5  # names in a message
+SHOWN = 3  # names in a message
 
 
 @dataclass

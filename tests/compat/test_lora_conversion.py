@@ -185,7 +185,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path: Path, capsys: Any) 
     out = tmp_path / "out.safetensors"
     cases = [
         (["dora.safetensors", out], "is no plain LoRA"),
-        (["loha.safetensors", out], "is no plain LoRA"),
+        (["loha.safetensors", out], "is no plain LoRA but LoHa with 1 module: it has"),
         (["unknown.safetensors", out], "is the name of no layer"),
         (["half.safetensors", out], "is incomplete"),
         (["cut.safetensors", out], "is truncated"),

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from networks import lora_diffusers
 from networks.lora import create_network
 from networks.lora_diffusers import LoRANetwork, create_network_from_weights, merge_lora_weights
 from tests.compat.test_lora_conversion import outputs, pipeline_of
 from tests.tiny_networks import perturb, tiny_parts
-from tools import convert_diffusers20_original_sd
+from tools import convert_diffusers20_original_sd, convert_lora
 
 KINDS = ("sd1", "sd2", "sdxl")
 
@@ -79,6 +80,26 @@ def test_merging_in_one_call():
     assert_same(outputs("sdxl", None, None, pipeline), with_it)
     network.restore_from()
     assert_same(outputs("sdxl", None, None, pipeline), without)
+
+
+@pytest.mark.parametrize("is_path", [True, False])
+def test_alphas_of_a_header_count_where_a_path_is_given(is_path, tmp_path, caplog):
+    pipeline, tensors, with_it, _ = parts("sd1")
+    file, converted = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(tensors, file)
+    assert convert_lora.TOOL.run([str(file), str(converted)]) == 0
+    caplog.clear()
+    network = merge_lora_weights(pipeline, str(converted) if is_path else load_file(converted))
+    found = outputs("sd1", None, None, pipeline)
+    if is_path:
+        assert_same(found, with_it)
+        assert not caplog.messages[:-1], "nothing but the number of modules"
+        network.restore_from()
+        merge_lora_weights(pipeline, file)
+        assert_same(outputs("sd1", None, None, pipeline), with_it)
+    else:
+        assert not torch.allclose(found[0], with_it[0], atol=1e-3)
+        assert "give its path in place of its tensors" in caplog.text
 
 
 def test_the_lora_of_another_model_is_refused():

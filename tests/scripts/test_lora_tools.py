@@ -85,6 +85,28 @@ def test_dylora_without_metadata_and_mistakes(tmp_path, capsys):
         run(extract_lora_from_dylora, "--model", source, "--save_to", out)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "unit", "said"),
+    [
+        ({"ss_network_module": "networks.lora"}, 2, "was trained with networks.lora"),
+        ({"ss_network_module": "networks.dylora", "ss_network_args": '{"unit": "2"}'}, 3, "with unit=2, so a multiple"),
+        ({"ss_network_module": "networks.dylora", "ss_network_args": '{"unit": "2"}'}, 4, ""),
+        ({"ss_network_module": "networks.dylora", "ss_network_args": "nonsense"}, 3, ""),
+        ({}, 2, ""),
+    ],
+)
+def test_what_the_header_says_of_a_dylora_is_compared(metadata, unit, said, tmp_path, caplog):
+    pair = {"lora_unet_x.lora_down.weight": torch.randn(6, 4), "lora_unet_x.lora_up.weight": torch.randn(4, 6)}
+    save_file(pair, tmp_path / "a.safetensors", metadata)
+    words = ["--model", tmp_path / "a.safetensors", "--unit", unit, "--save_to", tmp_path / "out"]
+    assert run(extract_lora_from_dylora, *words) == 0
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said in warnings[0] if said else not warnings
+    caplog.clear()
+    assert run(extract_lora_from_dylora, *words) == 0
+    assert f"out-{unit:04}.safetensors, " in caplog.text and "out-0006.safetensors: replaced" in caplog.text
+
+
 def test_weights_are_listed_as_a_command(tmp_path):
     tensors = {
         "a.lora_down.weight": torch.tensor([[1.0, -3.0], [0.5, -0.5]]),

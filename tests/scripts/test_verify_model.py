@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.checkpoints.safetensors_io import save_file
+from library.checkpoints.safetensors_io import save_file, sshs_hashes
 from library.checkpoints.sd import model_entries
 from networks.lora import create_network
 from networks.weights.file_identity import identify
@@ -69,6 +69,36 @@ def test_a_lora_with_its_base(tmp_path, tiny_sd1_path, capsys):
         assert line in said, said
     assert convert_lora.TOOL.run([str(path), str(tmp_path / "b.safetensors")]) == 0
     assert verify(tmp_path / "b.safetensors", "--base", tiny_sd1_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words", "kind"),
+    [
+        ({}, [], "an unknown kind of model"),
+        ({"modelspec.architecture": "stable-diffusion-v1/lora"}, [], "SD 1.x (by its header)"),
+        ({"ss_base_model_version": "sd_v2_v"}, [], "SD 2.x (by its header)"),
+        ({}, ["--base"], "SD 1.x (by --base)"),
+    ],
+)
+def test_the_kind_of_model_that_something_else_tells(metadata, words, kind, tmp_path, tiny_sd1_path, capsys):
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    tensors = load_file(lora(tmp_path / "whole.safetensors"))
+    path = tmp_path / "a.safetensors"
+    save_file({key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}, path, metadata)
+    assert verify(path, *words, *([tiny_sd1_path] if words else []), "--header_only") == 0
+    assert f"LoRA with 1 module for {kind}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"])
+def test_hashes_may_be_written_with_0x(key, tmp_path, capsys):
+    path = lora(tmp_path / "a.safetensors")
+    tensors = load_file(path)
+    model_hash, legacy_hash = sshs_hashes(tensors, {})
+    right = legacy_hash if "legacy" in key else model_hash
+    for text, is_right in ((f"0x{right}", True), (right, True), (f"0x1{right[1:]}", right[0] == "1")):
+        save_file(tensors, path, {key: text})
+        assert verify(path) == (0 if is_right else 2)
+        assert ("wrong" in capsys.readouterr().out) != is_right
 
 
 def test_the_change_of_a_block_is_that_of_its_weights(tmp_path, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from networks.weights.fidelity import FidelityReport, low_rank_error
+from networks.weights.fidelity import FidelityReport, low_rank_error, percent
 
 
 def factors(rank, generator, shape=(20, 12, 3, 3)):
@@ -45,6 +45,15 @@ def test_table():
     ]  # fmt: skip
     assert report.total.error == pytest.approx((1 / 29) ** 0.5)
     assert report.worst == ("lora_unet_up_blocks_3_attentions_2_proj_out", 0.5)
-    assert report.table().splitlines()[2] == "IN01         2      5     0 %"
-    assert report.table().splitlines()[-1] == "total        4  5.385  18.6 %"
+    assert report.table().splitlines()[2] == "IN01         2      5           0 %"
+    assert report.table().splitlines()[-1] == "total        4  5.385        18.6 %"
     assert report.blocks["TE"].error == 0
+    report.add("lora_te_text_model_encoder_layers_0_mlp_fc2", 1e-20, 1e-20, is_empty=True)
+    assert report.worst[1] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(0.0, "0 %"), (3e-8, "< 0.01 %"), (9.9e-5, "< 0.01 %"), (1.234e-3, "0.123 %")]
+)
+def test_what_rounding_makes_has_no_digits(error, text):
+    assert percent(error) == text

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from library.checkpoints.keymaps import V_PREDICTION_MARKER
 from library.checkpoints.safetensors_io import entry_of, read_header
 from library.checkpoints.torch_file import write_torch_file
 from library.checkpoints.weights import load_tensors
@@ -71,6 +72,36 @@ def test_what_no_network_changes_is_copied(tiny_sd1_path, tmp_path):
         )
     for name in changed:
         assert merged[name].dtype is torch.float32 and not torch.equal(merged[name], source[name].float())
+
+
+@pytest.mark.parametrize(("settings", "is_told"), [({}, True), ({"save_precision": "fp16"}, False)])
+def test_it_is_told_that_changed_tensors_are_of_another_precision(settings, is_told, tiny_sd1_path, tmp_path, caplog):
+    source = {name: tensor.half() for name, tensor in load_tensors(tiny_sd1_path).items()}
+    save_file(source, tmp_path / "m.safetensors")
+    network = tiny_lora(tmp_path / "a.safetensors", "sd1", every=20)
+    with caplog.at_level(logging.INFO):
+        into(tmp_path / "m.safetensors", tmp_path / "out.safetensors", network, **settings)
+    count = len(lora_tensors("sd1", every=20)) // 3
+    line = f"written as float32 ({count} from float16); --save_precision"
+    assert (line in caplog.text) == is_told
+
+
+@pytest.mark.parametrize(
+    ("of_model", "resolution", "prediction"),
+    [
+        ({"modelspec.resolution": "640x704", "modelspec.prediction_type": "epsilon"}, "640x704", "epsilon"),
+        ({"modelspec.architecture": "stable-diffusion-v2-512"}, "512x512", "epsilon"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "768x768", "v"),
+        ({"modelspec.resolution": "large"}, "768x768", "v"),
+    ],
+)
+def test_the_header_says_what_the_models_header_says(of_model, resolution, prediction, tiny_sd2_path, tmp_path):
+    tensors = {name: tensor for name, tensor in load_tensors(tiny_sd2_path).items() if name != V_PREDICTION_MARKER}
+    save_file(tensors, tmp_path / "m.safetensors", of_model)
+    network = tiny_lora(tmp_path / "a.safetensors", "sd2", every=20)
+    metadata = read_header(into(tmp_path / "m.safetensors", tmp_path / "out.safetensors", network)).metadata
+    assert metadata["modelspec.resolution"] == resolution
+    assert metadata["modelspec.prediction_type"] == prediction
 
 
 def test_the_precision_of_the_file(tiny_sd1_path, tmp_path):
@@ -213,7 +244,7 @@ def test_wrong_files(tiny_sd1_path, tiny_sdxl_path, tmp_path):
         (tiny_sdxl_path, (network,), rf"{tiny_sdxl_path} is SDXL, and {network} is for SD 1.x"),
         (network, (network,), r"--sd_model: .* is a network, not a model; name it among --models"),
         (tmp_path, (network,), r"is a Diffusers folder"),
-        (tiny_sd1_path, (tiny_sd1_path,), r"--models: .* modules of .* is in"),
+        (tiny_sd1_path, (tiny_sd1_path,), r"--models: .* is a model, no LoRA: SD 1.x checkpoint"),
         (tmp_path / "no.safetensors", (network,), r"--sd_model: .* does not exist"),
     ]:
         with pytest.raises(OptionError, match=problem):

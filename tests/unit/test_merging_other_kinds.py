@@ -4,13 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.checkpoints.weights import load_tensors
 from library.options import OptionError
 from networks import lora, oft
 from networks.merge_lora import merge
 from networks.weights.merge_options import MergeOptions
 from tests.tiny_loras import layer_shapes
-from tests.tiny_networks import perturb
+from tests.tiny_networks import outputs, perturb
 
 RATIO = 0.7
 
@@ -102,29 +101,73 @@ def test_as_merged_in_memory(kind, network, request, tmp_path):
             assert torch.equal(found[name], before[name])
 
 
-def test_what_depends_on_the_weight_sees_it_as_it_was(tiny_sd1_path, tmp_path):
-    """Two DoRA files add what each of them adds alone, in whatever order they are named."""
-    name = next(name for name in layer_shapes("sd1") if name.startswith("lora_te"))
-    key = f"cond_stage_model.transformer.{name.removeprefix('lora_te_')}.weight"
-    key = key.replace("text_model_encoder_layers_0_self_attn_k_proj", "text_model.encoder.layers.0.self_attn.k_proj")
-    generator = torch.Generator().manual_seed(1)
-    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    for path in paths:
-        save_file({f"{name}.lora_down.weight": torch.randn(4, 64, generator=generator),
-                   f"{name}.lora_up.weight": torch.randn(64, 4, generator=generator),
-                   f"{name}.dora_scale": torch.rand(64, 1, generator=generator)}, path)  # fmt: skip
+def beside_others(kind):
+    """A module of each layer that LoRA stands on in attentions: LoRA, DoRA, (IA)^3, or a difference with a bias."""
+    generator = torch.Generator().manual_seed(len(kind))
+    found = {}
+    for name, (out, ins, *_) in layer_shapes("sd1").items():
+        if "attn" not in name:
+            continue
+        if kind == "ia3":
+            parts = {"weight": torch.rand(out, generator=generator), "on_input": torch.tensor(False)}
+        elif kind == "diff":
+            parts = {"diff": torch.randn(out, ins, generator=generator) * 0.05}
+            if name.endswith("to_out_0"):
+                parts["diff_b"] = torch.randn(out, generator=generator)
+        else:
+            parts = {"lora_down.weight": torch.randn(4, ins, generator=generator) * 0.2,
+                     "lora_up.weight": torch.randn(out, 4, generator=generator) * 0.2}  # fmt: skip
+            if kind == "dora":
+                parts["dora_scale"] = torch.rand(out, 1, generator=generator) + 0.5
+        found |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    return found
 
-    def merged(*files):
-        output = tmp_path / "out.safetensors"
-        files = tuple(map(str, files))
-        merge(MergeOptions(sd_model=str(tiny_sd1_path), save_to=str(output), models=files, ratios=(1.0,) * len(files)))
-        return load_tensors(output)[key]
 
-    weight = load_tensors(tiny_sd1_path)[key]
-    changes = [merged(path) - weight for path in paths]
-    assert all(change.norm() > 0.1 for change in changes)
-    torch.testing.assert_close(merged(*paths), weight + changes[0] + changes[1], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(merged(*reversed(paths)), merged(*paths), rtol=1e-5, atol=1e-6)
+def difference(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("kinds", ["lora oft", "lora dora", "oft lora dora", "diff oft", "lora ia3"])
+def test_networks_beside_each_other_do_the_same_applied_and_merged(kinds, tiny_sd1_path, tmp_path):
+    """In their order: hooked, merged in memory, calculated beforehand, and merged into a file."""
+    kinds = kinds.split()
+    ratios = tuple(float(number) for number in range(1, len(kinds) + 1))
+    files, modules = [], [oft if kind == "oft" else lora for kind in kinds]
+    models = load("sd1", tiny_sd1_path)
+    for kind in kinds:
+        files.append(str(tmp_path / f"{kind}.safetensors"))
+        if kind == "oft":
+            created = oft.create_network(1.0, 4, 0.05, None, *models)
+            perturb(created, std=0.1)
+            created.save_weights(files[-1], None, {})
+        else:
+            save_file(beside_others(kind), files[-1])
+
+    def networks(models):
+        for module, file, ratio in zip(modules, files, ratios, strict=True):
+            yield module.create_network_from_weights(ratio, file, None, *models, for_inference=True)
+
+    with torch.no_grad():
+        applied, calculated = [], load("sd1", tiny_sd1_path)
+        for found, hooked in ((models, applied), (calculated, [])):
+            for network, tensors in networks(found):
+                network.apply_to(*found)
+                network.load_state_dict(tensors, strict=False)
+                hooked.append(network.eval().requires_grad_(False))
+            for network in hooked if found is calculated else ():
+                network.pre_calculation()
+        expected = outputs(*models)
+        in_memory, output = load("sd1", tiny_sd1_path), tmp_path / "out.safetensors"
+        for network, tensors in networks(in_memory):
+            network.merge_to(*in_memory, tensors)
+        merge(MergeOptions(sd_model=str(tiny_sd1_path), save_to=str(output), models=tuple(files), ratios=ratios))
+        for found in (calculated, in_memory, load("sd1", output)):
+            for output_of_part, expected_of_part in zip(outputs(*found), expected, strict=True):
+                assert difference(output_of_part, expected_of_part) < 2e-3
+        for index in range(len(applied)):
+            applied[index].set_multiplier(0.0)
+            assert difference(outputs(*models)[1], expected[1]) > 0.02
+            applied[index].set_multiplier(ratios[index])
 
 
 def test_mistakes(tiny_sd1_path, tmp_path):

@@ -116,6 +116,27 @@ def test_what_is_no_plain_lora_is_refused_or_copied(tmp_path, capsys, caplog):
     assert "copied as they are" in caplog.text
 
 
+def test_a_model_is_no_lora_and_long_lists_are_cut(tiny_sd1_path, tmp_path, capsys):
+    out = str(tmp_path / "out.safetensors")
+    assert resize_lora.TOOL.run(["--model", str(tiny_sd1_path), "--save_to", out]) == 2
+    assert "is a model, no LoRA: SD 1.x checkpoint" in capsys.readouterr().err
+    tensors = lora_tensors("sd1", every=20) | {f"lora_unet_{x}.hada_w1_a": torch.ones(2, 2) for x in "abcdef"}
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert resize_lora.TOOL.run(["--model", str(tmp_path / "in.safetensors"), "--save_to", out]) == 2
+    assert "(lora_unet_a, lora_unet_b, lora_unet_c and 3 more)" in capsys.readouterr().err
+
+
+def test_a_module_of_next_to_nothing_is_not_the_worst(tmp_path, caplog):
+    tensors = lora_tensors("sd1", rank=6, every=20)
+    empty = next(iter(tensors)).partition(".")[0]
+    tensors[f"{empty}.lora_up.weight"] = tensors[f"{empty}.lora_up.weight"] * 1e-9
+    save_file(tensors, tmp_path / "in.safetensors")
+    with caplog.at_level("INFO"):
+        after = load_tensors(resized(tmp_path / "in.safetensors", tmp_path, "--new_rank", 6))
+    assert rank_of(after, empty) == 1
+    assert "largest error of a module" not in caplog.text or f"({empty})" not in caplog.text
+
+
 def test_verbose_and_report_say_what_is_kept(tmp_path, caplog):
     source = tiny_lora(tmp_path / "in.safetensors", "sd1", rank=6, every=15)
     before = dense_changes(source)

@@ -56,6 +56,13 @@ def test_result_is_the_best_one_for_the_weighted_sum(two, tmp_path):
     assert notes["ss_base_model_version"] == "sd_v1" and notes["modelspec.merged_from"] == "a, b"
 
 
+@pytest.mark.parametrize(("flags", "warns"), [([], True), (["--clamp_quantile", 1], False), (["--new_rank", 1], False)])
+def test_a_warning_where_limiting_numbers_is_most_of_the_error(flags, warns, two, tmp_path, caplog):
+    assert merged(two, [0.7, 0.4], tmp_path / "out.safetensors", "--new_rank", 11, "--new_conv_rank", 11, *flags) == 0
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("--clamp_quantile 1" in text and "the rank alone costs" in text for text in warnings) == warns
+
+
 def test_ranks_that_hold_everything_lose_nothing(two, tmp_path):
     output = tmp_path / "out.pt"
     assert merged(two, [1, 1], output, "--new_rank", 16, "--clamp_quantile", 1, "--no_metadata") == 0
