@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.checkpoints.adapter_metadata import adapter_alphas
-from library.checkpoints.safetensors_io import DTYPES, Header, TensorInfo, header_dtype, read_header
+from library.checkpoints.safetensors_header import DTYPES, Header, TensorInfo
+from library.checkpoints.safetensors_io import header_dtype, read_header
 from library.options import OptionError
 
 if TYPE_CHECKING:

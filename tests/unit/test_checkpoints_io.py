@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save
 
 from library.checkpoints import safetensors_io as io
@@ -199,3 +201,84 @@ def test_code_in_a_ckpt_is_named_and_does_not_run(tmp_path, is_zip):
     with pytest.raises(OptionError, match=r"evil\.ckpt holds code that would run when it is loaded"):
         load_tensors(file)
     assert not marker.exists()
+
+
+# ----------------------------------------------------------------------------------- headers that lie
+
+
+def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def row(begin: int, end: int, dtype: object = "U8", shape: object = None) -> dict:
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "said"),
+    [
+        ([], b"", "is no safetensors file: its header can't be read"),
+        (b"[" * 100_000, b"", "is no safetensors file: its header can't be read"),
+        (b'{"__metadata__":{"a":"\xff"}}', b"", "its header can't be read"),
+        (b'{"__metadata__":{"a":"\\ud800"}}', b"", "its header can't be read"),
+        ({"__metadata__": ["a"]}, b"", "its metadata are no texts by name"),
+        ({"__metadata__": {"a": 1}}, b"", "its metadata are no texts by name"),
+        ({"__metadata__": {"a": None}}, b"", "its metadata are no texts by name"),
+        (b'{"__metadata__":{"a":"1","a":"2"}}', b"", "its header has a twice"),
+        ({"a": 1}, b"", "its header does not describe a"),
+        ({"a": {"dtype": "U8", "shape": [2]}}, b"12", "its header does not describe a"),
+        ({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1, 2]}}, b"12", "its header does not describe a"),
+        ({"a": row(0, 2, dtype=["U8"])}, b"12", "its header does not describe a"),
+        ({"a": row(0, 2, shape="2")}, b"12", "its header does not describe a"),
+        ({"a": row(0, 2, dtype="C128")}, b"12", "x.safetensors: a is of the data type C128, which is not known here"),
+        ({"a": row(0, 2, shape=[2.0])}, b"12", "are no whole numbers from 0"),
+        ({"a": row(0, 2, shape=[True, 2])}, b"12", "are no whole numbers from 0"),
+        ({"a": row(0, 2, shape=[-1, -2])}, b"12", "are no whole numbers from 0"),
+        ({"a": row(-2, 0, shape=[2])}, b"12", "are no whole numbers from 0"),
+        ({"a": row(0, 3, shape=[2])}, b"123", "can't be the bytes 0 to 3"),
+        ({"a": row(2, 0, shape=[2])}, b"12", "can't be the bytes 2 to 0"),
+        ({"a": row(0, 2), "b": row(1, 3)}, b"123", "b overlaps the tensor before it"),
+        ({"a": row(0, 2), "b": row(3, 4)}, b"1234", "b does not follow the tensor before it"),
+        ({"a": row(1, 2)}, b"12", "a does not follow the tensor before it"),
+        ({"a": row(0, 2)}, b"12345", "is damaged: 3 bytes follow its last tensor"),
+        ({}, b"1", "is damaged: 1 bytes follow its last tensor"),
+        ({"a": row(0, 9)}, b"12", "is truncated"),
+    ],
+)
+def test_what_the_library_refuses_is_one_sentence(tmp_path: Path, header: object, data: bytes, said: str):
+    path = raw_file(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(OptionError) as caught:
+        io.read_header(path, "--flag")
+    assert said in str(caught.value) and str(caught.value).startswith(f"--flag: {path}")
+    if "twice" not in said:
+        with pytest.raises(SafetensorError):
+            deserialize(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        ({}, b""),
+        ({"__metadata__": None}, b""),
+        ({"__metadata__": {"only": "metadata"}}, b""),
+        (b'{"__metadata__":{"a":"\\ud83d\\ude00"}}  ', b""),
+        ({"b": row(0, 2), "a": row(2, 3), "none": row(2, 2), "zero": row(0, 0, shape=[4, 0, 2])}, b"123"),
+        ({"a": row(0, 2) | {"note": 1}}, b"12"),
+    ],
+)
+def test_what_the_library_reads_is_read(tmp_path: Path, header: object, data: bytes):
+    path = raw_file(tmp_path / "x.safetensors", header, data)
+    tensors = load_tensors(path)
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
+        name: info["shape"] for name, info in deserialize(path.read_bytes())
+    }
+
+
+def test_half_a_letter_does_not_stop_a_save(tmp_path: Path):
+    """The names of files that are not UTF-8 come with such letters; a run's weights are not lost for them."""
+    io.save_file(NETWORK, tmp_path / "x.safetensors", {"title": "caf\udce9"})
+    assert io.read_header(tmp_path / "x.safetensors").metadata == {"title": "caf?"}
+    with pytest.raises(OptionError, match="tensor name .* can't be written"):
+        io.save_file({"\ud800": torch.ones(1)}, tmp_path / "y.safetensors")
