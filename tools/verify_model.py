@@ -96,6 +96,8 @@ def _verify_file(path: Path, weights: Weights, options: VerifyOptions, findings:
     form = "safetensors" if path.is_dir() or is_safetensors(path) else "PyTorch pickle"
     print(f"{path}: {identity.what}")
     facts = [("form", form), ("tensors", f"{len(weights.shapes):,}"), ("precision", _precisions(weights))]
+    if inert := getattr(weights, "inert", ()):  # of a pickle
+        facts.append(("not loaded", f"objects of {', '.join(inert)}"))
     _print_table("file", facts)
     _print_table("header", trained_with(weights.metadata))
     if not identity.sort:

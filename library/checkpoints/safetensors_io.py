@@ -105,9 +105,12 @@ def entry_of(name: str, tensor: torch.Tensor) -> Entry:
 
 
 def header_dtype(dtype: torch.dtype) -> str:
-    """torch.float16 -> "F16"."""
+    """torch.float16 -> "F16"; OptionError for one that the format has not."""
     name = str(dtype).removeprefix("torch.")
-    return next(key for key, (_, torch_name) in DTYPES.items() if torch_name == name)
+    found = next((key for key, (_, torch_name) in DTYPES.items() if torch_name == name), None)
+    if found is None:
+        raise OptionError("", f"tensors of the data type {name} can't be written", "convert them to another precision")
+    return found
 
 
 def write_entries(entries: Iterable[Entry], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
