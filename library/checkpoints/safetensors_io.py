@@ -36,10 +36,15 @@ CHUNK = 1 << 20
 class NonFiniteError(OptionError):
     """A tensor to be saved holds NaN or infinity, or would in the dtype asked for; nothing was written."""
 
-    exit_code = 1  # of a program that ends with it: what went wrong is no mistake in the command line
+    exit_code = 1  # of a training run that ends with it: what went wrong is no mistake in the command line
+    tool_exit_code = 2  # of a tool: it was given a file that is not sound, or a precision that is too small
 
     def __init__(self, problem: str, way_out: str = "") -> None:
         super().__init__("", problem, way_out)
+
+
+class TooLargeError(NonFiniteError):
+    """A tensor of finite numbers would hold infinity in the dtype asked for."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,15 @@ def is_finite(tensor: torch.Tensor) -> bool:
         tensor = tensor.float()
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def rounded(tensor: torch.Tensor, dtype: torch.dtype, what: str, flag: str = "--save_precision") -> torch.Tensor:
+    """The tensor as `dtype`; TooLargeError, naming `what` it is and the `flag` to change, where that is too small."""
+    cast = tensor.to(dtype)
+    if cast.dtype != tensor.dtype and not is_finite(cast) and is_finite(tensor):
+        problem = f"{what} is too large for {str(dtype).removeprefix('torch.')}"
+        raise TooLargeError(problem, f"use {flag} bf16 or float")
+    return cast
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

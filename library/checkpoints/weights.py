@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.checkpoints.adapter_metadata import adapter_alphas
-from library.checkpoints.safetensors_header import DTYPES, Header, TensorInfo
+from library.checkpoints.safetensors_header import DTYPES, GET_IT_AGAIN, Header, TensorInfo
 from library.checkpoints.safetensors_io import header_dtype, read_header
 from library.options import OptionError
 
@@ -318,6 +318,19 @@ class MergedWeights:
             part.__exit__(*error)
 
 
+def read_config(path: Path, where: str = "") -> dict[str, Any]:
+    """A JSON file of a Diffusers folder: a component's configuration, or an index."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OptionError(where, f"{path} is missing", "check that the Diffusers folder is complete") from None
+    except (ValueError, RecursionError) as error:
+        raise OptionError(where, f"{path} is no valid JSON ({error})", GET_IT_AGAIN) from None
+    if not isinstance(content, dict):
+        raise OptionError(where, f"{path} holds no JSON object", GET_IT_AGAIN)
+    return content
+
+
 def open_component(folder: Path, stem: str, where: str = "", variant: str | None = None) -> Weights:
     """The weights of one component of a Diffusers folder: `stem`.safetensors, a sharded one, an fp16 variant, or .bin.
 
@@ -335,7 +348,11 @@ def open_component(folder: Path, stem: str, where: str = "", variant: str | None
         if not index.is_file() and variant:  # diffusers puts the variant last but one in the names of indices
             index = folder / f"{name.replace(f'.{variant}', '')}.index.{variant}.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            places = read_config(index, where).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+                problem = f"{index} has no weight_map, which says what file a tensor is in"
+                raise OptionError(where, problem, GET_IT_AGAIN)
+            shards = sorted(set(places.values()))
             return MergedWeights([open_weights(folder / shard, where) for shard in shards])
     subject = f"{where}: {folder}" if where else f"{folder}"
     raise OptionError("", f"{subject} holds no {names[0]}", "check that the download is complete")
