@@ -43,7 +43,7 @@ def main(options: ExtractOptions) -> None:
         from networks.weights.stored_results import StoredResults
 
         precision = None if options.load_precision is None else torch_dtype(PRECISIONS[options.load_precision])
-        models = TwoModels(original, trained, source.kind, precision)
+        models = TwoModels(original, trained, source.kind, precision, (org, tuned))
         with StoredResults(output.parent) as store:
             results = extract(models, options, store, _shown)
             write_network(store.entries, output, _metadata(options, source, output))

@@ -6,9 +6,11 @@ SD 1.x, SD 2.x and SDXL. See docs/models_and_loras.md.
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +23,13 @@ from library.checkpoints.model_spec import ModelSpec, model_spec_metadata
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.own_folders import CONTROL_NET_FOLDER, MODEL_FOLDER
 from library.checkpoints.probe import resolve_model
-from library.checkpoints.safetensors_io import DTYPES, write_entries
+from library.checkpoints.safetensors_io import DTYPES, NonFiniteError, TooLargeError, write_entries
 from library.checkpoints.sd import save_single_file
 from library.checkpoints.stored_control_net import StoredControlNet, is_control_net, stored_control_net
 from library.checkpoints.stored_model import StoredModel, stored_model
 from library.checkpoints.torch_file import write_torch_file
 from library.checkpoints.weights import open_weights
-from library.cli.output_places import output_file
+from library.cli.output_places import output_file, refuse_loop
 from library.cli.tools import Tool
 from library.options import OptionError, opt, require
 from library.progress import progress_bar
@@ -107,13 +109,24 @@ def convert(options: ConvertOptions) -> None:
                 logger.warning("--%s: no effect, only .ckpt files have counters", name)
     source = resolve_model(options.model_to_load, SOURCE)
     output = _output(options, source)
-    with progress_bar(desc="converting", unit="B", unit_scale=True, total=0) as bar:
+    with _told_of(options), progress_bar(desc="converting", unit="B", unit_scale=True, total=0) as bar:
         if is_control_net(source, SOURCE):
             what = _convert_control_net(options, source, output, metadata, bar)
         else:
             what = _convert_model(options, output, metadata, bar)
     form = "original" if options.is_file else "Diffusers"
     logger.info("%s: %s, %s layout, %s", output, what, form, options.precision or "each tensor in its own precision")
+
+
+@contextlib.contextmanager
+def _told_of(options: ConvertOptions) -> Iterator[None]:
+    """What is wrong with a tensor is told with the file it is of."""
+    try:
+        yield
+    except TooLargeError as error:
+        raise TooLargeError(f"{options.model_to_load}: {error}") from None
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{options.model_to_load}: {error}", "get the model again, or another one") from None
 
 
 def _given_metadata(text: str | None) -> dict[str, str]:
@@ -133,10 +146,11 @@ def _output(options: ConvertOptions, source: Path) -> Path:
     if options.reference_model and Path(options.reference_model).exists():
         needed["the reference model"] = [options.reference_model]
     output = Path(options.model_to_save).expanduser()
+    refuse_loop(output, OUTPUT)
     if options.is_file or output.is_file():
         return output_file(options.model_to_save, OUTPUT, needed)
     for what, paths in needed.items():
-        if any(output.resolve() == Path(path).expanduser().resolve() for path in paths):
+        if any(os.path.realpath(output) == os.path.realpath(Path(path).expanduser()) for path in paths):
             raise OptionError(OUTPUT, f"{output} is {what}, which would be replaced", "choose another folder")
     if output.exists() and not (MODEL_FOLDER.is_free(output) or CONTROL_NET_FOLDER.is_free(output)):
         raise OptionError(OUTPUT, f"{output} is there and is no Diffusers folder", "choose another folder")
@@ -249,7 +263,8 @@ def _write_original(options: ConvertOptions, net: StoredControlNet, output: Path
         write_torch_file(entries, output, lambda tensors: {"state_dict": tensors})
 
 
-TOOL = Tool(__doc__, ConvertOptions, convert, positionals=(SOURCE, OUTPUT))
+RENAMED = {"--save_precision ": "--save_precision_as "}  # what shared code calls it
+TOOL = Tool(__doc__, ConvertOptions, convert, positionals=(SOURCE, OUTPUT), renamed=RENAMED)
 
 if __name__ == "__main__":
     sys.exit(TOOL.run())

@@ -7,7 +7,6 @@ Diffusers folders. The exit code is 0 for a sound file and 2 for any other. See 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from library.checkpoints.probe import resolve_model
 from library.checkpoints.stored_model import STEMS, original_shapes
 from library.checkpoints.tensor_health import Health
 from library.checkpoints.trained_with import trained_with
-from library.checkpoints.weights import Weights, is_safetensors, open_component, open_weights
+from library.checkpoints.weights import Weights, is_safetensors, open_component, open_weights, read_config
 from library.cli.tools import Tool
 from library.options import OptionError, opt, require
 from library.progress import progress_bar
@@ -103,6 +102,8 @@ def _verify_file(path: Path, weights: Weights, options: VerifyOptions, findings:
     form = "safetensors" if path.is_dir() or is_safetensors(path) else "PyTorch pickle"
     print(f"{path}: {identity.what}")
     facts = [("form", form), ("tensors", f"{len(weights.shapes):,}"), ("precision", _precisions(weights))]
+    if inert := getattr(weights, "inert", ()):  # of a pickle
+        facts.append(("not loaded", f"objects of {', '.join(inert)}"))
     _print_table("file", facts)
     _print_table("header", trained_with(weights.metadata))
     if not identity.sort:
@@ -175,7 +176,7 @@ def _verify_folder(path: Path, options: VerifyOptions, findings: Findings) -> No
     identity = identify(sizes)
     print(f"{path}: Diffusers folder: {identity.what}")
     index = path / "model_index.json"
-    content = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    content = read_config(index, MODEL) if index.is_file() else {}
     _print_table("file", [("pipeline", content.get("_class_name", "not said")), ("tensors", f"{len(sizes):,}")])
     if options.base is not None:
         base_kind, base = original_shapes(options.base, BASE)

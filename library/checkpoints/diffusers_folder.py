@@ -22,10 +22,17 @@ from library.checkpoints.own_folders import (
     TOKENIZER_FILES,
     FolderForm,
 )
-from library.checkpoints.safetensors_io import Entry, flush_to_disk, header_dtype, require_disk_space, write_entries
+from library.checkpoints.safetensors_io import (
+    Entry,
+    flush_to_disk,
+    header_dtype,
+    require_disk_space,
+    rounded,
+    write_entries,
+)
 from library.checkpoints.sd import ModelState, copied_entry, owned_keys
 from library.checkpoints.torch_file import write_torch_file
-from library.checkpoints.weights import Weights
+from library.checkpoints.weights import Weights, read_config
 from library.options import OptionError
 
 if TYPE_CHECKING:
@@ -117,9 +124,12 @@ def _written_beside(path: Path, size: int, form: FolderForm) -> Iterator[Path]:
     """A folder to be filled with `size` bytes that is in place of `path` at the end, or leaves no trace."""
     if path.is_file():
         raise OptionError("", f"{path} is a file", "choose another output name for the Diffusers folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    require_disk_space(path.parent, size)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_disk_space(path.parent, size)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise OptionError("", f"{path} can't be written: {error.strerror}", "choose another output folder") from None
     try:
         yield partial
         for written in [*partial.rglob("*"), partial]:  # what is there already takes no time
@@ -146,7 +156,9 @@ def _entries(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> li
 
 
 def _entry(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Entry:
-    return Entry(name, header_dtype(dtype), tuple(tensor.shape), lambda: tensor.detach().to("cpu", dtype))
+    return Entry(
+        name, header_dtype(dtype), tuple(tensor.shape), lambda: rounded(tensor.detach().to("cpu"), dtype, name)
+    )
 
 
 def _extra_entries(model: ModelState, source: Weights | None) -> list[Entry]:
@@ -174,7 +186,7 @@ def _write_scheduler(folder: Path, template: Path | None, model: ModelState) -> 
     own = template / "scheduler" / "scheduler_config.json" if template else None
     content = SCHEDULE | SAMPLERS[model.kind]
     if own is not None and own.is_file():
-        content = json.loads(own.read_text(encoding="utf-8"))
+        content = read_config(own)
     if model.zero_terminal_snr and not content.get("rescale_betas_zero_snr"):
         content |= ZERO_TERMINAL_SNR
     content["prediction_type"] = "v_prediction" if model.v_prediction else "epsilon"

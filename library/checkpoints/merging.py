@@ -23,7 +23,7 @@ from library.checkpoints.keymaps import (
 )
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.probe import LORA_KEYS, says_v_prediction
-from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite
+from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, TooLargeError, is_finite
 from library.checkpoints.weights import Weights, open_weights
 from library.options import OptionError
 
@@ -185,7 +185,7 @@ def _entry(
         pairs = [(model.tensor(name), ratio) for model, ratio in terms]
         result = _copy(pairs[0][0], dtype) if pairs[0][1] == 1 and len(pairs) == 1 else _sum(pairs, dtype, settings)
         if not is_finite(result):
-            raise _not_finite(name, dtype, [model for model, _ in terms])
+            raise _not_finite(name, dtype, [model for model, _ in terms], settings)
         on_done(entry.nbytes)
         return result.reshape(shape)
 
@@ -215,11 +215,16 @@ def _sum(pairs: Sequence[tuple[torch.Tensor, float]], dtype: str, settings: Merg
     return result
 
 
-def _not_finite(name: str, dtype: str, models: Sequence[ModelFile]) -> NonFiniteError:
+def _not_finite(name: str, dtype: str, models: Sequence[ModelFile], settings: MergeSettings) -> NonFiniteError:
     for model in models:
         if not is_finite(model.tensor(name)):
             return NonFiniteError(
                 f"{model.path}: {name} holds NaN or infinity", "leave this model out, or get it again"
             )
-    problem = f"{name} is too large for {DTYPES[dtype][1]} once it is summed"
-    return NonFiniteError(problem, "use --precision float, and --saving_precision bf16 or float")
+    small = {"--precision": settings.precision, "--saving_precision": settings.saving_precision}
+    flags = [flag for flag, precision in small.items() if precision == "fp16"]
+    if not flags:
+        return NonFiniteError(f"{name} is too large for {DTYPES[dtype][1]} once it is summed", "use smaller --ratios")
+    return TooLargeError(
+        f"{name} is too large for float16 once it is summed", f"use {' and '.join(flags)} bf16 or float"
+    )

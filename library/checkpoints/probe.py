@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from library.checkpoints.architecture import (
 from library.checkpoints.keymaps import V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.source import ModelSource
-from library.checkpoints.weights import open_weights
+from library.checkpoints.weights import open_weights, read_config
 from library.options import OptionError
 
 VAE_FLAG = "--vae"
@@ -203,16 +202,6 @@ def _is_refiner(path: str, flag: str) -> OptionError:
 def _has_edm_schedule(path: str, flag: str) -> OptionError:
     problem = f"{path} was trained with an EDM noise schedule (as Playground 2.5 and CosXL), which is not supported"
     return OptionError(flag, problem, "use an SDXL base model")
-
-
-def read_config(path: Path, flag: str) -> dict[str, Any]:
-    """A component's JSON configuration."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OptionError(flag, f"{path} is missing", "check that the Diffusers folder is complete") from None
-    except ValueError as error:
-        raise OptionError(flag, f"{path} is no valid JSON ({error})", "copy or download it again") from None
 
 
 def _require_four_channels(path: str, in_channels: int, flag: str) -> None:

@@ -20,33 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from library.checkpoints.safetensors_header import DTYPES, GET_IT_AGAIN, Header, parsed_header
 from library.options import OptionError
 
 if TYPE_CHECKING:
     import torch
 
-# name in the header -> (bytes per element, name in torch); the order is the safetensors library's layout order
-DTYPES = {
-    "BOOL": (1, "bool"),
-    "U8": (1, "uint8"),
-    "I8": (1, "int8"),
-    "F8_E5M2": (1, "float8_e5m2"),
-    "F8_E4M3": (1, "float8_e4m3fn"),
-    "F8_E8M0": (1, "float8_e8m0fnu"),
-    "F8_E4M3FNUZ": (1, "float8_e4m3fnuz"),
-    "F8_E5M2FNUZ": (1, "float8_e5m2fnuz"),
-    "I16": (2, "int16"),
-    "U16": (2, "uint16"),
-    "F16": (2, "float16"),
-    "BF16": (2, "bfloat16"),
-    "I32": (4, "int32"),
-    "U32": (4, "uint32"),
-    "F32": (4, "float32"),
-    "C64": (8, "complex64"),
-    "F64": (8, "float64"),
-    "I64": (8, "int64"),
-    "U64": (8, "uint64"),
-}
 LAYOUT_RANK = {name: rank for rank, name in enumerate(DTYPES)}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 SPARE_DISK = 16 << 20  # bytes that stay free after a save
@@ -57,29 +36,15 @@ CHUNK = 1 << 20
 class NonFiniteError(OptionError):
     """A tensor to be saved holds NaN or infinity, or would in the dtype asked for; nothing was written."""
 
-    exit_code = 1  # of a program that ends with it: what went wrong is no mistake in the command line
+    exit_code = 1  # of a training run that ends with it: what went wrong is no mistake in the command line
+    tool_exit_code = 2  # of a tool: it was given a file that is not sound, or a precision that is too small
 
     def __init__(self, problem: str, way_out: str = "") -> None:
         super().__init__("", problem, way_out)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor as the header describes it; `start` and `end` are byte offsets from the start of the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a safetensors file."""
-
-    metadata: dict[str, str]
-    tensors: dict[str, TensorInfo]
-    data_start: int
+class TooLargeError(NonFiniteError):
+    """A tensor of finite numbers would hold infinity in the dtype asked for."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +71,7 @@ class Entry:
 def read_header(path: Path | str, where: str = "") -> Header:
     """The header of a safetensors file, read without torch and without touching the tensors.
 
-    Raises OptionError, naming `where` (a flag) if given, for a missing, truncated or foreign file.
+    Raises OptionError, naming `where` (a flag) if given, for a missing, truncated, damaged or foreign file.
     """
     path = Path(path)
     subject = f"{path}" if not where else f"{where}: {path}"
@@ -123,25 +88,9 @@ def read_header(path: Path | str, where: str = "") -> Header:
         if 8 + length > size:
             brace = file.read(1) == b"{"
             problem = "is truncated: it ends within its header" if brace else "is no safetensors file"
-            raise OptionError("", f"{subject} {problem}", "copy or download it again" if brace else "")
+            raise OptionError("", f"{subject} {problem}", GET_IT_AGAIN if brace else "")
         text = file.read(length)
-    try:
-        content = json.loads(text)
-        metadata = content.pop("__metadata__", None) or {}
-        data_start = 8 + length
-        tensors = {
-            name: TensorInfo(
-                row["dtype"], tuple(row["shape"]), *(data_start + offset for offset in row["data_offsets"])
-            )
-            for name, row in content.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise OptionError("", f"{subject} is no safetensors file: its header can't be read") from None
-    promised = max((info.end for info in tensors.values()), default=data_start)
-    if promised > size:
-        problem = f"{subject} is truncated: {promised:,} bytes promised, {size:,} there"
-        raise OptionError("", problem, "copy or download it again")
-    return Header(metadata, tensors, data_start)
+    return parsed_header(text, 8 + length, size, subject)
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -161,9 +110,12 @@ def entry_of(name: str, tensor: torch.Tensor) -> Entry:
 
 
 def header_dtype(dtype: torch.dtype) -> str:
-    """torch.float16 -> "F16"."""
+    """torch.float16 -> "F16"; OptionError for one that the format has not."""
     name = str(dtype).removeprefix("torch.")
-    return next(key for key, (_, torch_name) in DTYPES.items() if torch_name == name)
+    found = next((key for key, (_, torch_name) in DTYPES.items() if torch_name == name), None)
+    if found is None:
+        raise OptionError("", f"tensors of the data type {name} can't be written", "convert them to another precision")
+    return found
 
 
 def write_entries(entries: Iterable[Entry], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
@@ -194,10 +146,17 @@ def in_layout_order(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def encode_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None) -> bytes:
-    """The length word and header of a file that holds `entries` in this order."""
-    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    """The length word and header of a file that holds `entries` in this order.
+
+    Letters of metadata that are none, such as the bytes of a file name that is not UTF-8, become question marks.
+    """
+    content: dict[str, Any] = {}
+    if metadata:
+        content["__metadata__"] = {_unicode(key): _unicode(text) for key, text in metadata.items()}
     offset = 0
     for entry in entries:
+        if _unicode(entry.name) != entry.name:
+            raise OptionError("", f"the tensor name {entry.name!r} can't be written", "name the tensor otherwise")
         content[entry.name] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
@@ -207,6 +166,10 @@ def encode_header(entries: Iterable[Entry], metadata: Mapping[str, str] | None) 
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def _unicode(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def checked_bytes(entry: Entry) -> memoryview:
@@ -229,6 +192,15 @@ def is_finite(tensor: torch.Tensor) -> bool:
         tensor = tensor.float()
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def rounded(tensor: torch.Tensor, dtype: torch.dtype, what: str, flag: str = "--save_precision") -> torch.Tensor:
+    """The tensor as `dtype`; TooLargeError, naming `what` it is and the `flag` to change, where that is too small."""
+    cast = tensor.to(dtype)
+    if cast.dtype != tensor.dtype and not is_finite(cast) and is_finite(tensor):
+        problem = f"{what} is too large for {str(dtype).removeprefix('torch.')}"
+        raise TooLargeError(problem, f"use {flag} bf16 or float")
+    return cast
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -28,6 +28,7 @@ from library.checkpoints.safetensors_io import (
     Entry,
     entry_of,
     header_dtype,
+    rounded,
     write_entries,
 )
 from library.checkpoints.torch_file import write_torch_file
@@ -190,7 +191,7 @@ def _entry(key: str, tensors: list[torch.Tensor], dtype: torch.dtype | None) -> 
 
         here = [tensor.detach().to("cpu") for tensor in tensors]  # first: a busy device has no room for what follows
         joined = torch.cat(here) if len(here) > 1 else here[0]
-        return joined.to(dtype).reshape(shape).contiguous()
+        return rounded(joined, dtype, key).reshape(shape).contiguous()
 
     return Entry(key, header_dtype(dtype), shape, produce)
 

@@ -41,7 +41,7 @@ class StoredControlNet:
         """The tensors under the original names, with prefix; `dtype` as headers name it, None keeps each one's own."""
         import torch
 
-        from library.checkpoints.safetensors_io import DTYPES, header_dtype
+        from library.checkpoints.safetensors_io import DTYPES, header_dtype, rounded
 
         entries = []
         for name, slot in control_slots(self.state, CONTROL_PREFIX).items():
@@ -52,7 +52,7 @@ class StoredControlNet:
                     slot.key,
                     header_dtype(as_type),
                     tuple(tensor.shape),
-                    lambda tensor=tensor, as_type=as_type: tensor.detach().to(as_type),
+                    lambda tensor=tensor, as_type=as_type, key=slot.key: rounded(tensor.detach(), as_type, key),
                 )
             )
         return entries

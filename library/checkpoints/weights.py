@@ -9,13 +9,15 @@ import contextlib
 import json
 import mmap
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.checkpoints.adapter_metadata import adapter_alphas
-from library.checkpoints.safetensors_io import DTYPES, Header, TensorInfo, header_dtype, read_header
+from library.checkpoints.safetensors_header import DTYPES, GET_IT_AGAIN, Header, TensorInfo
+from library.checkpoints.safetensors_io import header_dtype, read_header
 from library.options import OptionError
 
 if TYPE_CHECKING:
@@ -135,15 +137,18 @@ class PickledWeights:
     "string_to_param". A hypernetwork's two networks of each width become "768.0.linear1.weight" and so on.
 
     torch's weights-only reader runs no code of the file. Training programs leave foreign objects in such files (their
-    callbacks, numbers of numpy); these become inert placeholders.
+    callbacks, numbers of numpy); these become inert placeholders, and `inert` has the names of their classes. A file
+    whose loading would run commands is refused.
     """
 
     def __init__(self, path: Path, where: str = "") -> None:
         self.path = path
-        content = _unpickle(path, where)
-        state = content.get("state_dict", content.get("string_to_param", content))
+        subject = f"{where}: {path}" if where else f"{path}"
+        content, self.inert = _unpickle(path, subject)
+        state = _state(content, subject)
         self.extra = {key: content[key] for key in ("epoch", "global_step") if state is not content and key in content}
-        self._tensors = {name: value for name, value in _flattened(state).items() if _is_tensor(value)}
+        named = _flattened(state, subject).items()
+        self._tensors = {name: _plain(name, value, subject) for name, value in named if _is_tensor(value)}
         self.shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
         self.dtypes = {name: header_dtype(value.dtype) for name, value in self._tensors.items()}
         self.metadata: dict[str, str] = {}
@@ -158,16 +163,46 @@ class PickledWeights:
         self._tensors = {}
 
 
-def _flattened(state: Mapping[Any, Any]) -> dict[str, Any]:
+def _state(content: Mapping[Any, Any], subject: str) -> Mapping[Any, Any]:
+    for key in ("state_dict", "string_to_param"):
+        if key in content:
+            if not isinstance(content[key], Mapping):
+                raise OptionError("", f"{subject} is no model file: its {key} is no dictionary of tensors")
+            return content[key]
+    return content
+
+
+def _flattened(state: Mapping[Any, Any], subject: str) -> dict[str, Any]:
     """A dictionary by texts; lists of dictionaries under numbers, as hypernetworks have them, by paths."""
     flat: dict[str, Any] = {}
     for name, value in state.items():
-        if isinstance(name, int) and isinstance(value, (list, tuple)):
-            for number, inner in enumerate(value):
-                flat |= {f"{name}.{number}.{key}": item for key, item in inner.items()}
-        elif isinstance(name, str):
+        if isinstance(name, str):
             flat[name] = value
+        elif _is_tensor(value):
+            raise OptionError("", f"{subject} is no model file: its tensor {name!r} has no text as its name")
+        elif isinstance(name, int) and isinstance(value, (list, tuple)):
+            for number, inner in enumerate(value):
+                if isinstance(inner, Mapping):
+                    flat |= {f"{name}.{number}.{key}": item for key, item in inner.items()}
     return flat
+
+
+def _plain(name: str, tensor: torch.Tensor, subject: str) -> torch.Tensor:
+    """The tensor without a gradient; OptionError for what is no ordinary array of numbers that a file can hold."""
+    import torch
+
+    problem = ""
+    if tensor.is_meta:
+        problem = "has no content"
+    elif tensor.layout is not torch.strided:
+        problem = "is sparse"
+    elif tensor.is_quantized:
+        problem = "is quantised"
+    elif str(tensor.dtype).removeprefix("torch.") not in TORCH_NAMES:
+        problem = f"is of the data type {str(tensor.dtype).removeprefix('torch.')}, which is not known here"
+    if problem:
+        raise OptionError("", f"{subject}: {name} {problem}", "save it as an ordinary tensor by the program it is of")
+    return tensor.detach()
 
 
 class Inert:
@@ -194,26 +229,50 @@ class ParameterTable(dict):
 
 
 KNOWN_CLASSES = {"torch.nn.modules.container.ParameterDict": ParameterTable}
+TORCH_NAMES = {name for _, name in DTYPES.values()}
+# whoever names something of these in a model file wants commands to run when it is loaded
+CODE_MODULES = {
+    "builtins", "__builtin__", "code", "commands", "ctypes", "importlib", "nt", "os", "pickle", "posix", "pty",
+    "runpy", "shutil", "socket", "subprocess", "sys", "webbrowser",
+}  # fmt: skip
+PLAIN_BUILTINS = {
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
+    "slice", "str", "tuple", "type",
+    "getattr",  # by which newer versions of Python store members of enumerations
+}  # fmt: skip
 
 
-def _unpickle(path: Path, where: str) -> dict[str, Any]:
+def runs_code(name: str) -> bool:
+    """Whether a function or class that a pickle names, such as "posix.system", is there to run commands."""
+    module, _, rest = name.partition(".")
+    return module in CODE_MODULES and not (module in ("builtins", "__builtin__") and rest in PLAIN_BUILTINS)
+
+
+def _unpickle(path: Path, subject: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a pickle holds, and the names of the classes whose objects became inert."""
     import torch
 
-    subject = f"{where}: {path}" if where else f"{path}"
     is_zip = zipfile.is_zipfile(path)
+    foreign: list[str] = []
     try:
         with contextlib.ExitStack() as stack:
             if is_zip:
-                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+                foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+                code = [name for name in foreign if runs_code(name)]
+                if code:
+                    raise _holds_code(subject, code)
                 stack.enter_context(
                     torch.serialization.safe_globals([(KNOWN_CLASSES.get(name, Inert), name) for name in foreign])
                 )
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OptionError:
+        raise
     except DAMAGE as error:
         said = str(error)
-        if "is blocked" in said:  # PyTorch's word for modules that run programs, such as os
-            problem = f"{subject} holds code that would run when it is loaded, and is not opened"
-            raise OptionError("", problem, "don't use it; get the model elsewhere, as .safetensors") from None
+        named = re.findall(r"GLOBAL ([\w.]+)", said)  # without its module: of builtins
+        code = [name for name in named if runs_code(name if "." in name else f"builtins.{name}")]
+        if code or "is blocked" in said:  # PyTorch's word for modules that run programs, such as os
+            raise _holds_code(subject, code) from None
         if "Unsupported global" in said:  # foreign objects in the form of before PyTorch 1.6, which has no list of them
             problem = f"{subject} holds more than tensors, in an old form that can't be read safely"
             raise OptionError("", problem, "convert it to .safetensors") from None
@@ -223,7 +282,13 @@ def _unpickle(path: Path, where: str) -> dict[str, Any]:
         raise OptionError("", f"{subject} {problem}", "copy or download it again" if looks_torch else "") from None
     if not isinstance(content, dict):
         raise OptionError("", f"{subject} is no model file: it holds no dictionary of tensors")
-    return content
+    return content, tuple(name for name in foreign if name not in KNOWN_CLASSES)
+
+
+def _holds_code(subject: str, names: list[str]) -> OptionError:
+    listed = f" ({', '.join(names)})" if names else ""
+    problem = f"{subject} holds code that would run when it is loaded{listed}, and is not opened"
+    return OptionError("", problem, "don't use it; get the model elsewhere, as .safetensors")
 
 
 def _is_tensor(value: Any) -> bool:
@@ -253,6 +318,19 @@ class MergedWeights:
             part.__exit__(*error)
 
 
+def read_config(path: Path, where: str = "") -> dict[str, Any]:
+    """A JSON file of a Diffusers folder: a component's configuration, or an index."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OptionError(where, f"{path} is missing", "check that the Diffusers folder is complete") from None
+    except (ValueError, RecursionError) as error:
+        raise OptionError(where, f"{path} is no valid JSON ({error})", GET_IT_AGAIN) from None
+    if not isinstance(content, dict):
+        raise OptionError(where, f"{path} holds no JSON object", GET_IT_AGAIN)
+    return content
+
+
 def open_component(folder: Path, stem: str, where: str = "", variant: str | None = None) -> Weights:
     """The weights of one component of a Diffusers folder: `stem`.safetensors, a sharded one, an fp16 variant, or .bin.
 
@@ -270,7 +348,11 @@ def open_component(folder: Path, stem: str, where: str = "", variant: str | None
         if not index.is_file() and variant:  # diffusers puts the variant last but one in the names of indices
             index = folder / f"{name.replace(f'.{variant}', '')}.index.{variant}.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            places = read_config(index, where).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+                problem = f"{index} has no weight_map, which says what file a tensor is in"
+                raise OptionError(where, problem, GET_IT_AGAIN)
+            shards = sorted(set(places.values()))
             return MergedWeights([open_weights(folder / shard, where) for shard in shards])
     subject = f"{where}: {folder}" if where else f"{folder}"
     raise OptionError("", f"{subject} holds no {names[0]}", "check that the download is complete")

@@ -37,15 +37,43 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+WAYS_OUT = {  # of errors of the system that tell of the files and disks a tool was given
+    errno.EACCES: "check its permissions, or choose another place",
+    errno.EPERM: "check its permissions, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.ELOOP: "check the links in its path",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "check the path",
+    errno.ENOSPC: "free some space or choose another place",
+    errno.EDQUOT: "free some space or choose another place",
+    errno.EFBIG: "choose a place on another disk",
+    errno.EIO: "check the disk, or choose another place",
+}
+
+
+def _mistake(error: OSError) -> OptionError | None:
+    """The sentence of an error that tells of files, if it does."""
+    if error.errno not in WAYS_OUT or not (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)):
+        return None
+    reason = error.strerror or str(error)
+    problem = f"{error.filename} can't be used ({reason})" if error.filename else f"the disk can't be used ({reason})"
+    mistake = OptionError("", problem, WAYS_OUT[error.errno])
+    mistake.__cause__ = error  # for the log file
+    return mistake
+
+
 class Ending:
     """A context around a program's work that turns exceptions into a sentence and an exit code.
 
-    `renamed` replaces option names in messages, for code that knows an option under another script's name.
+    `renamed` replaces option names in messages, for code that knows an option under another script's name. What a tool
+    (`is_tool`) can't do with the files it was given is a mistake in what it was given: files that can't be read or
+    written, a full disk, numbers that are not finite.
     """
 
-    def __init__(self, program: str, renamed: dict[str, str] | None = None) -> None:
+    def __init__(self, program: str, renamed: dict[str, str] | None = None, *, is_tool: bool = False) -> None:
         self.program = program
         self.renamed = renamed or {}
+        self.is_tool = is_tool
         self.log_file: Path | None = None  # set once there is a folder for it
         self.code = 0
 
@@ -57,8 +85,12 @@ class Ending:
             return False
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             error = OptionError("", f"{str(error.filename)[:60]}... is too long for a path", "check the paths")
+        if self.is_tool and isinstance(error, OSError):
+            error = _mistake(error) or error
         if isinstance(error, OptionError):
             self.code = getattr(error, "exit_code", USER_MISTAKE)
+            if self.is_tool:
+                self.code = getattr(error, "tool_exit_code", self.code)
             self._say(str(error))
             cause = error.__cause__
             self._log(f"{error}\n{''.join(traceback.format_exception(cause))}" if cause else str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ def output_file(name: str, flag: str, needed: Mapping[str, Sequence[str]]) -> Pa
     `needed`: what each kind of input is, in words, and its paths.
     """
     path = Path(name).expanduser()
+    refuse_loop(path, flag)
     if path.is_dir():
         raise OptionError(flag, f"{path} is a folder", "name a file in it")
     for what, inputs in needed.items():
@@ -48,4 +50,13 @@ def _is_same(path: Path, other: Path) -> bool:
     try:
         return os.path.samefile(path, other)
     except OSError:  # one of them is not there
-        return path.resolve() == other.resolve()
+        return os.path.realpath(path) == os.path.realpath(other)
+
+
+def refuse_loop(path: Path, flag: str) -> None:
+    """OptionError naming `flag` for a path that leads through a link to itself."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OptionError(flag, f"{path} leads through a link that leads to itself", ANOTHER_FILE) from None

@@ -49,14 +49,14 @@ class Tool:
         return parser
 
     def run(self, argv: Sequence[str] | None = None) -> int:
-        """0 when done, 2 for a mistake of the user's, 130 when interrupted, 1 for anything else."""
+        """0 when done, 2 for a mistake of the user's and for files that can't be used, 130 when interrupted, else 1."""
         parser = self.parser()
         values = vars(parser.parse_strictly(argv))
         for name in self.required:
             if values[name] in (None, "", (), []):
                 parser.error(f"--{name} is needed; see {parser.prog} --help")
         start_console()
-        with Ending(parser.prog, dict(self.renamed)) as ending:
+        with Ending(parser.prog, dict(self.renamed), is_tool=True) as ending:
             options = build(self.group, values, self._flag)
             try:
                 self.work(options)

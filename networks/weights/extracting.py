@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from library.checkpoints.architecture import ArchitectureError
-from library.checkpoints.safetensors_io import NonFiniteError, is_finite
+from library.checkpoints.safetensors_io import NonFiniteError, is_finite, rounded
 from library.checkpoints.weights import Weights
 from library.options import OptionError
 from library.wording import counted
@@ -50,17 +50,22 @@ class TwoModels:
     tuned: Weights
     kind: str  # "sd1" | "sd2" | "sdxl"
     precision: torch.dtype | None = None  # to which both are rounded first; None: as they are
+    paths: tuple[str, str] = (ORG, TUNED)  # for messages
 
     def difference(self, pair: Pair, device: torch.device) -> torch.Tensor:
         """tuned - org in float32 as a matrix [out, in (x height x width)]; NonFiniteError for NaN and infinity."""
-        tuned = self._rounded(pair.tuned.weight(self.tuned)).to(device, torch.float32, copy=True)
-        difference = tuned.sub_(self._rounded(pair.org.weight(self.org)).to(device, torch.float32))
+        tuned = self._rounded(pair.tuned, self.tuned, self.paths[1]).to(device, torch.float32, copy=True)
+        difference = tuned.sub_(self._rounded(pair.org, self.org, self.paths[0]).to(device, torch.float32))
         if not is_finite(difference):
-            raise NonFiniteError(f"{pair.org.slot.key} holds NaN or infinity in one of the models", "take other files")
+            bad = self.paths[1] if is_finite(pair.org.weight(self.org)) else self.paths[0]
+            raise NonFiniteError(f"{bad}: {pair.org.slot.key} holds NaN or infinity", "take another file")
         return difference.flatten(1)
 
-    def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight if self.precision is None else weight.to(self.precision)
+    def _rounded(self, layer: CheckpointLayer, weights: Weights, path: str) -> torch.Tensor:
+        weight = layer.weight(weights)
+        if self.precision is None:
+            return weight
+        return rounded(weight, self.precision, f"{path}: {layer.slot.key}", "--load_precision")
 
 
 def layer_pairs(models: TwoModels, *, has_convs: bool, ignore_unmatched: bool) -> list[Pair]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from library.checkpoints.adapter_metadata import METADATA_KEY, adapter_metadata
 from library.checkpoints.hashed_file import LEGACY_HASH, MODEL_HASH, SPEC_HASH
 from library.checkpoints.network_kind import KIND_NAMES
-from library.checkpoints.safetensors_io import DTYPES, Entry
+from library.checkpoints.safetensors_io import DTYPES, Entry, rounded
 from library.options import OptionError
 from networks.key_names import DOWN, PEFT_KEY, UP
 from networks.weights.diffusers_paths import diffusers_path, dimensions
@@ -198,7 +198,7 @@ def _entry(
         tensor = file.tensor(name, part).reshape(shape)
         if factor != 1.0:
             tensor = tensor.float() * factor
-        return tensor.to(torch_dtype(dtype or own))
+        return rounded(tensor, torch_dtype(dtype or own), f"{file.path}: {key}")
 
     return Entry(key, dtype or own, shape, produce)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from library.checkpoints.safetensors_io import DTYPES, NonFiniteError, is_finite
+from library.checkpoints.safetensors_io import DTYPES, NonFiniteError, is_finite, rounded
 from library.options import OptionError
 from networks.key_names import DOWN, UP
 from networks.weights.block_names import block_name
@@ -41,9 +41,11 @@ def torch_dtype(precision: str) -> torch.dtype:
 
 def finite_pair(file: NetworkFile, name: str, dtype: torch.dtype, device: torch.device) -> Factors:
     """(down_RI, up_OR) of a module as float32 matrices, rounded to `dtype` first; NonFiniteError for NaN, infinity."""
-    down, up = (part.to(device).to(dtype).float().flatten(1) for part in file.pair(name))
+    what = f"{file.path}: {name}"
+    pair = (rounded(part.to(device), dtype, what, "--precision") for part in file.pair(name))
+    down, up = (part.float().flatten(1) for part in pair)
     if not (is_finite(down) and is_finite(up)):
-        raise NonFiniteError(f"{file.path}: {name} holds NaN or infinity", "take another file")
+        raise NonFiniteError(f"{what} holds NaN or infinity", "take another file")
     return down, up
 
 

@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite
+from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite, rounded
 from library.options import OptionError
 from library.randomness import torch_generator
 from networks.key_names import COPY_AGAIN, DOWN, UP
@@ -140,9 +140,11 @@ class _Module:
         terms: list[Factors] = []
         downs, ups = [], []
         for source in self.sources:
-            down, up = (tensor.to(calculation).float() for tensor in source.file.pair(self.name))
+            what = f"{source.file.path}: {self.name}"
+            pair = source.file.pair(self.name)
+            down, up = (rounded(tensor, calculation, what, "--precision").float() for tensor in pair)
             if not (is_finite(down) and is_finite(up)):
-                raise NonFiniteError(f"{source.file.path}: {self.name} holds NaN or infinity", "leave this network out")
+                raise NonFiniteError(f"{what} holds NaN or infinity", "leave this network out")
             down, up = down.reshape(-1, *self.down_shape[1:]), up.reshape(len(up), -1, *self.up_shape[2:])
             strength = source.ratio_of(self.name) * source.file.scale(self.name)
             terms.append((down, up * strength))

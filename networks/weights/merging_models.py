@@ -18,7 +18,7 @@ from library.checkpoints.architecture import ArchitectureError, model_kind
 from library.checkpoints.keymaps import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, Slot
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.probe import LORA_KEYS
-from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite
+from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite, rounded
 from library.checkpoints.sd import copied_entry
 from library.checkpoints.weights import Weights, open_weights
 from library.options import OptionError
@@ -177,9 +177,7 @@ class _Work:
 
         def produce() -> torch.Tensor:
             tensor = plain.produce()
-            cast = tensor.to(getattr(torch, DTYPES[dtype][1]))
-            if dtype != plain.dtype and is_finite(tensor) and not is_finite(cast):
-                raise _too_large(name, dtype)
+            cast = rounded(tensor, getattr(torch, DTYPES[dtype][1]), f"{self.model.path}: {name}")
             self.on_done(entry.nbytes)
             return cast
 
@@ -192,9 +190,10 @@ class _Work:
         calculation = self.precisions.torch_calculation
 
         def produce() -> torch.Tensor:
-            original = self.model.weights.tensor(name).to(calculation)
+            what = f"{self.model.path}: {name}"
+            original = rounded(self.model.weights.tensor(name), calculation, what, "--precision")
             if not is_finite(original):
-                raise NonFiniteError(f"{self.model.path}: {name} holds NaN or infinity", "take another model")
+                raise NonFiniteError(f"{what} holds NaN or infinity", "take another model")
             merged = original.to(torch.float32, copy=True)
             for place in places:
                 rows = rows_of(place.slot, merged)
@@ -204,9 +203,9 @@ class _Work:
                         add_bias_change_(rows, source.file, module, multiplier, calculation)
                     else:
                         add_change_(rows, source.file, module, multiplier, calculation)
-            stored = merged.to(getattr(torch, DTYPES[dtype][1]))
-            if not is_finite(stored):
-                raise _too_large(name, dtype)
+            if not is_finite(merged):
+                raise NonFiniteError(f"{what} is no finite number once the networks are in it", "use smaller --ratios")
+            stored = rounded(merged, getattr(torch, DTYPES[dtype][1]), what)
             for place in places:
                 if not place.is_bias:
                     norms = _norms(*(rows_of(place.slot, tensor) for tensor in (original, merged, stored)))
@@ -227,8 +226,3 @@ def _norms(original: torch.Tensor, merged: torch.Tensor, stored: torch.Tensor) -
         if stored.dtype is not torch.float32:
             error_sq += float((after.float() - exact).square_().sum())
     return change_sq, error_sq
-
-
-def _too_large(name: str, dtype: str) -> NonFiniteError:
-    word = DTYPES[dtype][1]
-    return NonFiniteError(f"{name} is too large for {word}", "use --save_precision bf16 or float")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from library.checkpoints.safetensors_io import NonFiniteError, is_finite
+from library.checkpoints.safetensors_io import NonFiniteError, is_finite, rounded
 from library.options import OptionError
 from networks import oft
 from networks.key_names import DOWN, UP
@@ -77,9 +77,10 @@ def _parts(file: NetworkFile, name: str, dtype: torch.dtype) -> Mapping[str, tor
     """The parts of a module in float32."""
     parts = {}
     for part, tensor in file.parts(name).items():
-        parts[part] = tensor.to(dtype).float() if tensor.is_floating_point() else tensor
+        what = f"{file.path}: {part} of {name}"
+        parts[part] = rounded(tensor, dtype, what, "--precision").float() if tensor.is_floating_point() else tensor
         if not is_finite(parts[part]):
-            raise NonFiniteError(f"{file.path}: {part} of {name} holds NaN or infinity", "leave this network out")
+            raise NonFiniteError(f"{what} holds NaN or infinity", "leave this network out")
     return parts
 
 

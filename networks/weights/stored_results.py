@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ class StoredResults:
     """Named tensors in a nameless file beside the output, gone when the block ends; a context manager."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
@@ -32,7 +34,12 @@ class StoredResults:
             raise NonFiniteError(f"{name} would hold NaN or infinity", "use --save_precision bf16 or float")
         start = self._file.seek(0, 2)
         data = raw_bytes(tensor)
-        self._file.write(data)
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            problem = f"{self._folder} can't take more results ({error.strerror})"
+            raise OptionError("--save_to", problem, "free some space or choose another folder") from None
         dtype, shape = header_dtype(tensor.dtype), tuple(tensor.shape)
         self.entries.append(Entry(name, dtype, shape, lambda: self._read(start, data_size, dtype, shape)))
         data_size = data.nbytes
@@ -52,4 +59,5 @@ class StoredResults:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            self._file.close()

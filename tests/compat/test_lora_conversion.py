@@ -197,7 +197,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path: Path, capsys: Any) 
         (["plain.safetensors", out, "--to", "kohya"], "--to: "),
     ]
     for (source, *words), said in cases:
-        assert convert(tmp_path / source, *words) in ((1,) if "nan" in source else (2,))
+        assert convert(tmp_path / source, *words) == 2
         error = capsys.readouterr().err
         assert said in error and len([line for line in error.splitlines() if "converting:" not in line]) == 1, error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,6 +1,9 @@
 """tools/convert_diffusers20_original_sd.py: models and ControlNets there and back, bit for bit."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +16,7 @@ from library.checkpoints.safetensors_io import save_file
 from library.checkpoints.weights import load_tensors, open_weights
 from tests.runs import ROOT
 from tests.tiny_control import original_names, tiny_control_net
+from tools import verify_model
 from tools.convert_diffusers20_original_sd import TOOL
 
 HEAVY = ("diffusers", "transformers", "accelerate", "safetensors")
@@ -215,6 +219,59 @@ def test_mistakes_leave_nothing_behind(folders, tmp_path, tiny_sd1_path, capsys)
         assert said in error, error
         assert len([line for line in error.splitlines() if "converting" not in line]) == 1, error
     for output in (out, tmp_path / "a.safetensors"):
-        assert convert(tmp_path / "nan.ckpt", output) == 1
+        assert convert(tmp_path / "nan.ckpt", output) == 2
         assert "holds NaN or infinity" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model_index.json", "{", "model_index.json is no valid JSON"),
+        ("model_index.json", "[]", "model_index.json holds no JSON object"),
+        ("unet/config.json", "[]", "unet/config.json holds no JSON object"),
+        ("unet/config.json", "[" * 100_000, "unet/config.json is no valid JSON"),
+        ("scheduler/scheduler_config.json", "[1]", "scheduler_config.json holds no JSON object"),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", "{}", "index.json has no weight_map"),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": 1}}', "has no weight_map"),
+    ],
+)
+def test_a_damaged_folder_is_one_sentence(folders, tmp_path, capsys, name, content, said):
+    shutil.copytree(folders / "sd1", tmp_path / "folder", copy_function=os.link)
+    if "index" in name and name.startswith("unet"):
+        (tmp_path / "folder" / name.removesuffix(".index.json")).unlink()
+    (tmp_path / "folder" / name).unlink(missing_ok=True)
+    (tmp_path / "folder" / name).write_text(content)
+    capsys.readouterr()
+    runs = [verify_model.TOOL.run([str(tmp_path / "folder"), "--header_only"])]
+    if name != "model_index.json":  # which the other tool does not need
+        runs.append(convert(tmp_path / "folder", tmp_path / "out.safetensors"))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert runs == [2] * len(runs) == [2] * len(lines) and all(said in line for line in lines), lines
+
+
+def test_numbers_that_a_precision_cannot_hold_and_nan_name_file_and_way_out(tmp_path, tiny_sd1_path, capsys):
+    tensors = load_tensors(tiny_sd1_path)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    for value, said in ((1e6, "conv_in.weight|input_blocks.0.0.weight"), (float("nan"), "holds NaN or infinity")):
+        tensors[name].view(-1)[0] = value
+        torch.save(tensors, tmp_path / "odd.ckpt")
+        for output in ("new.safetensors", "new.ckpt", "new"):
+            assert convert(tmp_path / "odd.ckpt", tmp_path / output, "--fp16") == 2
+            last = capsys.readouterr().err.strip().splitlines()[-1]
+            assert str(tmp_path / "odd.ckpt") in last and re.search(said, last)
+            way_out = "is too large for float16; use --save_precision_as bf16 or float"
+            assert last.endswith(way_out if value == 1e6 else "get the model again, or another one")
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.ckpt"]
+
+
+def test_places_that_cannot_be_written(tmp_path, tiny_sd1_path, capsys):
+    (tmp_path / "file").write_text("")
+    for name in ("loop", "loop.safetensors"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    loop = "leads through a link that leads to itself"
+    places = {"file/new": "can't be written", "loop": loop, "loop.safetensors": loop, "loop/x.safetensors": loop}
+    for output, said in places.items():
+        assert convert(tiny_sd1_path, tmp_path / output) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said in last and str(tmp_path / output) in last

@@ -207,3 +207,11 @@ def test_headers_are_read_without_torch(tmp_path, tiny_sd1_path):
     command = [sys.executable, "-c", code, path, "--header_only", "--base", tiny_sd1_path]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "0 False"
+
+
+def test_objects_of_a_pickle_that_are_not_loaded_are_named(tmp_path, capsys):
+    path = lora(tmp_path / "a.safetensors")
+    torch.save({"state_dict": load_file(path), "callback": tmp_path}, tmp_path / "a.pt")
+    assert verify(tmp_path / "a.pt") == 0
+    said = capsys.readouterr().out
+    assert "not loaded" in said and "objects of pathlib." in said

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
+import json
 import os
+import re
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +17,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save
 
 from library.checkpoints import safetensors_io as io
-from library.checkpoints.weights import load_tensors
+from library.checkpoints.weights import load_tensors, open_weights
 from library.options import OptionError
 
 NETWORK = {
@@ -185,17 +191,149 @@ def test_written_files_have_the_usual_permissions(tmp_path: Path):
 class _Command:
     """Pickled, it is a command that runs when it is loaded."""
 
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+    def __init__(self, function: Callable, *words: str) -> None:
+        self.words = function, words
 
     def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
+        return self.words
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_code_in_a_ckpt_is_named_and_does_not_run(tmp_path, is_zip):
+@pytest.mark.parametrize(("function", "text"), [(os.system, "touch {}"), (eval, "open('{}', 'w')"), (exec, "import x")])
+def test_code_in_a_ckpt_is_named_and_does_not_run(tmp_path, is_zip, function, text):
     file, marker = tmp_path / "evil.ckpt", tmp_path / "ran"
-    torch.save({"a": torch.ones(2), "b": _Command(marker)}, file, _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(OptionError, match=r"evil\.ckpt holds code that would run when it is loaded"):
-        load_tensors(file)
+    command = _Command(function, text.format(marker))
+    torch.save({"a": torch.ones(2), "b": command}, file, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(OptionError, match=r"^--flag: .*evil\.ckpt holds code that would run when it is loaded"):
+        load_tensors(file, "--flag")
     assert not marker.exists()
+
+
+class _Kind(enum.Enum):
+    ONE = 1
+
+
+def test_objects_of_foreign_classes_are_told(tmp_path):
+    extra = {"path": Path("/x"), "kind": _Kind.ONE, "set": {1, 2}, "range": range(3), "slice": slice(1)}
+    torch.save({"state_dict": {"a": torch.ones(2)}, **extra}, tmp_path / "x.ckpt")
+    with open_weights(tmp_path / "x.ckpt") as weights:
+        assert weights.shapes == {"a": (2,)}
+        inert = getattr(weights, "inert", ())
+    assert f"{_Kind.__module__}._Kind" in inert and any(name.startswith("pathlib") for name in inert)
+
+
+def odd_pickles() -> dict[str, tuple[dict, str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.quint8)
+    return {
+        "list": ({"state_dict": [1, 2]}, "its state_dict is no dictionary of tensors"),
+        "tensor": ({"state_dict": torch.zeros(3)}, "its state_dict is no dictionary of tensors"),
+        "none": ({"string_to_param": None}, "its string_to_param is no dictionary of tensors"),
+        "number": ({1: torch.zeros(2)}, "its tensor 1 has no text as its name"),
+        "bytes": ({b"a": torch.zeros(2)}, "its tensor b'a' has no text as its name"),
+        "complex128": ({"q": torch.zeros(2, dtype=torch.complex128)}, "q is of the data type complex128, which is"),
+        "quantised": ({"q": quantised}, "q is quantised"),
+        "sparse": ({"q": torch.eye(3).to_sparse()}, "q is sparse"),
+        "meta": ({"q": torch.zeros(2, device="meta")}, "q has no content"),
+    }
+
+
+@pytest.mark.parametrize("name", ["list", "tensor", "none", "number", "bytes", "complex128", "quantised", "sparse",
+                                  "meta"])  # fmt: skip
+def test_odd_pickles_are_one_sentence(tmp_path, name):
+    content, said = odd_pickles()[name]
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(OptionError, match=f"^--flag: .*odd.pt.*{re.escape(said)}"):
+        load_tensors(tmp_path / "odd.pt", "--flag")
+
+
+def test_parameters_and_hypernetworks_are_read(tmp_path):
+    pair = {"linear1.weight": torch.nn.Parameter(torch.ones(2, 2))}
+    torch.save({"a": torch.nn.Parameter(torch.ones(2)), 64: (pair, 5), 1: [1, 2]}, tmp_path / "x.pt")
+    read = load_tensors(tmp_path / "x.pt")
+    assert read.keys() == {"a", "64.0.linear1.weight"} and not any(t.requires_grad for t in read.values())
+    io.save_file(read, tmp_path / "x.safetensors")
+    with pytest.raises(OptionError, match="data type complex128 can't be written"):
+        io.save_file({"a": torch.zeros(1, dtype=torch.complex128)}, tmp_path / "y.safetensors")
+
+
+# ----------------------------------------------------------------------------------- headers that lie
+
+
+def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def row(begin: int, end: int, dtype: object = "U8", shape: object = None) -> dict:
+    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "said"),
+    [
+        ([], b"", "is no safetensors file: its header can't be read"),
+        (b"[" * 100_000, b"", "is no safetensors file: its header can't be read"),
+        (b'{"__metadata__":{"a":"\xff"}}', b"", "its header can't be read"),
+        (b'{"__metadata__":{"a":"\\ud800"}}', b"", "its header can't be read"),
+        ({"__metadata__": ["a"]}, b"", "its metadata are no texts by name"),
+        ({"__metadata__": {"a": 1}}, b"", "its metadata are no texts by name"),
+        ({"__metadata__": {"a": None}}, b"", "its metadata are no texts by name"),
+        (b'{"__metadata__":{"a":"1","a":"2"}}', b"", "its header has a twice"),
+        ({"a": 1}, b"", "its header does not describe a"),
+        ({"a": {"dtype": "U8", "shape": [2]}}, b"12", "its header does not describe a"),
+        ({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1, 2]}}, b"12", "its header does not describe a"),
+        ({"a": row(0, 2, dtype=["U8"])}, b"12", "its header does not describe a"),
+        ({"a": row(0, 2, shape="2")}, b"12", "its header does not describe a"),
+        ({"a": row(0, 2, dtype="C128")}, b"12", "x.safetensors: a is of the data type C128, which is not known here"),
+        ({"a": row(0, 2, shape=[2.0])}, b"12", "are no whole numbers from 0"),
+        ({"a": row(0, 2, shape=[True, 2])}, b"12", "are no whole numbers from 0"),
+        ({"a": row(0, 2, shape=[-1, -2])}, b"12", "are no whole numbers from 0"),
+        ({"a": row(-2, 0, shape=[2])}, b"12", "are no whole numbers from 0"),
+        ({"a": row(0, 3, shape=[2])}, b"123", "can't be the bytes 0 to 3"),
+        ({"a": row(2, 0, shape=[2])}, b"12", "can't be the bytes 2 to 0"),
+        ({"a": row(0, 2), "b": row(1, 3)}, b"123", "b overlaps the tensor before it"),
+        ({"a": row(0, 2), "b": row(3, 4)}, b"1234", "b does not follow the tensor before it"),
+        ({"a": row(1, 2)}, b"12", "a does not follow the tensor before it"),
+        ({"a": row(0, 2)}, b"12345", "is damaged: 3 bytes follow its last tensor"),
+        ({}, b"1", "is damaged: 1 bytes follow its last tensor"),
+        ({"a": row(0, 9)}, b"12", "is truncated"),
+    ],
+)
+def test_what_the_library_refuses_is_one_sentence(tmp_path: Path, header: object, data: bytes, said: str):
+    path = raw_file(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(OptionError) as caught:
+        io.read_header(path, "--flag")
+    assert said in str(caught.value) and str(caught.value).startswith(f"--flag: {path}")
+    if "twice" not in said:
+        with pytest.raises(SafetensorError):
+            deserialize(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        ({}, b""),
+        ({"__metadata__": None}, b""),
+        ({"__metadata__": {"only": "metadata"}}, b""),
+        (b'{"__metadata__":{"a":"\\ud83d\\ude00"}}  ', b""),
+        ({"b": row(0, 2), "a": row(2, 3), "none": row(2, 2), "zero": row(0, 0, shape=[4, 0, 2])}, b"123"),
+        ({"a": row(0, 2) | {"note": 1}}, b"12"),
+    ],
+)
+def test_what_the_library_reads_is_read(tmp_path: Path, header: object, data: bytes):
+    path = raw_file(tmp_path / "x.safetensors", header, data)
+    tensors = load_tensors(path)
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
+        name: info["shape"] for name, info in deserialize(path.read_bytes())
+    }
+
+
+def test_half_a_letter_does_not_stop_a_save(tmp_path: Path):
+    """The names of files that are not UTF-8 come with such letters; a run's weights are not lost for them."""
+    io.save_file(NETWORK, tmp_path / "x.safetensors", {"title": "caf\udce9"})
+    assert io.read_header(tmp_path / "x.safetensors").metadata == {"title": "caf?"}
+    with pytest.raises(OptionError, match="tensor name .* can't be written"):
+        io.save_file({"\ud800": torch.ones(1)}, tmp_path / "y.safetensors")

@@ -8,8 +8,10 @@ from safetensors import safe_open
 
 from library.checkpoints.safetensors_io import save_file
 from library.checkpoints.weights import load_tensors, open_weights
+from library.options import OptionError
 from networks import extract_lora_from_models
 from networks.weights.checkpoint_layers import checkpoint_layers
+from networks.weights.stored_results import StoredResults
 from tests.tiny_loras import dense_changes
 from tests.tiny_models import tiny_sd_checkpoint, tiny_sdxl_checkpoint
 
@@ -147,9 +149,9 @@ def test_devices_of_the_models_are_told_to_have_no_effect(models, tmp_path, capl
     assert "--load_original_model_to: no effect" in caplog.text and "--load_tuned_model_to: no effect" in caplog.text
 
 
-def refused(capsys, tmp_path, *command, code=2):
+def refused(capsys, tmp_path, *command):
     output = tmp_path / "out.safetensors"
-    assert extract_lora_from_models.TOOL.run([*map(str, command), "--save_to", str(output)]) == code
+    assert extract_lora_from_models.TOOL.run([*map(str, command), "--save_to", str(output)]) == 2
     assert not output.exists()
     return capsys.readouterr().err
 
@@ -182,7 +184,7 @@ def test_layers_of_other_sizes_and_nan_are_refused(models, tmp_path, capsys, cap
     tensors[name].view(-1)[0] = float("nan")
     torch.save(tensors, tmp_path / "nan.ckpt")
     command = ["--model_org", org, "--model_tuned", tmp_path / "nan.ckpt"]
-    assert "holds NaN or infinity" in refused(capsys, tmp_path, *command, code=1)
+    assert "holds NaN or infinity" in refused(capsys, tmp_path, *command)
 
 
 def test_output_that_is_a_model_is_refused(models, capsys):
@@ -190,3 +192,23 @@ def test_output_that_is_a_model_is_refused(models, capsys):
     arguments = ["--model_org", str(org), "--model_tuned", str(tuned), "--save_to", str(org)]
     assert extract_lora_from_models.TOOL.run(arguments) == 2
     assert "which would be replaced" in capsys.readouterr().err
+
+
+def test_models_that_a_precision_cannot_hold_name_its_flag(models, tmp_path, capsys):
+    org, tuned = models("sd1")
+    large = {name: tensor * 1e6 for name, tensor in load_tensors(tuned).items() if tensor.is_floating_point()}
+    save_file(large, tmp_path / "large.safetensors")
+    command = ["--model_org", org, "--model_tuned", tmp_path / "large.safetensors", "--save_to", tmp_path / "x.pt"]
+    assert extract_lora_from_models.TOOL.run([*map(str, command), "--load_precision", "fp16"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(tmp_path / "large.safetensors") in last and last.endswith(
+        "is too large for float16; use --load_precision bf16 or float"
+    )
+
+
+def test_a_disk_that_fills_is_one_sentence(tmp_path):
+    said = r"can't take more results \(No space left on device\); free some space"
+    with pytest.raises(OptionError, match=said), StoredResults(tmp_path) as store:
+        store._file.close()
+        store._file = open("/dev/full", "w+b")  # noqa: SIM115 - as a disk is in the middle of the work
+        store.add("a", torch.ones(4))

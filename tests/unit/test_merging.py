@@ -148,3 +148,7 @@ def test_numbers_that_are_none(tmp_path):
     with pytest.raises(NonFiniteError, match="input_blocks.0.0.weight is too large for float16 once it is summed"):
         merged(tmp_path, [little(1), large], 0.5, 0.5, saving_precision="fp16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+    with pytest.raises(NonFiniteError, match="too large for float16 once it is summed; use --precision bf16 or float$"):
+        merged(tmp_path, [little(1), large], 0.5, 0.5, precision="fp16")
+    with pytest.raises(NonFiniteError, match="too large for float32 once it is summed; use smaller --ratios$"):
+        merged(tmp_path, [little(1), little(2)], 1e40, 0.5)

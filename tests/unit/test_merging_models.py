@@ -256,3 +256,16 @@ def test_wrong_files(tiny_sd1_path, tiny_sdxl_path, tmp_path):
     with pytest.raises(OptionError, match=r"--save_to: .*link.safetensors is one of the networks"):
         into(tiny_sd1_path, tmp_path / "link.safetensors", network)
     assert not output.exists()
+
+
+def test_inputs_that_a_precision_cannot_hold_name_its_flag(tiny_sd1_path, tmp_path):
+    network = tiny_lora(tmp_path / "a.safetensors", "sd1", every=20)
+    large = {name: tensor * 1e6 for name, tensor in load_tensors(tiny_sd1_path).items() if tensor.is_floating_point()}
+    save_file(large, tmp_path / "large.safetensors")
+    with pytest.raises(OptionError, match="large.safetensors: .* is too large for float16; use --precision bf16"):
+        into(tmp_path / "large.safetensors", tmp_path / "out.safetensors", network, precision="fp16")
+    save_file({name: tensor * 1e6 for name, tensor in load_tensors(network).items()}, tmp_path / "b.safetensors")
+    with pytest.raises(OptionError, match="b.safetensors: .* is too large for float16; use --precision bf16"):
+        into(tiny_sd1_path, tmp_path / "out.safetensors", tmp_path / "b.safetensors", precision="fp16")
+    with pytest.raises(OptionError, match="no finite number once the networks are in it; use smaller --ratios"):
+        into(tiny_sd1_path, tmp_path / "out.safetensors", tmp_path / "b.safetensors", ratios=(1e32,))
