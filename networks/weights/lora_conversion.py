@@ -95,8 +95,6 @@ def to_diffusers(file: NetworkFile, *, precision: str | None = None, folds_alpha
 
 def _alpha(file: NetworkFile, name: str) -> float:
     alpha = file.alpha(name)
-    if alpha is not None and not math.isfinite(alpha):
-        raise OptionError(file.where, f"{file.path}: alpha of {name} is {alpha}", "take an earlier save of it")
     return float(file.rank(name)) if alpha is None else alpha
 
 

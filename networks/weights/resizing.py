@@ -80,8 +80,6 @@ def _resize_module(
     """Whether the layer is too small for the rank asked for."""
     down_RI, up_OR = finite_pair(file, name, torch.float32, device)
     scale = file.scale(name)
-    if not math.isfinite(scale):
-        raise NonFiniteError(f"{file.path}: alpha of {name} is no finite number", "take another file")
     layer = Layer(name, (len(up_OR), *file.shape(name, DOWN)[1:]))
     cap = options.new_conv_rank if layer.is_conv and options.new_conv_rank else options.new_rank
     sides = min(len(up_OR), down_RI.shape[1])

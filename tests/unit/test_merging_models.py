@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.checkpoints.safetensors_io import entry_of, read_header
+from library.checkpoints.safetensors_io import NonFiniteError, entry_of, read_header
 from library.checkpoints.torch_file import write_torch_file
 from library.checkpoints.weights import load_tensors
 from library.options import OptionError
@@ -225,3 +225,28 @@ def test_wrong_files(tiny_sd1_path, tiny_sdxl_path, tmp_path):
     with pytest.raises(OptionError, match=r"--save_to: .*link.safetensors is one of the networks"):
         into(tiny_sd1_path, tmp_path / "link.safetensors", network)
     assert not output.exists()
+
+
+def _changed(part, change):
+    return lambda tensors: {key: change(tensor) if key.endswith(part) else tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_changed("alpha", lambda alpha: alpha * float("nan")), "alpha of .* is nan, no finite number"),
+        (_changed("alpha", lambda alpha: alpha * 1j), "alpha of .* is no single number"),
+        (
+            _changed("lora_down.weight", lambda down: down.movedim(1, -1).contiguous()),
+            "is damaged: .* don't fit together",
+        ),
+        (_changed("lora_down.weight", lambda down: down.flatten(1)), r"is for a weight of \[.*there, of \[.*here"),
+        (_changed("lora_up.weight", lambda up: up.to(torch.complex64)), "lora_up.weight of .* is of type C64"),
+    ],
+)
+def test_damaged_networks_are_refused_before_the_work(change, said, tmp_path, tiny_sd1_path):
+    """Each as the network module refuses it."""
+    save_file(change(lora_tensors("sd1", every=5)), tmp_path / "a.safetensors")
+    with pytest.raises(OptionError, match=rf"a.safetensors.*{said}") as error:
+        into(tiny_sd1_path, tmp_path / "out.safetensors", tmp_path / "a.safetensors")
+    assert not isinstance(error.value, NonFiniteError) and not (tmp_path / "out.safetensors").exists()
