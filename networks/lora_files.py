@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,7 +96,8 @@ def check_sizes(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, torch.
         for name in sizes:
             down, up = (tuple(modules[name][part].shape) for part in (DOWN, UP))
             if MID not in modules[name]:
-                check_layer(name, pair_layer(down, up), tuple(layers[name].weight.shape), file)
+                layer: Any = layers[name]
+                check_layer(name, pair_layer(down, up), tuple(layer.weight.shape), file)
         return
     name = next((name for name in others if name.endswith(("attn2_to_k", "attn2_to_v"))), others[0])
     (inputs, outputs), (model_inputs, model_outputs) = sizes[name]

@@ -10,6 +10,7 @@ from library.options import OptionError
 
 ANOTHER_FILE = "choose another file"
 ANOTHER_FOLDER = "choose another folder"
+WEIGHTS_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")  # all but the first are PyTorch's own form
 
 
 def output_file(name: str, flag: str, needed: Mapping[str, Sequence[str]]) -> Path:
@@ -18,12 +19,20 @@ def output_file(name: str, flag: str, needed: Mapping[str, Sequence[str]]) -> Pa
     `needed`: what each kind of input is, in words, and its paths.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or name.endswith(("/", os.sep)):
         raise OptionError(flag, f"{path} is a folder", "name a file in it")
     for what, inputs in needed.items():
         for each in inputs:
             if _is_same(path, Path(each).expanduser()):
                 raise OptionError(flag, f"{path} is {what}, which would be replaced", ANOTHER_FILE)
+    return path
+
+
+def weights_file(name: str, flag: str, needed: Mapping[str, Sequence[str]]) -> Path:
+    """The same for a file of weights, whose ending says which form it has, in upper case or lower."""
+    path = output_file(name, flag, needed)
+    if path.suffix.lower() not in WEIGHTS_ENDINGS:
+        raise OptionError(flag, f"{path} does not end in {', '.join(WEIGHTS_ENDINGS)}", "add an ending")
     return path
 
 
@@ -48,4 +57,4 @@ def _is_same(path: Path, other: Path) -> bool:
     try:
         return os.path.samefile(path, other)
     except OSError:  # one of them is not there
-        return path.resolve() == other.resolve()
+        return os.path.realpath(path) == os.path.realpath(other)

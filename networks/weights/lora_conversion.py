@@ -145,6 +145,9 @@ def to_trade(file: NetworkFile, *, precision: str | None = None) -> Converted:
         alpha = form["alphas"].get(name, form["alpha"]) if form else ("F32", 0)
         if alpha is not None:
             dtype, alpha_dims = alpha
+            if not (precision or dtype).startswith(("F", "BF")) and not _alpha(file, name).is_integer():
+                problem = f"{file.path}: {TRADE_FORM} of its header says that alpha of {name} is a whole number"
+                raise OptionError(file.where, f"{problem}, and it is {_alpha(file, name):g}", "use --save_precision")
             entries.append(_alpha_entry(f"{name}.{ALPHA}", _alpha(file, name), precision or dtype, (1,) * alpha_dims))
     metadata = {key: text for key, text in file.metadata.items() if key not in (METADATA_KEY, TRADE_FORM)}
     if not form and not any(key.startswith("ss_") for key in metadata):
@@ -157,8 +160,13 @@ def _noted_form(file: NetworkFile) -> dict[str, Any]:
         return {}
     try:
         form = json.loads(file.metadata[TRADE_FORM])
-        all(dtype in DTYPES for dtype, _ in filter(None, [form["alpha"], *form["alphas"].values()]))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        alphas = [each for each in (form["alpha"], *form["alphas"].values()) if each is not None]
+        numbers = [*form.get("dimensions", {}).values(), *(dims for _, dims in alphas)]
+        if not all(dtype in DTYPES and dtype != "C64" for dtype, _ in alphas):
+            raise ValueError
+        if not all(type(number) is int and 0 <= number <= 4 for number in numbers):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         problem = f"{file.path}: the entry {TRADE_FORM} of its header can't be understood"
         raise OptionError(file.where, problem, "take another file") from None
     return form
