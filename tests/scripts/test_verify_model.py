@@ -177,3 +177,10 @@ def test_headers_are_read_without_torch(tmp_path, tiny_sd1_path):
     command = [sys.executable, "-c", code, path, "--header_only", "--base", tiny_sd1_path]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "0 False"
+
+
+def test_alphas_in_headers_that_are_no_numbers(tmp_path, capsys):
+    tensors = {"unet.x.lora_A.weight": torch.ones(2, 4), "unet.x.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": NaN}'})
+    assert verify(tmp_path / "a.safetensors") == 2
+    assert "the alpha of unet.x is nan" in capsys.readouterr().err
