@@ -26,9 +26,9 @@ from library.checkpoints.merging import (
     unmatched,
 )
 from library.checkpoints.model_spec import ModelSpec, model_spec_metadata
+from library.checkpoints.ratios import check_ratios
 from library.checkpoints.safetensors_io import write_entries
 from library.cli.output_places import output_file
-from library.cli.ratios import check_ratios
 from library.cli.tools import Tool
 from library.options import OptionError, opt
 from library.progress import progress_bar

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from library.checkpoints.weights import WEIGHTS_ENDINGS
 from library.options import OptionError
 
 ANOTHER_FILE = "choose another file"
 ANOTHER_FOLDER = "choose another folder"
-WEIGHTS_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")  # all but the first are PyTorch's own form
 
 
 def output_file(name: str, flag: str, needed: Mapping[str, Sequence[str]]) -> Path:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from library.cli.ratios import LARGEST_RATIO
+from library.checkpoints.ratios import LARGEST_RATIO
 from library.options import OptionError
 from networks.blocks import SDXL_BLOCK, sd_block_index, sdxl_block_index
 from networks.layers import UNET_PREFIX

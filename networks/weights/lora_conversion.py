@@ -4,7 +4,8 @@
     diffusers:  unet.mid_block.attentions.0.proj_in.lora_A.weight, .lora_B.weight; alphas in the header
 
 What diffusers' form has no place for (the data types of alphas, the layers that the trade keeps as convolutions) is
-noted in the header too, so that a file that went there and back is the same byte for byte.
+noted in the header too, so that a file that went there and back has the same tensors, with their keys, types and
+shapes, and the same notes in its header. Files of this project's own order of tensors are the same byte for byte.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.cli.output_places import WEIGHTS_ENDINGS
-from library.cli.ratios import check_ratios
+from library.checkpoints.ratios import check_ratios
+from library.checkpoints.weights import WEIGHTS_ENDINGS
 from library.options import opt, require
 from networks.weights.merge_options import PRECISIONS
 

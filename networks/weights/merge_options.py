@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, fields
 
-from library.cli.ratios import check_ratios
+from library.checkpoints.ratios import check_ratios
 from library.options import opt, require
 
 logger = logging.getLogger(__name__)

@@ -87,7 +87,7 @@ class NetworkFile:
 
         Raises OptionError where half of a pair is missing, or the two don't fit together.
         """
-        names = [name for name, parts in self.modules.items() if DOWN in parts or UP in parts]
+        names = [name for name, parts in self.modules.items() if DOWN in parts or UP in parts or [*parts] == ["alpha"]]
         for name in names:
             self._check_pair(name)
         return [name for name in names if not {MID, *MAGNITUDES} & self.modules[name].keys()]

@@ -83,7 +83,10 @@ def test_dylora_without_metadata_and_mistakes(tmp_path, capsys):
             (["--model", source, "--unit", 1, "--save_to", tmp_path / name], "does not end in .safetensors, .ckpt")
             for name in ("new", "new.txt", ".safetensors")
         ),
-        (["--model", tmp_path / "none.safetensors", "--unit", 1, "--save_to", out], "holds no LoRA"),
+        (
+            ["--model", tmp_path / "none.safetensors", "--unit", 1, "--save_to", out],
+            "is incomplete: lora_unet_x has no lora_down.weight",
+        ),
         (["--model", tmp_path / "half.safetensors", "--unit", 1, "--save_to", out], "is incomplete"),
         (["--model", tmp_path / "cut.safetensors", "--unit", 1, "--save_to", out], "is truncated"),
     ):
