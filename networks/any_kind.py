@@ -56,7 +56,7 @@ def network_of_any_kind(
     """
     (file, tensors), (text_encoder, unet) = source, models
     usual = model_layers(*models, has_convs=True)
-    tensors = in_our_names(tensors, [name for name, _ in usual.all], usual.other_names)
+    tensors = in_our_names(tensors, [name for name, _ in usual.all], usual.other_names, file)
     modules = modules_of_file(tensors)
     usual_names = {name for name, _ in usual.all}
     if all(name in usual_names and is_plain_lora(parts) for name, parts in modules.items()):

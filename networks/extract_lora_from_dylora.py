@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is w
 from library.checkpoints.hashed_file import write_hashed_entries
 from library.checkpoints.safetensors_io import Entry, watched
 from library.checkpoints.torch_file import write_torch_file
-from library.cli.output_places import output_file
+from library.cli.output_places import output_file, weights_file
 from library.cli.tools import Tool
 from library.options import opt, require
 from library.progress import progress_bar
@@ -48,7 +48,7 @@ class SplitOptions:
 def split(options: SplitOptions) -> None:
     """Raises OptionError for what can't be split or written."""
     assert options.unit is not None
-    source, base = Path(options.model).expanduser(), Path(options.save_to).expanduser()
+    source, base = Path(options.model).expanduser(), weights_file(options.save_to, "--save_to", {})
     with NetworkFile(source, "--model") as file:
         most = max(map(file.rank, file.pairs), default=0)
         require(most > 0, "--model", f"{source} holds no LoRA", "name a file that networks.dylora has written")
@@ -56,7 +56,7 @@ def split(options: SplitOptions) -> None:
             options.unit <= most, "--unit", f"{options.unit} is above the file's rank, {most}", f"use {most} or less"
         )
         ranks = [*range(options.unit, most, options.unit), most]
-        outputs = {rank: base.with_name(f"{base.stem}-{rank:04}{base.suffix or SAFE}") for rank in ranks}
+        outputs = {rank: base.with_name(f"{base.stem}-{rank:04}{base.suffix}") for rank in ranks}
         for output in outputs.values():
             output_file(str(output), "--save_to", {"the file to split": [str(source)]})
         _warn_of_training(file, options.unit)

@@ -17,7 +17,7 @@ from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.probe import probe_any
 from library.checkpoints.source import ModelSource
 from library.checkpoints.weights import open_weights
-from library.cli.output_places import output_file
+from library.cli.output_places import weights_file
 from library.cli.tools import Tool
 from library.options import OptionError
 from library.progress import progress_bar
@@ -27,6 +27,7 @@ from networks.weights.merge_options import PRECISIONS
 
 if TYPE_CHECKING:
     from networks.weights.extracting import Pair
+    from networks.weights.low_rank_work import Results
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 def main(options: ExtractOptions) -> None:
     """Raises OptionError for what can't be extracted or written; then nothing is left behind."""
     org, tuned = str(options.model_org), str(options.model_tuned)
-    output = output_file(str(options.save_to), "--save_to", {"one of the models": [org, tuned]})
+    output = weights_file(str(options.save_to), "--save_to", {"one of the models": [org, tuned]})
     source = _checked(options, org, tuned)
     with open_weights(Path(org).expanduser()) as original, open_weights(Path(tuned).expanduser()) as trained:
         from library.checkpoints.hashed_file import write_network
@@ -46,7 +47,7 @@ def main(options: ExtractOptions) -> None:
         models = TwoModels(original, trained, source.kind, precision, (org, tuned))
         with StoredResults(output.parent) as store:
             results = extract(models, options, store, _shown)
-            write_network(store.entries, output, _metadata(options, source, output))
+            write_network(store.entries, output, _metadata(options, source, results, output))
     clamping = f"--clamp_quantile {options.clamp_quantile:g}" if options.clamp_quantile < 1 else ""
     results.tell("What the LoRA does, relative to the difference of the models:", plot=options.plot, way_out=clamping)
     ranks = f"rank {options.dim}" + (f", {options.conv_dim} for convolutions" if options.conv_dim else "")
@@ -82,18 +83,19 @@ def _single_file(path: str, flag: str) -> ModelSource:
     return probe_any(str(found), flag=flag)
 
 
-def _metadata(options: ExtractOptions, source: ModelSource, output: Path) -> dict[str, str]:
+def _metadata(options: ExtractOptions, source: ModelSource, results: Results, output: Path) -> dict[str, str]:
     v_prediction = options.v_parameterization
     if v_prediction is None:
         v_prediction = source.v_prediction or source.kind == "sd2"
     base = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[source.kind]
-    convs = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))} if options.conv_dim else {}
+    (dim, conv_dim), (alpha, conv_alpha) = results.described(results.ranks), results.described(results.alphas)
+    convs = {"conv_dim": conv_dim, "conv_alpha": conv_alpha} if options.conv_dim else {}
     metadata = {
         "ss_v2": str(source.kind == "sd2"),
         "ss_base_model_version": base + ("_v" if v_prediction and source.kind != "sdxl" else ""),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(options.dim),
-        "ss_network_alpha": str(float(options.dim)),
+        "ss_network_dim": dim,
+        "ss_network_alpha": alpha,
         "ss_network_args": json.dumps(convs),
     }
     if options.no_metadata:

@@ -342,7 +342,7 @@ def write_network_file(
     tensors: Mapping[str, torch.Tensor], file: Path | str, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a network file atomically; a .safetensors file's metadata gets both hashes of the trade."""
-    if Path(file).suffix == ".safetensors":
+    if Path(file).suffix.lower() == ".safetensors":
         metadata = dict(metadata or {})
         metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = sshs_hashes(tensors, metadata)
         if "modelspec.sai_model_spec" in metadata:

@@ -31,6 +31,7 @@ from networks.lora_creation import network_of_file, new_network, settings_beside
 from networks.lora_files import check_sizes, in_our_names, ranks_of_file
 from networks.lora_settings import LoRASettings
 from networks.lora_settings import check_arguments as check_arguments  # part of the contract of network modules
+from networks.pair_rules import alpha_number, essential
 
 CASTS_ITSELF = True  # needs no autocast: float32 masters are cast to the activations' dtype where they are used
 
@@ -177,12 +178,13 @@ class LoRAModule(Adapter):
             tensor = state_dict.get(key)
             if tensor is None or tensor.shape == part.weight.shape:
                 continue
-            if tensor.shape[0] == part.weight.shape[0] and tensor.numel() == part.weight.numel():
+            if essential(tuple(tensor.shape)) == essential(tuple(part.weight.shape)):
                 state_dict[key] = tensor.reshape(part.weight.shape)
                 continue
             problem = f"has the shape {list(tensor.shape)} where the network has {list(part.weight.shape)}"
             raise OptionError(key, problem)
         if prefix + "alpha" in state_dict:
+            alpha_number(self.name, state_dict[prefix + "alpha"], "the network")
             state_dict[prefix + "alpha"] = state_dict[prefix + "alpha"].reshape(())
         elif prefix + "lora_down.weight" in state_dict:
             state_dict[prefix + "alpha"] = torch.tensor(self.rank)

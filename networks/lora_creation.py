@@ -87,7 +87,7 @@ def network_of_file(
     """(network of `network_class`, tensors by our names) for a file and its tensors, which are not loaded yet."""
     file, tensors = source
     layers = model_layers(*models, has_convs=True)
-    tensors = in_our_names(tensors, [name for name, _ in layers.all], layers.other_names)
+    tensors = in_our_names(tensors, [name for name, _ in layers.all], layers.other_names, file)
     ranks = ranks_of_file(tensors, file)
     check_names(ranks, (name for name, _ in layers.all), str(file))
     check_sizes(tensors, dict(layers.all), file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from networks.injection import OTHER_NETWORK, modules_of_file
 from networks.key_names import COPY_AGAIN, DOWN, MID, UP, file_key
 from networks.layers import TEXT_PREFIX, UNET_PREFIX, layer_size
 from networks.lora_settings import Rank
+from networks.pair_rules import alpha_number, check_layer, check_pair, check_weight, pair_layer
 from networks.weight_changes import kind_of
 
 Parts = Mapping[str, torch.Tensor]  # a module's tensors by what follows its name
@@ -29,17 +31,24 @@ def diffusers_names(unet: torch.nn.Module) -> dict[str, str]:
 
 
 def in_our_names(
-    tensors: Mapping[str, torch.Tensor], modules: Collection[str], other_names: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor],
+    modules: Collection[str],
+    other_names: Mapping[str, str],
+    file: Path | str = "the network",
 ) -> Mapping[str, torch.Tensor]:
     """A file's tensors by the keys they have here, whether they have diffusers' names or its own form (lora_A, lora_B).
 
-    `modules` are the names of the layers of this model, `other_names` leads from diffusers' names to them.
+    `modules` are the names of the layers of this model, `other_names` leads from diffusers' names to them. Raises
+    OptionError, which names the `file`, for what is there twice under two names.
     """
     has_two = any(name.startswith(f"{TEXT_PREFIX}1_") for name in modules)
     renamed: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         name, dot, rest = file_key(key, has_two=has_two).partition(".")
-        renamed[f"{other_names.get(name, name)}{dot}{rest}"] = tensor
+        new = f"{other_names.get(name, name)}{dot}{rest}"
+        if new in renamed:
+            raise OptionError("", f"{file} has {rest} of {new.partition('.')[0]} twice: {key} is one", COPY_AGAIN)
+        renamed[new] = tensor
     return renamed
 
 
@@ -67,15 +76,11 @@ def _rank(name: str, parts: Parts, file: Path | str) -> Rank:
             raise OptionError("", f"{file} is incomplete: {name} has no {part}", COPY_AGAIN)
     if MID in parts:
         raise OptionError("", f"{file} is no plain LoRA: {name} has {MID}", "use --network_module lycoris.kohya")
-    down, up = parts[DOWN], parts[UP]
-    rank = len(down) if down.ndim else 0
-    if min(down.ndim, up.ndim) < 2 or up.shape[1] != rank:
-        problem = f"{DOWN} {list(down.shape)} and {UP} {list(up.shape)} of {name} don't fit together"
-        raise OptionError("", f"{file} is damaged: {problem}", COPY_AGAIN)
-    alpha = parts.get("alpha", torch.tensor(float(rank)))
-    if alpha.numel() != 1:
-        raise OptionError("", f"{file} is damaged: alpha of {name} is no single number", COPY_AGAIN)
-    return rank, float(alpha)
+    check_pair(name, tuple(parts[DOWN].shape), tuple(parts[UP].shape), file)
+    for part in (DOWN, UP):
+        check_weight(name, part, parts[part], file)
+    rank = len(parts[DOWN])
+    return rank, alpha_number(name, parts["alpha"], file) if "alpha" in parts else float(rank)
 
 
 def check_sizes(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, torch.nn.Module], file: Path | str) -> None:
@@ -88,6 +93,11 @@ def check_sizes(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, torch.
     }
     others = [name for name, (in_file, in_model) in sizes.items() if in_file != in_model]
     if not others:
+        for name in sizes:
+            down, up = (tuple(modules[name][part].shape) for part in (DOWN, UP))
+            if MID not in modules[name]:
+                layer: Any = layers[name]
+                check_layer(name, pair_layer(down, up), tuple(layer.weight.shape), file)
         return
     name = next((name for name in others if name.endswith(("attn2_to_k", "attn2_to_v"))), others[0])
     (inputs, outputs), (model_inputs, model_outputs) = sizes[name]

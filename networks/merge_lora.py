@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started as a file: the repository's folder is w
 from library.checkpoints.model_spec import ModelSpec, model_spec_metadata, resolution_of
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.safetensors_io import DTYPES
-from library.cli.output_places import output_file
+from library.cli.output_places import weights_file
 from library.cli.tools import Tool
 from library.options import OptionError
 from library.progress import progress_bar
@@ -39,7 +39,7 @@ WEAKENED = 0.05  # relative error of a change above which a user should know
 def merge(options: MergeOptions) -> None:
     """Raises OptionError for what can't be merged or written; then nothing is left behind."""
     needed = {"the model": [options.sd_model] if options.sd_model else [], "one of the networks": options.models}
-    output = output_file(str(options.save_to), "--save_to", needed)
+    output = weights_file(str(options.save_to), "--save_to", needed)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(NetworkFile(Path(path).expanduser(), "--models")) for path in options.models]
         if options.sd_model is None:

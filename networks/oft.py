@@ -30,6 +30,7 @@ from networks.key_names import COPY_AGAIN
 from networks.layers import CONV_CONTAINERS, TRANSFORMER_CONTAINERS, TextEncoders, find_layers, is_pointwise, layer_size
 from networks.oft_settings import DEFAULT_ALPHA, DEFAULT_BLOCKS, OFTSettings
 from networks.oft_settings import check_arguments as check_arguments  # part of the contract of network modules
+from networks.pair_rules import alpha_number, check_weight
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +114,8 @@ def _blocks_and_alpha(
     if shape[0] * shape[1] != outputs:
         problem = f"{file} was made for another model: it turns {shape[0] * shape[1]} outputs of {name}, "
         raise OptionError("", f"{problem}which has {outputs} here", "use a network that was made for this model")
-    alpha = parts.get("alpha", torch.tensor(DEFAULT_ALPHA))
-    if alpha.numel() != 1:
-        raise OptionError("", f"{file} is damaged: alpha of {name} is no single number", COPY_AGAIN)
-    return shape[0], float(alpha)
+    check_weight(name, BLOCKS, parts[BLOCKS], file)
+    return shape[0], alpha_number(name, parts["alpha"], file) if "alpha" in parts else DEFAULT_ALPHA
 
 
 def unet_layers(unet: torch.nn.Module | None, *, all_linear: bool, convs: bool) -> list[tuple[str, torch.nn.Module]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started as a file: the repository's folder is where library is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.cli.output_places import output_file
+from library.cli.output_places import weights_file
 from library.cli.tools import Tool
 from library.progress import progress_bar
 from library.wording import counted
@@ -23,6 +23,7 @@ from networks.weights.low_rank_options import ResizeOptions
 from networks.weights.network_file import NetworkFile
 
 if TYPE_CHECKING:
+    from networks.weights.low_rank_work import Results
     from networks.weights.resizing import Resized
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 def main(options: ResizeOptions) -> None:
     """Raises OptionError for what can't be resized or written; then nothing is left behind."""
     source = Path(str(options.model)).expanduser()
-    output = output_file(str(options.save_to), "--save_to", {"the LoRA that is read": [str(source)]})
+    output = weights_file(str(options.save_to), "--save_to", {"the LoRA that is read": [str(source)]})
     with NetworkFile(source, "--model") as file:
         from library.checkpoints.hashed_file import write_network
         from networks.weights.resizing import resize
@@ -53,22 +54,20 @@ def main(options: ResizeOptions) -> None:
 def _metadata(old: Mapping[str, str], options: ResizeOptions, resized: Resized) -> dict[str, str]:
     """The old notes with rank and alpha as they are now; ss_training_comment tells what happened."""
     comment, results = old.get("ss_training_comment", ""), resized.results
-    before = _most(resized.old_ranks, resized)
+    before = _most(resized.old_ranks, results)
     if options.dynamic_method is None:
-        conv_rank = options.new_conv_rank
-        after = f"{options.new_rank}" + (f" (conv: {conv_rank})" if conv_rank not in (None, options.new_rank) else "")
-        told = f"dimension is resized from {before} to {after}; {comment}"
-        dim, alpha = str(options.new_rank), str(list(results.alphas.values())[-1])
+        told = f"dimension is resized from {before} to {_most(results.ranks, results)}; {comment}"
+        dim, alpha = results.described(results.ranks)[0], results.described(results.alphas)[0]
     else:
         told = f"Dynamic resize with {options.dynamic_method}: {options.dynamic_param} from {before}; {comment}"
         dim = alpha = "Dynamic"
     return {**old, "ss_training_comment": told, "ss_network_dim": dim, "ss_network_alpha": alpha}
 
 
-def _most(ranks: Mapping[str, int], resized: Resized) -> str:
+def _most(ranks: Mapping[str, int], results: Results) -> str:
     """The largest rank, and that of convolutions where it is another."""
-    linear = max((rank for name, rank in ranks.items() if name not in resized.convs), default=None)
-    conv = max((rank for name, rank in ranks.items() if name in resized.convs), default=None)
+    linear = max((rank for name, rank in ranks.items() if name not in results.convs), default=None)
+    conv = max((rank for name, rank in ranks.items() if name in results.convs), default=None)
     if linear is None or conv is None or linear == conv:
         return str(linear if linear is not None else conv)
     return f"{linear} (conv: {conv})"

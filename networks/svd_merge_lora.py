@@ -7,12 +7,13 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started as a file: the repository's folder is where library is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.checkpoints.model_spec import ModelSpec, model_spec_metadata
-from library.cli.output_places import output_file
+from library.cli.output_places import weights_file
 from library.cli.tools import Tool
 from library.progress import progress_bar
 from library.wording import counted
@@ -20,6 +21,9 @@ from networks.weights.block_weights import parse_block_weights
 from networks.weights.low_rank_options import SvdMergeOptions
 from networks.weights.merge_inputs import Source, common_kind, predicts_velocity, titles
 from networks.weights.network_file import NetworkFile
+
+if TYPE_CHECKING:
+    from networks.weights.low_rank_work import Results
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ OF_BASE_MODEL = ("ss_v2", "ss_base_model_version")
 
 def main(options: SvdMergeOptions) -> None:
     """Raises OptionError for what can't be merged or written; then nothing is left behind."""
-    output = output_file(str(options.save_to), "--save_to", {"one of the networks": options.models})
+    output = weights_file(str(options.save_to), "--save_to", {"one of the networks": options.models})
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(NetworkFile(Path(path).expanduser(), "--models")) for path in options.models]
         kind = common_kind(files)
@@ -48,7 +52,7 @@ def main(options: SvdMergeOptions) -> None:
                     bar.update()
 
                 results = merge_by_svd(sources, options, store, on_done)
-            write_network(store.entries, output, _metadata(options, files, kind, output))
+            write_network(store.entries, output, _metadata(options, files, kind, results, output))
     clamping = f"--clamp_quantile {options.clamp_quantile:g}" if options.clamp_quantile < 1 else ""
     title = "What the file does, relative to the weighted sum of the networks:"
     results.tell(title, plot=options.plot, way_out=clamping)
@@ -57,13 +61,16 @@ def main(options: SvdMergeOptions) -> None:
     logger.info("%s: %s, %s", output, counted(len(results.ranks), "module"), ranks)
 
 
-def _metadata(options: SvdMergeOptions, files: list[NetworkFile], kind: str, output: Path) -> dict[str, str]:
-    conv_rank = options.new_rank if options.new_conv_rank is None else options.new_conv_rank
+def _metadata(
+    options: SvdMergeOptions, files: list[NetworkFile], kind: str, results: Results, output: Path
+) -> dict[str, str]:
+    dim, conv_dim = results.described(results.ranks)  # alphas are the same
+    of_convs = int(conv_dim) if conv_dim.isdigit() else conv_dim
     metadata = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(options.new_rank),
-        "ss_network_alpha": str(options.new_rank),
-        "ss_network_args": json.dumps({"conv_dim": conv_rank, "conv_alpha": conv_rank}),
+        "ss_network_dim": dim,
+        "ss_network_alpha": dim,
+        "ss_network_args": json.dumps({"conv_dim": of_convs, "conv_alpha": of_convs}),
     }
     for name in OF_BASE_MODEL:
         known = [file.metadata[name] for file in files if name in file.metadata]

@@ -33,6 +33,7 @@ import torch
 
 from library.options import OptionError
 from networks.key_names import COPY_AGAIN, DOWN, MAGNITUDES, MID, PEFT_MAGNITUDE, UP
+from networks.pair_rules import alpha_number, check_layer, check_pair, check_weight, pair_layer
 
 Parts = Mapping[str, torch.Tensor]  # a module's tensors by what follows its name
 Product = Callable[[Parts, torch.Tensor], torch.Tensor]
@@ -160,9 +161,16 @@ def check_module(name: str, parts: Parts, shape: torch.Size | tuple[int, ...], f
     _check_form(kind, name, frozenset(parts) - WITH_ANY, file)
     if not kind.has_magnitudes and any(key in parts for key in MAGNITUDES):
         raise OptionError("", f"{file} is of a kind that is not known: {name} has {listed}", OTHER_PROGRAM)
-    for key in NUMBERS:
-        if key in parts and parts[key].numel() != 1:
+    for key, tensor in parts.items():
+        if key == "alpha":
+            alpha_number(name, tensor, file)
+        elif key not in NUMBERS:
+            check_weight(name, key, tensor, file)
+        elif tensor.numel() != 1:
             raise OptionError("", f"{file} is damaged: {key} of {name} is no single number", COPY_AGAIN)
+    if kind.name == "LoRA" and MID not in parts:
+        check_pair(name, tuple(parts[DOWN].shape), tuple(parts[UP].shape), file)
+        check_layer(name, pair_layer(tuple(parts[DOWN].shape), tuple(parts[UP].shape)), tuple(shape), file)
     outlines = {key: tensor if key in NUMBERS else tensor.to("meta") for key, tensor in parts.items()}
     weight = torch.empty(shape, device="meta")
     try:

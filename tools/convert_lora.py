@@ -40,7 +40,7 @@ class ConvertOptions:
     fold_alpha: bool = opt(
         False,
         help="to diffusers: multiply alpha / rank into the weights, for programs that don't read alphas from the "
-        "header (diffusers before 0.34); without it the way back gives the same file",
+        "header (diffusers before 0.34); without it the way back gives the same tensors",
     )
 
 

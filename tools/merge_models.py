@@ -26,10 +26,11 @@ from library.checkpoints.merging import (
     unmatched,
 )
 from library.checkpoints.model_spec import ModelSpec, model_spec_metadata
+from library.checkpoints.ratios import check_ratios
 from library.checkpoints.safetensors_io import write_entries
 from library.cli.output_places import output_file
 from library.cli.tools import Tool
-from library.options import OptionError, opt, require
+from library.options import OptionError, opt
 from library.progress import progress_bar
 from library.wording import counted
 
@@ -53,14 +54,13 @@ class MergeOptions:
     add_metadata: bool = opt(False, help="note in the file what it is and what it was merged from (modelspec.*)")
 
     def __post_init__(self) -> None:
-        given, needed = len(self.ratios or ()), len(self.models)
-        problem = f"{counted(given, 'ratio')} for {counted(needed, 'model')}"
-        require(self.ratios is None or given == needed, "--ratios", problem, "give one for each, in their order")
+        if self.ratios is not None:
+            check_ratios(self.ratios, len(self.models))
 
 
 def merge(options: MergeOptions) -> None:
     """Raises OptionError for what can't be merged or written; then nothing is left behind."""
-    name = options.output if options.output.endswith(EXTENSION) else options.output + EXTENSION
+    name = options.output if options.output.lower().endswith(EXTENSION) else options.output + EXTENSION
     output = output_file(name, "--output", {"one of the models": options.models})
     with contextlib.ExitStack() as stack:
         models = [open_model(Path(path).expanduser(), "--models") for path in options.models]

@@ -21,6 +21,7 @@ from library.checkpoints.hashed_file import LEGACY_HASH, MODEL_HASH, SPEC_HASH, 
 from library.checkpoints.network_kind import kind_by_header
 from library.checkpoints.own_folders import EXTRAS
 from library.checkpoints.probe import resolve_model
+from library.checkpoints.scaled import scale_key
 from library.checkpoints.stored_model import STEMS, original_shapes
 from library.checkpoints.tensor_health import Health
 from library.checkpoints.trained_with import trained_with
@@ -113,6 +114,8 @@ def _verify_file(path: Path, weights: Weights, options: VerifyOptions, findings:
         _report_fit(found, options, findings)
     elif file is not None:
         _ = file.pairs  # raises where half of one is missing
+    if key := scale_key(weights.shapes):
+        findings.problems.append(f"its float8 weights have scales of their own ({key}), which are not read here")
     if identity.sort == CHECKPOINT and not is_refiner(weights.shapes):
         _report_missing(weights, identity, options, findings)
     if options.header_only:
@@ -224,7 +227,11 @@ def _report_health(parts: Sequence[tuple[str, Weights]], file: NetworkFile | Non
                 if any(counts):
                     broken.append(f"{key}: {counts[0]} NaN, {counts[1]} infinite")
                 bar.update()
-    changes = _changes(file) if file is not None else {}
+    try:
+        changes = _changes(file) if file is not None else {}
+    except OptionError as error:  # an alpha that is no number, in a tensor or in the header
+        changes = {}
+        findings.problems.append(str(error))
     head = ["block", "tensors", "numbers", "norm", "largest", "NaN", "Inf", *(["change"] if changes else []), "kept as"]
     rows = [head]
     for block, health in sorted(blocks.items(), key=lambda item: block_order(item[0])):

@@ -41,6 +41,8 @@ def adapter_alphas(
         for key, shape in shapes.items():
             if (match := FIRST_FACTOR.fullmatch(key)) and match[2] in patterns and len(shape) > 1:
                 alpha = patterns[match[2]].alpha(match[3], rank=shape[0])
+                if alpha is not None and not math.isfinite(alpha):
+                    raise ValueError(f"the alpha of {match[1]} is {alpha}")
                 if alpha is not None:
                     found[match[1]] = alpha
     except (ValueError, TypeError, AttributeError, re.error) as error:

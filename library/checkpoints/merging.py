@@ -24,6 +24,7 @@ from library.checkpoints.keymaps import (
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.probe import LORA_KEYS, says_v_prediction
 from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, TooLargeError, is_finite
+from library.checkpoints.scaled import check_not_scaled
 from library.checkpoints.weights import Weights, open_weights
 from library.options import OptionError
 
@@ -84,6 +85,7 @@ class Unmatched:
 def open_model(path: Path, where: str) -> ModelFile:
     """A model's file; only its header is read. OptionError names `where` (a flag) for what is none."""
     weights = open_weights(path, where)
+    check_not_scaled(weights.shapes, path, where)
     if any(LORA_KEYS.search(key) for key in weights.shapes):
         way_out = "merge LoRAs by networks/merge_lora.py, sdxl_merge_lora.py or svd_merge_lora.py"
         raise OptionError(where, f"{path} is a LoRA, not a model", way_out)

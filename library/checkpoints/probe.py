@@ -20,6 +20,7 @@ from library.checkpoints.architecture import (
 )
 from library.checkpoints.keymaps import V_PREDICTION_MARKER, ZERO_TERMINAL_SNR_MARKER
 from library.checkpoints.network_kind import KIND_NAMES
+from library.checkpoints.scaled import check_not_scaled
 from library.checkpoints.source import ModelSource
 from library.checkpoints.weights import open_weights, read_config
 from library.options import OptionError
@@ -121,6 +122,7 @@ def _probe_file(path: str, found: Path, family: str, flag: str) -> ModelSource:
         if any(LORA_KEYS.search(key) for key in shapes):
             way_out = "give it as --network_weights" if flag in (MODEL_FLAG, "--ckpt") else "name a whole model"
             raise OptionError(flag, f"{path} is a LoRA, not a base model", way_out)
+        check_not_scaled(shapes, path, flag)
         kind = model_kind(shapes)
         if not kind:
             raise OptionError(

@@ -23,6 +23,7 @@ from library.options import OptionError
 if TYPE_CHECKING:
     import torch
 
+WEIGHTS_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")  # of files to write; all but the first: PyTorch's own form
 # what torch.load raises on files that are damaged or something else
 DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError,

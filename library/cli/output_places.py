@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from library.checkpoints.weights import WEIGHTS_ENDINGS
 from library.options import OptionError
 
 ANOTHER_FILE = "choose another file"
@@ -20,12 +21,20 @@ def output_file(name: str, flag: str, needed: Mapping[str, Sequence[str]]) -> Pa
     """
     path = Path(name).expanduser()
     refuse_loop(path, flag)
-    if path.is_dir():
+    if path.is_dir() or name.endswith(("/", os.sep)):
         raise OptionError(flag, f"{path} is a folder", "name a file in it")
     for what, inputs in needed.items():
         for each in inputs:
             if _is_same(path, Path(each).expanduser()):
                 raise OptionError(flag, f"{path} is {what}, which would be replaced", ANOTHER_FILE)
+    return path
+
+
+def weights_file(name: str, flag: str, needed: Mapping[str, Sequence[str]]) -> Path:
+    """The same for a file of weights, whose ending says which form it has, in upper case or lower."""
+    path = output_file(name, flag, needed)
+    if path.suffix.lower() not in WEIGHTS_ENDINGS:
+        raise OptionError(flag, f"{path} does not end in {', '.join(WEIGHTS_ENDINGS)}", "add an ending")
     return path
 
 

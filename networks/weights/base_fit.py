@@ -140,7 +140,9 @@ def _network(file: NetworkFile, kind: str, base: Shapes) -> Fit:
 
 
 def _lacks(parts: Mapping[str, str]) -> list[str]:
-    """The other half of a pair, where it is not there."""
+    """The other half of a pair, where it is not there, or both where there is an alpha alone."""
+    if [*parts] == ["alpha"]:
+        return [DOWN, UP]
     pairs = ((DOWN, UP), (UP, DOWN), ("hada_w1_a", "hada_w1_b"), ("hada_w1_b", "hada_w1_a"))
     return [other for one, other in pairs if one in parts and other not in parts]
 

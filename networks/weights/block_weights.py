@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from library.checkpoints.ratios import LARGEST_RATIO
 from library.options import OptionError
 from networks.blocks import SDXL_BLOCK, sd_block_index, sdxl_block_index
 from networks.layers import UNET_PREFIX
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 200  # characters of a list in a message
 BASE, MID, OTHER = "BASE", "MID", "other"
 IN = tuple(f"IN{number:02}" for number in range(12))
 OUT = tuple(f"OUT{number:02}" for number in range(12))
@@ -96,8 +97,8 @@ def _numbers(text: str, where: str) -> list[float]:
     try:
         found = json.loads(text if text.strip().startswith("[") else f"[{text}]")
         numbers = [float(value) for value in found]
-    except (ValueError, TypeError):
-        raise OptionError(where, f"{text!r} is no list of numbers", "write it as [1,0.5,...]") from None
-    if not all(map(math.isfinite, numbers)):
-        raise OptionError(where, f"{text!r} holds what is no finite number")
+    except (ValueError, TypeError, RecursionError):
+        raise OptionError(where, f"{text[:SHOWN]!r} is no list of numbers", "write it as [1,0.5,...]") from None
+    if not all(abs(number) <= LARGEST_RATIO for number in numbers):  # NaN is none of these
+        raise OptionError(where, f"{text!r} holds what is no finite number up to {LARGEST_RATIO:g}")
     return numbers

@@ -4,7 +4,8 @@
     diffusers:  unet.mid_block.attentions.0.proj_in.lora_A.weight, .lora_B.weight; alphas in the header
 
 What diffusers' form has no place for (the data types of alphas, the layers that the trade keeps as convolutions) is
-noted in the header too, so that a file that went there and back is the same byte for byte.
+noted in the header too, so that a file that went there and back has the same tensors, with their keys, types and
+shapes, and the same notes in its header. Files of this project's own order of tensors are the same byte for byte.
 """
 
 from __future__ import annotations
@@ -96,8 +97,6 @@ def to_diffusers(file: NetworkFile, *, precision: str | None = None, folds_alpha
 
 def _alpha(file: NetworkFile, name: str) -> float:
     alpha = file.alpha(name)
-    if alpha is not None and not math.isfinite(alpha):
-        raise OptionError(file.where, f"{file.path}: alpha of {name} is {alpha}", "take an earlier save of it")
     return float(file.rank(name)) if alpha is None else alpha
 
 
@@ -148,6 +147,9 @@ def to_trade(file: NetworkFile, *, precision: str | None = None) -> Converted:
         alpha = form["alphas"].get(name, form["alpha"]) if form else ("F32", 0)
         if alpha is not None:
             dtype, alpha_dims = alpha
+            if not (precision or dtype).startswith(("F", "BF")) and not _alpha(file, name).is_integer():
+                problem = f"{file.path}: {TRADE_FORM} of its header says that alpha of {name} is a whole number"
+                raise OptionError(file.where, f"{problem}, and it is {_alpha(file, name):g}", "use --save_precision")
             entries.append(_alpha_entry(f"{name}.{ALPHA}", _alpha(file, name), precision or dtype, (1,) * alpha_dims))
     metadata = {key: text for key, text in file.metadata.items() if key not in (METADATA_KEY, TRADE_FORM)}
     if not form and not any(key.startswith("ss_") for key in metadata):
@@ -160,8 +162,13 @@ def _noted_form(file: NetworkFile) -> dict[str, Any]:
         return {}
     try:
         form = json.loads(file.metadata[TRADE_FORM])
-        all(dtype in DTYPES for dtype, _ in filter(None, [form["alpha"], *form["alphas"].values()]))
-    except (ValueError, TypeError, KeyError, AttributeError):
+        alphas = [each for each in (form["alpha"], *form["alphas"].values()) if each is not None]
+        numbers = [*form.get("dimensions", {}).values(), *(dims for _, dims in alphas)]
+        if not all(dtype in DTYPES and dtype != "C64" for dtype, _ in alphas):
+            raise ValueError
+        if not all(type(number) is int and 0 <= number <= 4 for number in numbers):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         problem = f"{file.path}: the entry {TRADE_FORM} of its header can't be understood"
         raise OptionError(file.where, problem, "take another file") from None
     return form

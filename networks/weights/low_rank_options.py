@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
+from library.checkpoints.ratios import check_ratios
+from library.checkpoints.weights import WEIGHTS_ENDINGS
 from library.options import opt, require
-from library.wording import counted
 from networks.weights.merge_options import PLOT_HELP, PRECISIONS, check_plot
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".ckpt", ".pt", ".pth", ".safetensors")
 DYNAMIC_METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 SVD_METHODS = ("exact", "randomized")
 DEVICE_HELP = "where to calculate: cuda, cuda:1, mps, cpu; without it the CPU"
@@ -28,6 +27,12 @@ def _is_share(flag: str, share: float) -> None:
     require(0 < share <= 1, flag, f"{share:g} is no share of all numbers", "use more than 0 and at most 1")
 
 
+def _check_clamp(share: float) -> None:
+    """Numbers lie on both sides of 0: half of them, and less, is a limit of 0 or below."""
+    problem = f"{share:g} would leave nothing of most numbers"
+    require(0.5 < share <= 1, "--clamp_quantile", problem, "use more than 0.5 and at most 1, 0.99 for instance")
+
+
 @dataclass(frozen=True)
 class ResizeOptions:
     """What is resized, and to which ranks."""
@@ -35,7 +40,7 @@ class ResizeOptions:
     save_precision: str | None = opt(choices=(None, *PRECISIONS), help="precision of the file; float without it")
     new_rank: int = opt(4, help="rank of the result; with --dynamic_method the largest one")
     new_conv_rank: int | None = opt(help=CONV_RANK_HELP)
-    save_to: str | None = opt(help=f"file to write ({', '.join(EXTENSIONS)})")
+    save_to: str | None = opt(help=f"file to write ({', '.join(WEIGHTS_ENDINGS)})")
     model: str | None = opt(help="LoRA to resize")
     device: str | None = opt(help=DEVICE_HELP)
     verbose: bool = opt(False, help="say of each module what is kept")
@@ -54,9 +59,6 @@ class ResizeOptions:
     def __post_init__(self) -> None:
         _at_least_one("--new_rank", self.new_rank)
         _at_least_one("--new_conv_rank", self.new_conv_rank)
-        if self.save_to is not None:
-            is_known = Path(self.save_to).suffix.lower() in EXTENSIONS
-            require(is_known, "--save_to", f"{self.save_to} does not end in {', '.join(EXTENSIONS)}", "add an ending")
         check_plot(self.plot)
         if self.dynamic_method is None:
             idle = {"--dynamic_param": self.dynamic_param is not None, "--exact_rank": self.exact_rank}
@@ -111,7 +113,7 @@ class ExtractOptions:
         require(not (self.v2 and self.sdxl), "--v2", "stands for SD 2.x, and --sdxl for SDXL", "leave one of them out")
         _at_least_one("--dim", self.dim)
         _at_least_one("--conv_dim", self.conv_dim)
-        _is_share("--clamp_quantile", self.clamp_quantile)
+        _check_clamp(self.clamp_quantile)
         require(self.min_diff >= 0, "--min_diff", f"{self.min_diff:g} is negative", "use 0 or more")
         check_plot(self.plot)
         for flag in ("load_original_model_to", "load_tuned_model_to"):
@@ -145,10 +147,8 @@ class SvdMergeOptions:
     plot: str | None = opt(help=PLOT_HELP)
 
     def __post_init__(self) -> None:
-        given, needed = len(self.ratios), len(self.models)
-        problem = f"{counted(given, 'ratio')} for {counted(needed, 'model')}"
-        require(given == needed, "--ratios", problem, "give one for each of --models, in their order")
+        check_ratios(self.ratios, len(self.models))
         _at_least_one("--new_rank", self.new_rank)
         _at_least_one("--new_conv_rank", self.new_conv_rank)
-        _is_share("--clamp_quantile", self.clamp_quantile)
+        _check_clamp(self.clamp_quantile)
         check_plot(self.plot)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,10 +78,14 @@ class Results:
     by_rank: FidelityReport = field(default_factory=FidelityReport)  # of what the rank alone costs
     spectra: dict[str, list[Spectrum]] = field(default_factory=dict)  # by block
     ranks: dict[str, int] = field(default_factory=dict)  # by module
-    alphas: dict[str, float] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)  # as stored
+    convs: set[str] = field(default_factory=set)  # modules of convolutions of more than one pixel
 
     def add(self, layer: Layer, svd: Svd, rank: int, *, alpha: float | None = None, clamp: float = 1.0) -> Factors:
-        """Store the best pair of a rank, its numbers limited to the `clamp` quantile; returns (down, up) as stored."""
+        """Store the best pair of a rank, its numbers limited to the `clamp` quantile.
+
+        Returns (down, up) as stored, with up multiplied by what is stored as alpha / rank.
+        """
         down_RI, up_OR = clamped(*svd.factors(rank), clamp)
         one = (1, 1) if len(layer.shape) == 4 else ()
         down, up = down_RI.to(self.dtype), up_OR.to(self.dtype)
@@ -90,9 +94,21 @@ class Results:
         self.store.add(f"{layer.name}.alpha", number)
         self.store.add(f"{layer.name}.{DOWN}", down.reshape(rank, *layer.shape[1:]).cpu())
         self.store.add(f"{layer.name}.{UP}", up.reshape(layer.shape[0], rank, *one).cpu())
-        self.ranks[layer.name], self.alphas[layer.name] = rank, alpha
+        self.ranks[layer.name], self.alphas[layer.name] = rank, float(number)
+        if layer.is_conv:
+            self.convs.add(layer.name)
         self.spectra.setdefault(block_name(layer.name), []).append(Spectrum.of(svd.values_K, svd.energy, rank))
-        return down.float(), up.float()
+        scale = float(number) / rank
+        return down.float(), up.float() if scale == 1 else up.float() * scale
+
+    def described(self, values: Mapping[str, float]) -> tuple[str, str]:
+        """For metadata: the one value of all linear layers' modules, or "Dynamic", and that of convolutions.
+
+        Where there are none of one sort, they are said to be as the other.
+        """
+        linear = [value for name, value in values.items() if name not in self.convs]
+        convs = [value for name, value in values.items() if name in self.convs]
+        return one_or_dynamic(linear or convs), one_or_dynamic(convs or linear)
 
     def compare(self, name: str, exact: Sequence[Factors], stored: Factors, svd: Svd) -> None:
         """Note how far the stored product is from an exact one that is a sum of low-rank products."""

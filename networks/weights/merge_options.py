@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from library.checkpoints.ratios import check_ratios
 from library.options import opt, require
-from library.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,12 @@ class PlainMergeOptions:
     sd_model: str | None = opt(
         help="model to merge the networks into: one file, .safetensors or .ckpt; without it they are merged together"
     )
-    save_to: str | None = opt(help="file to write: .safetensors, or any other extension for PyTorch's own format")
+    save_to: str | None = opt(help="file to write: .safetensors, or .ckpt, .pt, .pth for PyTorch's own format")
     models: tuple[str, ...] = opt((), help="files of networks: LoRA, and into a model also its relatives")
     ratios: tuple[float, ...] = opt((), help="strength of each network, in their order")
 
     def __post_init__(self) -> None:
-        given, needed = len(self.ratios), len(self.models)
-        problem = f"{counted(given, 'ratio')} for {counted(needed, 'model')}"
-        require(given == needed, "--ratios", problem, "give one for each of --models, in their order")
+        check_ratios(self.ratios, len(self.models))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ import torch
 from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite, rounded
 from library.options import OptionError
 from library.randomness import torch_generator
-from networks.key_names import COPY_AGAIN, DOWN, UP
+from networks.key_names import DOWN, UP
+from networks.pair_rules import pair_layer
 from networks.weights.fidelity import Factors, FidelityReport
 from networks.weights.merge_inputs import MODELS, Source, report_unmatched
 from networks.weights.module_changes import is_plain
@@ -113,20 +114,18 @@ class _Module:
             self._check_fits(first.path, source)
         ranks = [source.file.rank(name) for source in sources]
         self.rank = ranks[0] if settings.way == "added" else sum(ranks)
-        for source in sources:
-            if not math.isfinite(_alpha(source, name)):
-                raise OptionError(MODELS, f"alpha of {name} is no finite number in {source.file.path}", COPY_AGAIN)
         self.base_alpha = _alpha(sources[0], name)
         self.alpha = float(self.rank) if settings.way == "exact" else self.base_alpha
         if settings.way != "exact":
-            for source in sources:
-                if not _alpha(source, name) / (self.base_alpha or math.nan) > 0:
-                    problem = f"alpha of {name} is {_alpha(source, name):g} in {source.file.path}"
-                    raise OptionError(MODELS, f"{problem}, which has no square root", "use --exact")
+            alphas = {str(source.file.path): _alpha(source, name) for source in sources}
+            if not all(alpha / (self.base_alpha or math.nan) > 0 for alpha in alphas.values()):
+                path, alpha = next((path, alpha) for path, alpha in alphas.items() if not alpha > 0)
+                problem = f"alpha of {name} is {alpha:g} in {path}"
+                raise OptionError(MODELS, f"{problem}, which has no square root", "use --exact")
 
     def _check_fits(self, first_path: object, source: Source) -> None:
         down, up, path = source.file.shape(self.name, DOWN), source.file.shape(self.name, UP), source.file.path
-        if (math.prod(down[1:]), up[0]) != (math.prod(self.down_shape[1:]), self.up_shape[0]):
+        if pair_layer(down, up) != pair_layer(self.down_shape, self.up_shape):
             problem = f"{self.name} is for {[*self.up_shape[:1], *self.down_shape[1:]]} weights in {first_path}"
             problem += f" and for {[*up[:1], *down[1:]]} in {path}"
             raise OptionError(MODELS, problem, "merge what was made for the same model")

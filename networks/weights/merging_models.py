@@ -19,6 +19,7 @@ from library.checkpoints.keymaps import CLIP_PREFIX, OPENCLIP_PREFIX, UNET_PREFI
 from library.checkpoints.network_kind import KIND_NAMES
 from library.checkpoints.probe import LORA_KEYS
 from library.checkpoints.safetensors_io import DTYPES, Entry, NonFiniteError, is_finite, rounded
+from library.checkpoints.scaled import check_not_scaled
 from library.checkpoints.sd import copied_entry
 from library.checkpoints.weights import Weights, open_weights
 from library.options import OptionError
@@ -73,6 +74,7 @@ def open_model(path: str) -> ModelFile:
         way_out = "make a file of it first: tools/convert_diffusers20_original_sd.py"
         raise OptionError(MODEL, f"{path} is a Diffusers folder, and networks are merged into single files", way_out)
     weights = open_weights(found, MODEL)
+    check_not_scaled(weights.shapes, path, MODEL)
     if any(LORA_KEYS.search(key) for key in weights.shapes):
         raise OptionError(MODEL, f"{path} is a network, not a model", f"name it among {MODELS}")
     kind = model_kind(weights.shapes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +12,7 @@ from networks import oft
 from networks.key_names import DOWN, UP
 from networks.layers import UNET_PREFIX
 from networks.low_rank import add_weight_change_
+from networks.pair_rules import check_layer
 from networks.weight_changes import bias_change, check_module, is_plain_lora, weight_change
 from networks.weights.network_file import NetworkFile
 
@@ -30,6 +30,7 @@ def layer_of(name: str) -> str:
 def check_change(file: NetworkFile, name: str, shape: tuple[int, ...]) -> bool:
     """Whether a module changes a bias beside the weight of `shape`; OptionError where it can't change that."""
     parts = file.parts(name)
+    file.alpha(name)  # raises OptionError for NaN and infinity
     if oft.BLOCKS in parts:
         blocks = parts[oft.BLOCKS]
         if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2] or len(blocks) * blocks.shape[1] != shape[0]:
@@ -45,11 +46,8 @@ def check_change(file: NetworkFile, name: str, shape: tuple[int, ...]) -> bool:
 
 def _check_pair(file: NetworkFile, name: str, shape: tuple[int, ...]) -> None:
     pairs = file.pairs  # raises OptionError where projections don't fit each other
-    outputs, inputs = file.shape(name, UP)[0], math.prod(file.shape(name, DOWN)[1:])
-    if name in pairs and (outputs, inputs) != (shape[0], math.prod(shape[1:])):
-        problem = f"{name} has {inputs} inputs and {outputs} outputs there, {math.prod(shape[1:])} and {shape[0]} here"
-        way_out = "use a network that was made for this kind of model"
-        raise OptionError("", f"{file.path} was made for another model family: {problem}", way_out)
+    if name in pairs:
+        check_layer(name, file.layer_shape(name), shape, file.path)
 
 
 def add_change_(weight: torch.Tensor, file: NetworkFile, name: str, multiplier: float, dtype: torch.dtype) -> None:

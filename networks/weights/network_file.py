@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from library.checkpoints.weights import open_weights
 from library.options import OptionError
 from networks.key_names import COPY_AGAIN, DOWN, MAGNITUDES, MID, UP, file_key, has_two_encoders
 from networks.layers import UNET_PREFIX
+from networks.pair_rules import alpha_number, check_dtype, check_pair, pair_layer
 from networks.weights.file_identity import OF_MODELS, identify
 
 if TYPE_CHECKING:
@@ -88,18 +90,22 @@ class NetworkFile:
 
         Raises OptionError where half of a pair is missing, or the two don't fit together.
         """
-        names = [name for name, parts in self.modules.items() if DOWN in parts or UP in parts]
+        names = [name for name, parts in self.modules.items() if DOWN in parts or UP in parts or [*parts] == ["alpha"]]
         for name in names:
             self._check_pair(name)
         return [name for name in names if not {MID, *MAGNITUDES} & self.modules[name].keys()]
+
+    def layer_shape(self, name: str) -> tuple[int, ...]:
+        """Of the weight that a pair changes: [out, in], or [out, in, k, k] of a convolution of more than one pixel."""
+        return pair_layer(self.shape(name, DOWN), self.shape(name, UP))
 
     def rank(self, name: str) -> int:
         return self.shape(name, DOWN)[0]
 
     def alpha(self, name: str) -> float | None:
-        """None where the file has none, which stands for the rank."""
+        """None where the file has none, which stands for the rank; OptionError for NaN, infinity and no number."""
         if "alpha" in self.modules[name]:
-            return float(self.tensor(name, "alpha"))
+            return alpha_number(name, self.tensor(name, "alpha"), self.path, self.where)
         match = FIRST_FACTOR.fullmatch(self.modules[name].get(DOWN, ""))
         return self._noted_alphas.get(match[1]) if match else None
 
@@ -121,9 +127,10 @@ class NetworkFile:
             if part not in self.modules[name]:
                 raise self._error(f"is incomplete: {name} has no {part}", COPY_AGAIN)
         down, up = self.shape(name, DOWN), self.shape(name, UP)
-        if min(len(down), len(up)) < 2 or up[1] != down[0] or not down[0]:
-            raise self._error(f"is damaged: {DOWN} {[*down]} and {UP} {[*up]} of {name} don't fit together", COPY_AGAIN)
-        if "alpha" in self.modules[name] and self.shape(name, "alpha") not in ((), (1,)):
+        check_pair(name, down, up, self.path, self.where)
+        for part in (DOWN, UP):
+            check_dtype(name, part, self.weights.dtypes[self.modules[name][part]], self.path, self.where)
+        if "alpha" in self.modules[name] and math.prod(self.shape(name, "alpha")) != 1:
             raise self._error(f"is damaged: alpha of {name} is no single number", COPY_AGAIN)
 
     def _error(self, problem: str, way_out: str) -> OptionError:

@@ -30,7 +30,6 @@ class Resized:
 
     results: Results
     old_ranks: dict[str, int] = field(default_factory=dict)  # of linear layers' modules and of convolutions', by module
-    convs: set[str] = field(default_factory=set)
     retained: list[float] = field(default_factory=list)  # of each module: sqrt(sum of S^2 kept / sum of all)
 
 
@@ -80,8 +79,6 @@ def _resize_module(
     """Whether the layer is too small for the rank asked for."""
     down_RI, up_OR = finite_pair(file, name, torch.float32, device)
     scale = file.scale(name)
-    if not math.isfinite(scale):
-        raise NonFiniteError(f"{file.path}: alpha of {name} is no finite number", "take another file")
     layer = Layer(name, (len(up_OR), *file.shape(name, DOWN)[1:]))
     cap = options.new_conv_rank if layer.is_conv and options.new_conv_rank else options.new_rank
     sides = min(len(up_OR), down_RI.shape[1])
@@ -89,10 +86,8 @@ def _resize_module(
     values = torch.cat([svd.values_K, svd.values_K.new_zeros(sides - len(svd.values_K))])  # of the whole product
     rank = chosen_rank(values, options.dynamic_method, options.dynamic_param or 0.0, cap, exactly=options.exact_rank)
     stored = resized.results.add(layer, svd, rank, alpha=scale * rank)
-    resized.results.compare(name, [(down_RI, up_OR * scale)], (stored[0], stored[1].double() * scale), svd)
+    resized.results.compare(name, [(down_RI, up_OR * scale)], stored, svd)
     resized.old_ranks[name] = file.rank(name)
-    if layer.is_conv:
-        resized.convs.add(name)
     _note_retained(name, svd, values, rank, resized, verbose=options.verbose)
     return cap > sides
 

@@ -11,6 +11,7 @@ import torch
 from library.checkpoints.safetensors_io import NonFiniteError
 from library.options import OptionError
 from networks.key_names import DOWN, UP
+from networks.pair_rules import essential
 from networks.weights.fidelity import Factors
 from networks.weights.low_rank_options import SvdMergeOptions
 from networks.weights.low_rank_work import Layer, Results, device_of, finite_pair, torch_dtype
@@ -71,7 +72,7 @@ def _layer(name: str, sources: Sequence[Source]) -> Layer:
     layer = Layer(name, (first.shape(name, UP)[0], *first.shape(name, DOWN)[1:]))
     for source in sources[1:]:
         shape = (source.file.shape(name, UP)[0], *source.file.shape(name, DOWN)[1:])
-        if (shape[0], math.prod(shape[1:])) != (layer.shape[0], math.prod(layer.shape[1:])):
+        if essential(shape) != essential(layer.shape):
             problem = f"{name} is for {[*layer.shape]} weights in {first.path} and for {[*shape]} in {source.file.path}"
             raise OptionError(MODELS, problem, "merge what was made for the same model")
     return layer

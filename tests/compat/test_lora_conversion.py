@@ -201,3 +201,24 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path: Path, capsys: Any) 
         error = capsys.readouterr().err
         assert said in error and len([line for line in error.splitlines() if "converting:" not in line]) == 1, error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"alpha": ["XX", 0], "alphas": {}},
+        {"alpha": ["C64", 0], "alphas": {}},
+        {"alpha": ["F32", -1], "alphas": {}},
+        {"alpha": ["F32", 1e9], "alphas": {}},
+        {"alpha": None, "alphas": {"x": ["F99", 0]}},
+        {"alpha": None, "alphas": {}, "dimensions": {"x": "many"}},
+        {"alpha": None, "alphas": []},
+        [],
+    ],
+)
+def test_notes_on_the_trades_form_are_checked(form: Any, tmp_path: Path, capsys: Any) -> None:
+    tensors = {f"unet.x.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_trade_form": json.dumps(form)})
+    assert convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors") == 2
+    assert "lora_trade_form of its header can't be understood" in capsys.readouterr().err
+    assert not (tmp_path / "b.safetensors").exists()

@@ -57,7 +57,7 @@ def test_dylora_without_metadata_and_mistakes(tmp_path, capsys):
     source = tmp_path / "a.safetensors"
     pair = {"lora_unet_x.lora_down.weight": torch.randn(3, 4), "lora_unet_x.lora_up.weight": torch.randn(4, 3)}
     save_file(pair, source)
-    assert run(extract_lora_from_dylora, "--model", source, "--unit", 2, "--save_to", tmp_path / "out") == 0
+    assert run(extract_lora_from_dylora, "--model", source, "--unit", 2, "--save_to", tmp_path / "out.safetensors") == 0
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out-0002.safetensors", "out-0003.safetensors"]
     with safe_open(tmp_path / "out-0002.safetensors", "pt") as file:
         assert file.metadata()["ss_training_comment"] == "split from DyLoRA, rank 3 to 2"
@@ -67,12 +67,26 @@ def test_dylora_without_metadata_and_mistakes(tmp_path, capsys):
     save_file(pair, tmp_path / "ok.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(source.read_bytes()[:-4])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    out = tmp_path / "new"
+    out = tmp_path / "new.safetensors"
     for words, said in (
         (["--model", source, "--unit", 0, "--save_to", out], "--unit: 0 is no rank"),
         (["--model", source, "--unit", 4, "--save_to", out], "above the file's rank, 3"),
-        (["--model", tmp_path / "b-0003.safetensors", "--unit", 1, "--save_to", tmp_path / "b"], "would be replaced"),
-        (["--model", tmp_path / "none.safetensors", "--unit", 1, "--save_to", out], "holds no LoRA"),
+        (
+            ["--model", tmp_path / "b-0003.safetensors", "--unit", 1, "--save_to", tmp_path / "b.safetensors"],
+            "would be replaced",
+        ),
+        *(
+            (["--model", source, "--unit", 1, "--save_to", place], "is a folder; name a file in it")
+            for place in (tmp_path, "..", ".", "/", f"{tmp_path}/new/")
+        ),
+        *(
+            (["--model", source, "--unit", 1, "--save_to", tmp_path / name], "does not end in .safetensors, .ckpt")
+            for name in ("new", "new.txt", ".safetensors")
+        ),
+        (
+            ["--model", tmp_path / "none.safetensors", "--unit", 1, "--save_to", out],
+            "is incomplete: lora_unet_x has no lora_down.weight",
+        ),
         (["--model", tmp_path / "half.safetensors", "--unit", 1, "--save_to", out], "is incomplete"),
         (["--model", tmp_path / "cut.safetensors", "--unit", 1, "--save_to", out], "is truncated"),
     ):

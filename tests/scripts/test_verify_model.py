@@ -215,3 +215,19 @@ def test_objects_of_a_pickle_that_are_not_loaded_are_named(tmp_path, capsys):
     assert verify(tmp_path / "a.pt") == 0
     said = capsys.readouterr().out
     assert "not loaded" in said and "objects of pathlib." in said
+
+
+def test_alphas_alone_are_no_network(tmp_path, tiny_sd1_path, capsys):
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    save_file({f"{name}.alpha": torch.ones(())}, tmp_path / "a.safetensors")
+    assert verify(tmp_path / "a.safetensors") == 2
+    assert f"is incomplete: {name} has no lora_down.weight" in capsys.readouterr().err
+    assert verify(tmp_path / "a.safetensors", "--base", tiny_sd1_path) == 2
+    assert "2 keys missing for the base" in capsys.readouterr().err
+
+
+def test_alphas_in_headers_that_are_no_numbers(tmp_path, capsys):
+    tensors = {"unet.x.lora_A.weight": torch.ones(2, 4), "unet.x.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": NaN}'})
+    assert verify(tmp_path / "a.safetensors") == 2
+    assert "the alpha of unet.x is nan" in capsys.readouterr().err

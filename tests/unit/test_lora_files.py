@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -116,6 +118,15 @@ def test_files_that_are_no_lora(tmp_path):
 NAME = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 
 
+def _permuted(weight):
+    """Kernel before inputs, as no program's convolutions are."""
+    return weight.movedim(1, -1)
+
+
+def _without_rank(key, weight):
+    return weight if "alpha" in key else weight[:0] if "lora_down" in key else weight[:, :0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -124,21 +135,36 @@ NAME = "lora_te_text_model_encoder_layers_0_mlp_fc1"
         (lambda key, value: None if key == f"{NAME}.lora_up.weight" else value, f"{NAME} has no lora_up.weight"),
         (lambda key, value: torch.cat([value] * 2) if "lora_down" in key else value, "is damaged: .* don't fit togeth"),
         (lambda key, value: value.new_ones(2) if "alpha" in key else value, "is damaged: alpha of .* is no single"),
+        (lambda key, value: value * math.nan if "alpha" in key else value, "alpha of .* is nan, no finite number"),
+        (lambda key, value: value * 1j if "alpha" in key else value, "is damaged: alpha of .* is no single number"),
+        (lambda key, value: value * math.inf if "lora_up" in key else value, "lora_up.weight of .* holds NaN or inf"),
+        (lambda key, value: value.int() if "lora_up" in key else value, "lora_up.weight of .* is of type int32"),
+        (lambda key, value: _permuted(value) if "lora_down" in key else value, "is damaged: .* don't fit together"),
+        (lambda key, value: value.flatten(1) if "lora_down" in key else value, r"for a weight of \[.*, of \[.* here"),
+        (lambda key, value: _without_rank(key, value), "is damaged: .* don't fit together"),
     ],
 )
 def test_damaged_files_are_named_with_the_module(tmp_path, change, message):
     """Both when a network is made from the file and when it is loaded into one."""
-    parts, network, _ = saved(tmp_path)
+    parts, network, _ = saved(tmp_path, conv_dim="2")
     changed = {key: change(key, value) for key, value in network.state_dict().items()}
     file = tmp_path / "damaged.pt"
     torch.save({key: value for key, value in changed.items() if value is not None}, file)
     for load in (
         lambda: create_network_from_weights(1.0, file, None, *parts, for_inference=True),
-        lambda: create_network(1.0, 4, 1.0, None, *parts).load_weights(file),
+        lambda: create_network(1.0, 4, 1.0, None, *parts, conv_dim="2").load_weights(file),
     ):
         with pytest.raises(OptionError, match=message) as caught:
             load()
         assert "damaged.pt" in str(caught.value)
+
+
+def test_modules_under_two_names_are_refused(tmp_path):
+    parts, network, _ = saved(tmp_path)
+    tensors = network.state_dict()
+    tensors |= {f"{NAME}.lora_A.weight": tensors[f"{NAME}.lora_down.weight"]}
+    with pytest.raises(OptionError, match=f"f has lora_down.weight of {NAME} twice: .*{NAME}.lora_A.weight"):
+        create_network_from_weights(1.0, "f", None, *parts, weights_sd=tensors)
 
 
 def test_other_decompositions_are_named(tmp_path):

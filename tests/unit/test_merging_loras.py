@@ -192,8 +192,9 @@ def test_mistakes(two, tmp_path):
     for networks, settings, problem in [
         ((first, network("rank", rank=2)), {}, r"has rank 4 in .*first.* and 2 in .*rank.*; use --exact"),
         ((first, network("alpha", alpha=-1.0)), {}, r"alpha of .* is -1 in .*alpha.*, which has no square root"),
+        ((network("alpha", alpha=-1.0), first), {}, r"alpha of .* is -1 in .*alpha.*, which has no square root"),
         ((network("zero", alpha=0.0), first), {}, r"which has no square root; use --exact"),
-        ((network("nan", alpha=float("inf")),), {"exact": True}, r"is no finite number in .*nan"),
+        ((network("nan", alpha=float("inf")),), {"exact": True}, r"nan.safetensors: alpha of .* is inf, no"),
         ((first, of_sdxl), {}, rf"--models: {first} is for SD 1.x, and {of_sdxl} is for SDXL"),
         ((loha,), {}, rf"only a model .* no plain LoRA: {loha}: {CONV}; check"),
         ((first,), {"ratios": (0.0,), "exact": True}, r"nothing is left to merge"),

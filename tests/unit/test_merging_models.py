@@ -8,14 +8,16 @@ import torch
 from safetensors.torch import save_file
 
 from library.checkpoints.keymaps import V_PREDICTION_MARKER
-from library.checkpoints.safetensors_io import entry_of, read_header
+from library.checkpoints.safetensors_io import NonFiniteError, entry_of, read_header
 from library.checkpoints.torch_file import write_torch_file
 from library.checkpoints.weights import load_tensors
 from library.options import OptionError
+from networks import extract_lora_from_models
 from networks.lora_creation import model_layers
 from networks.merge_lora import merge
 from networks.weights.merge_options import MergeOptions, SdMergeOptions
 from tests.tiny_loras import dense_changes, layer_shapes, lora_tensors, tiny_lora
+from tools import merge_models, verify_model
 
 
 def into(model, output, *networks, ratios=None, **settings):
@@ -269,3 +271,48 @@ def test_inputs_that_a_precision_cannot_hold_name_its_flag(tiny_sd1_path, tmp_pa
         into(tiny_sd1_path, tmp_path / "out.safetensors", tmp_path / "b.safetensors", precision="fp16")
     with pytest.raises(OptionError, match="no finite number once the networks are in it; use smaller --ratios"):
         into(tiny_sd1_path, tmp_path / "out.safetensors", tmp_path / "b.safetensors", ratios=(1e32,))
+
+
+def _changed(part, change):
+    return lambda tensors: {key: change(tensor) if key.endswith(part) else tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_changed("alpha", lambda alpha: alpha * float("nan")), "alpha of .* is nan, no finite number"),
+        (_changed("alpha", lambda alpha: alpha * 1j), "alpha of .* is no single number"),
+        (
+            _changed("lora_down.weight", lambda down: down.movedim(1, -1).contiguous()),
+            "is damaged: .* don't fit together",
+        ),
+        (_changed("lora_down.weight", lambda down: down.flatten(1)), r"is for a weight of \[.*there, of \[.*here"),
+        (_changed("lora_up.weight", lambda up: up.to(torch.complex64)), "lora_up.weight of .* is of type C64"),
+    ],
+)
+def test_damaged_networks_are_refused_before_the_work(change, said, tmp_path, tiny_sd1_path):
+    """Each as the network module refuses it."""
+    save_file(change(lora_tensors("sd1", every=5)), tmp_path / "a.safetensors")
+    with pytest.raises(OptionError, match=rf"a.safetensors.*{said}") as error:
+        into(tiny_sd1_path, tmp_path / "out.safetensors", tmp_path / "a.safetensors")
+    assert not isinstance(error.value, NonFiniteError) and not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("key", ["scaled_fp8", "model.diffusion_model.out.2.scale_weight", "x.weight_scale"])
+def test_scaled_weights_are_refused(key, tmp_path, tiny_sd1_path, capsys):
+    """Their numbers alone, without the scales, would be merged into nonsense, silently."""
+    scaled, network = tmp_path / "scaled.safetensors", tiny_lora(tmp_path / "a.safetensors", "sd1", every=40)
+    save_file(load_tensors(tiny_sd1_path) | {key: torch.ones(1)}, scaled)
+    out = tmp_path / "out.safetensors"
+    said = rf"scaled.safetensors holds float8 weights with scales of their own \({key}\).*; convert it to fp16 first"
+    with pytest.raises(OptionError, match=f"--sd_model: .*{said}"):
+        into(scaled, out, network)
+    for tool, words in (
+        (merge_models, ["--models", tiny_sd1_path, scaled, "--output", out]),
+        (extract_lora_from_models, ["--model_org", tiny_sd1_path, "--model_tuned", scaled, "--save_to", out]),
+    ):
+        assert tool.TOOL.run([*map(str, words)]) == 2
+        assert "scaled.safetensors holds float8 weights with scales" in capsys.readouterr().err
+    assert not out.exists()
+    assert verify_model.TOOL.run([str(scaled), "--header_only"]) == 2
+    assert f"have scales of their own ({key})" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from library.checkpoints.safetensors_io import save_file
+from library.checkpoints.weights import load_tensors
 from library.options import OptionError
 from networks.weights.network_file import NetworkFile, original_name
 
@@ -76,10 +77,39 @@ def test_original_names(theirs, ours):
     assert original_name(theirs) == ours
 
 
-def test_alpha_and_scale(tmp_path):
-    tensors = pair("m.lora_down.weight", "m.lora_up.weight") | {"m.alpha": torch.tensor(4, dtype=torch.int64)}
+@pytest.mark.parametrize("alpha", [torch.tensor(4, dtype=torch.int64), torch.tensor([[4.0]])])
+def test_alpha_and_scale(tmp_path, alpha):
+    tensors = pair("m.lora_down.weight", "m.lora_up.weight") | {"m.alpha": alpha}
     with NetworkFile(written(tmp_path / "n.safetensors", tensors)) as file:
+        assert file.pairs == ["m"]
         assert (file.alpha("m"), file.scale("m")) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "said"),
+    [
+        (torch.tensor(float("nan")), "alpha of m is nan, no finite number"),
+        (torch.tensor([[float("inf")]]), "alpha of m is inf, no finite number"),
+        (torch.tensor(1j), "is damaged: alpha of m is no single number"),
+    ],
+)
+def test_alphas_that_are_no_numbers(tmp_path, alpha, said):
+    path = tmp_path / "n.pt"
+    torch.save(pair("m.lora_down.weight", "m.lora_up.weight") | {"m.alpha": alpha}, path)
+    with NetworkFile(path, "--model") as file, pytest.raises(OptionError, match=said) as error:
+        file.scale("m")
+    assert str(path) in str(error.value)
+
+
+def test_alphas_in_headers_are_finite_numbers(tmp_path):
+    tensors = pair("unet.mid_block.x.lora_A.weight", "unet.mid_block.x.lora_B.weight")
+    header = {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": NaN}'}
+    save_file(tensors, tmp_path / "n.safetensors", header)
+    said = "n.safetensors: .* can't be understood .the alpha of unet.mid_block.x is nan"
+    with NetworkFile(tmp_path / "n.safetensors") as file, pytest.raises(OptionError, match=said):
+        file.scale("lora_unet_mid_block_x")
+    with pytest.raises(OptionError, match=said):
+        load_tensors(tmp_path / "n.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +118,12 @@ def test_alpha_and_scale(tmp_path):
         ({"m.lora_down.weight": DOWN}, "is incomplete: m has no lora_up.weight"),
         ({"m.lora_down.weight": DOWN, "m.lora_up.weight": torch.ones(5, 3)}, "don't fit together"),
         (pair("m.lora_down.weight", "m.lora_up.weight") | {"m.alpha": torch.ones(2)}, "is no single number"),
+        ({"m.lora_down.weight": DOWN, "m.lora_up.weight": torch.ones(5, 2, 3, 3)}, "don't fit together"),
+        ({"m.lora_down.weight": torch.ones(2, 3, 3, 4), "m.lora_up.weight": torch.ones(5, 2, 1, 1)}, "don't fit"),
+        ({"m.lora_down.weight": torch.ones(2, 3, 1), "m.lora_up.weight": torch.ones(5, 2)}, "don't fit together"),
+        ({"m.lora_down.weight": torch.ones(0, 3), "m.lora_up.weight": torch.ones(5, 0)}, "don't fit together"),
+        ({"m.lora_down.weight": DOWN.to(torch.int8), "m.lora_up.weight": torch.ones(5, 2)}, "is of type I8"),
+        ({"m.lora_down.weight": DOWN, "m.lora_up.weight": torch.ones(5, 2) + 0j}, "is of type C64"),
         ({"plain": DOWN}, "holds no network"),
         (pair("m.lora_down.weight", "m.lora_A.weight"), "twice"),
     ],

@@ -159,6 +159,7 @@ def test_verbose_and_report_say_what_is_kept(tmp_path, caplog):
         (["--dynamic_method", "sv_fro", "--dynamic_param", "1.5"], "--dynamic_param: 1.5 is no share"),
         (["--dynamic_method", "sv_ratio", "--dynamic_param", "-2"], "--dynamic_param: -2 is no ratio"),
         (["--save_to", "x.bin"], "--save_to: x.bin does not end in"),
+        (["--save_to", "x.safetensors/"], "--save_to: x.safetensors is a folder"),
         (["--plot", "x.jpg"], "--plot: x.jpg does not end in .png"),
         (["--device", "nonsense"], "--device: 'nonsense' can't be used"),
         (["--model", "missing.safetensors"], "missing.safetensors does not exist"),
@@ -184,3 +185,23 @@ def test_output_that_is_the_input_and_nan_are_refused(tmp_path, capsys):
     output = tmp_path / "out.safetensors"
     assert resize_lora.TOOL.run(["--model", str(tmp_path / "nan.pt"), "--save_to", str(output)]) == 2
     assert "holds NaN or infinity" in capsys.readouterr().err and not output.exists()
+
+
+def test_header_has_the_ranks_that_there_are(tmp_path):
+    """Not the rank asked for, which no layer of a tiny model can have."""
+    output = resized(tiny_lora(tmp_path / "in.safetensors", "sd1", rank=6, every=5), tmp_path, "--new_rank", 100000)
+    notes, tensors = metadata(output), load_tensors(output)
+    ranks = {len(tensor) for key, tensor in tensors.items() if key.endswith("lora_down.weight")}
+    assert len(ranks) > 1 and max(ranks) < 1000
+    assert (notes["ss_network_dim"], notes["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+    assert notes["ss_training_comment"].startswith("dimension is resized from 6 to ")
+    assert "100000" not in notes["ss_training_comment"]
+
+
+def test_the_table_counts_the_rounding_of_alpha(tmp_path, caplog):
+    source = tiny_lora(tmp_path / "in.safetensors", "sd1", alpha=1.7, every=20)
+    before, after = (dense_changes(path) for path in (source, resized(source, tmp_path, "--save_precision", "bf16")))
+    lost = sum(float((before[name] - after[name]).square().sum()) for name in before)
+    total = (lost / sum(float(change.square().sum()) for change in before.values())) ** 0.5
+    (line,) = [line for line in caplog.text.splitlines() if line.startswith("total")]
+    assert float(line.split()[-2]) == pytest.approx(100 * total, rel=0.02)

@@ -117,3 +117,24 @@ def test_mistakes_are_one_sentence(two, tmp_path, capsys):
     assert merged(sources, [1, 1], output) == 2 and "lora_unet_x" in capsys.readouterr().err
     assert not output.exists()
     assert merged(sources, [1, 1], output, "--ignore_unmatched") == 0 and output.exists()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "flags", "said"),
+    [
+        (
+            1,
+            ["--clamp_quantile", "0.5"],
+            "--clamp_quantile: 0.5 would leave nothing of most numbers; use",
+        ),
+        (1, ["--clamp_quantile", "1.5"], "--clamp_quantile: 1.5 would"),
+        ("1e40", [], "--ratios: 1e+40 is no strength; use numbers up to 10000"),
+        (1, ["--lbws", f"[1e40{',1' * 16}]"], "holds what is no finite number up to 10000"),
+        (1, ["--lbws", "[" * 100000], "is no list of numbers"),
+    ],
+)
+def test_numbers_out_of_range(ratio, flags, said, tmp_path, capsys):
+    source, output = tiny_lora(tmp_path / "in.safetensors", "sd1", every=40), tmp_path / "out.safetensors"
+    assert merged([source], [ratio], output, *flags) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not output.exists()
