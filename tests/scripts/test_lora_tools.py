@@ -112,7 +112,7 @@ def test_dylora_without_metadata_and_mistakes(tmp_path, capsys):
 def test_what_the_header_says_of_a_dylora_is_compared(metadata, unit, said, tmp_path, caplog):
     pair = {"lora_unet_x.lora_down.weight": torch.randn(6, 4), "lora_unet_x.lora_up.weight": torch.randn(4, 6)}
     save_file(pair, tmp_path / "a.safetensors", metadata)
-    words = ["--model", tmp_path / "a.safetensors", "--unit", unit, "--save_to", tmp_path / "out"]
+    words = ["--model", tmp_path / "a.safetensors", "--unit", unit, "--save_to", tmp_path / "out.safetensors"]
     assert run(extract_lora_from_dylora, *words) == 0
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said in warnings[0] if said else not warnings

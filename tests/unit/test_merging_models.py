@@ -269,8 +269,10 @@ def test_inputs_that_a_precision_cannot_hold_name_its_flag(tiny_sd1_path, tmp_pa
     save_file({name: tensor * 1e6 for name, tensor in load_tensors(network).items()}, tmp_path / "b.safetensors")
     with pytest.raises(OptionError, match="b.safetensors: .* is too large for float16; use --precision bf16"):
         into(tiny_sd1_path, tmp_path / "out.safetensors", tmp_path / "b.safetensors", precision="fp16")
+    huge = {name: tensor * (1 if "alpha" in name else 1e19) for name, tensor in load_tensors(network).items()}
+    save_file(huge, tmp_path / "c.safetensors")
     with pytest.raises(OptionError, match="no finite number once the networks are in it; use smaller --ratios"):
-        into(tiny_sd1_path, tmp_path / "out.safetensors", tmp_path / "b.safetensors", ratios=(1e32,))
+        into(tiny_sd1_path, tmp_path / "out.safetensors", tmp_path / "c.safetensors", ratios=(1e4,))
 
 
 def _changed(part, change):
