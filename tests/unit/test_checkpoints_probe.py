@@ -244,9 +244,18 @@ def test_bad_vae(tiny_sd1_path: Path, tmp_path: Path):
 # -------------------------------------------------------------------------------------------- pickles
 
 
-class Foreign:
-    """An object of a program that is not installed; or worse."""
+def run_by_a_file(*words: object) -> None:
+    raise SystemExit("code of the file was run")
 
+
+class Foreign:
+    """An object of a program that is not installed."""
+
+    def __reduce__(self):
+        return run_by_a_file, ("now",)
+
+
+class Worse:
     def __reduce__(self):
         return exec, ("raise SystemExit('code of the file was run')",)
 
@@ -266,6 +275,13 @@ def test_pickle_before_pytorch_1_6(tmp_path: Path):
     torch.save({"w": Foreign()}, tmp_path / "bad.ckpt", _use_new_zipfile_serialization=False)
     with pytest.raises(OptionError, match="can't be read safely; convert it to .safetensors"):
         open_weights(tmp_path / "bad.ckpt")
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_pickle_that_calls_python_itself_is_refused(is_new: bool, tmp_path: Path):
+    torch.save({"w": torch.ones(2), "x": Worse()}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=is_new)
+    with pytest.raises(OptionError, match=r"holds code that would run when it is loaded \((builtins\.)?exec\)"):
+        open_weights(tmp_path / "a.ckpt")
 
 
 def test_damaged_pickle(tmp_path: Path, tiny_sd1_path: Path):
