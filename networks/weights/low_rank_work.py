@@ -15,6 +15,7 @@ from networks.key_names import DOWN, UP
 from networks.weights.block_names import block_name
 from networks.weights.energy_plot import Spectrum, draw_energy
 from networks.weights.fidelity import Factors, FidelityReport, low_rank_error, percent
+from networks.weights.merge_inputs import one_or_dynamic
 from networks.weights.network_file import NetworkFile
 from networks.weights.stored_results import StoredResults
 from networks.weights.svd import NOTHING, Svd, clamped
@@ -135,9 +136,3 @@ class Results:
         if plot is not None:
             draw_energy(self.spectra, Path(plot).expanduser())
             logger.info("%s: the picture of what the strongest directions hold", plot)
-
-
-def one_or_dynamic(values: Sequence[float]) -> str:
-    """For metadata: the value of all modules, or "Dynamic"."""
-    found = set(values)
-    return str(found.pop()) if len(found) == 1 else "Dynamic"

@@ -91,3 +91,9 @@ def predicts_velocity(kind: str, files: Iterable[Mapping[str, str]]) -> bool:
         if base := metadata.get("ss_base_model_version"):
             return base.endswith("_v")
     return kind == "sd2"
+
+
+def one_or_dynamic(values: Iterable[float]) -> str:
+    """For metadata: the value of all modules, or "Dynamic"."""
+    found = set(values)
+    return str(found.pop()) if len(found) == 1 else "Dynamic"

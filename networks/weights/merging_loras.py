@@ -13,7 +13,7 @@ exact         t_i = ratio_i alpha_i / r_i, up = [sqrt|t_i| up_i], down = [sign(t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -25,8 +25,8 @@ from library.randomness import torch_generator
 from networks.key_names import DOWN, UP
 from networks.pair_rules import pair_layer
 from networks.weights.fidelity import Factors, FidelityReport
-from networks.weights.merge_inputs import MODELS, Source, report_unmatched
-from networks.weights.module_changes import is_plain
+from networks.weights.merge_inputs import MODELS, Source, one_or_dynamic
+from networks.weights.module_changes import plain_modules
 
 Way: TypeAlias = Literal["added", "concatenated", "exact"]
 SHUFFLE_SEED = 0  # the same inputs give the same file
@@ -54,16 +54,11 @@ class MergedLoRA:
     @property
     def dim(self) -> str:
         """For metadata: the rank of all modules, or "Dynamic"."""
-        return _one_or_dynamic(self.ranks.values())
+        return one_or_dynamic(self.ranks.values())
 
     @property
     def alpha(self) -> str:
-        return _one_or_dynamic(self.alphas.values())
-
-
-def _one_or_dynamic(values: Iterable[float]) -> str:
-    found = set(values)
-    return str(found.pop()) if len(found) == 1 else "Dynamic"
+        return one_or_dynamic(self.alphas.values())
 
 
 def merged_lora(
@@ -77,17 +72,11 @@ def merged_lora(
 
     Raises OptionError for networks that can't be merged like this; nothing is computed yet.
     """
-    names: dict[str, list[Source]] = {}
-    others: dict[str, list[str]] = {}
-    for source in sources:
-        plain = [name for name in source.file.pairs if is_plain(source.file, name)]
-        not_plain = [name for name in source.file.modules if not is_plain(source.file, name)]
-        others[str(source.file.path)] = [*not_plain, *source.file.other_keys]
-        for name in plain:
-            if settings.way != "exact" or source.ratio_of(name):  # without effect it would only add ranks
-                names.setdefault(name, []).append(source)
     why = "only a model (--sd_model) can take these modules, which are no plain LoRA"
-    report_unmatched(others, why, ignore=ignore_unmatched)
+    names = plain_modules(sources, why, ignore=ignore_unmatched)
+    if settings.way == "exact":  # what has no effect would only add ranks
+        effective = {name: [term for term in terms if term.ratio_of(name)] for name, terms in names.items()}
+        names = {name: terms for name, terms in effective.items() if terms}
     if not names:
         raise OptionError(MODELS, "nothing is left to merge", "check --ratios, --lbws and the files")
     modules = {name: _Module(name, terms, settings) for name, terms in names.items()}

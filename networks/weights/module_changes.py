@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,12 +14,30 @@ from networks.layers import UNET_PREFIX
 from networks.low_rank import add_weight_change_
 from networks.pair_rules import check_layer
 from networks.weight_changes import bias_change, check_module, is_plain_lora, weight_change
+from networks.weights.merge_inputs import Source, report_unmatched
 from networks.weights.network_file import NetworkFile
 
 
 def is_plain(file: NetworkFile, name: str) -> bool:
     """Whether a module is a pair of projections and nothing else."""
     return is_plain_lora(file.modules[name])
+
+
+def plain_modules(sources: Sequence[Source], why: str, *, ignore: bool) -> dict[str, list[Source]]:
+    """The sources of each module that is a plain LoRA, in the order of the files.
+
+    Others are an error that lists them and says `why`, or a warning where they are to be ignored.
+    """
+    modules: dict[str, list[Source]] = {}
+    others: dict[str, list[str]] = {}
+    for source in sources:
+        file = source.file
+        others[str(file.path)] = [*(name for name in file.modules if not is_plain(file, name)), *file.other_keys]
+        for name in file.pairs:
+            if is_plain(file, name):
+                modules.setdefault(name, []).append(source)
+    report_unmatched(others, why, ignore=ignore)
+    return modules
 
 
 def layer_of(name: str) -> str:

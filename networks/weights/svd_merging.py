@@ -15,9 +15,9 @@ from networks.pair_rules import essential
 from networks.weights.fidelity import Factors
 from networks.weights.low_rank_options import SvdMergeOptions
 from networks.weights.low_rank_work import Layer, Results, device_of, finite_pair, torch_dtype
-from networks.weights.merge_inputs import MODELS, Source, report_unmatched
+from networks.weights.merge_inputs import MODELS, Source
 from networks.weights.merge_options import PRECISIONS
-from networks.weights.module_changes import is_plain
+from networks.weights.module_changes import plain_modules
 from networks.weights.stored_results import StoredResults
 from networks.weights.svd import sum_svd
 
@@ -52,15 +52,7 @@ def merge_by_svd(
 
 def _modules(sources: Sequence[Source], *, ignore: bool) -> dict[str, list[Source]]:
     """The sources of each module, in the order of the files."""
-    modules: dict[str, list[Source]] = {}
-    others: dict[str, list[str]] = {}
-    for source in sources:
-        plain = [name for name in source.file.pairs if is_plain(source.file, name)]
-        not_plain = [name for name in source.file.modules if not is_plain(source.file, name)]
-        others[str(source.file.path)] = [*not_plain, *source.file.other_keys]
-        for name in plain:
-            modules.setdefault(name, []).append(source)
-    report_unmatched(others, "only modules of plain LoRA can be merged here", ignore=ignore)
+    modules = plain_modules(sources, "only modules of plain LoRA can be merged here", ignore=ignore)
     if not modules:
         raise OptionError(MODELS, "nothing is left to merge", "check the files")
     return modules
